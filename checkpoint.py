@@ -1,0 +1,172 @@
+"""Save and load: the folder of a model, the checkpoints of a run, and the hardware that it runs on.
+
+A model's folder is the layout that `transformers` reads: config.json, model.safetensors, tokenizer.json,
+tokenizer_config.json. A checkpoint of a run is such a folder with training.pt beside (optimizers, step). Every file is
+written under another name and renamed into place, so that a reader never sees half of one.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from tokenizers import Tokenizer
+from torch import nn
+
+from data import SPECIAL_TOKENS, UserError
+from model import Config
+
+# Our name of each field of Config, and ModernBERT's in config.json.
+CONFIG_NAMES = {
+    "vocab_size": "vocab_size",
+    "d_model": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "d_ff": "intermediate_size",
+    "max_len": "max_position_embeddings",
+    "local_attention": "local_attention",
+    "global_attn_every_n_layers": "global_attn_every_n_layers",
+    "global_rope_theta": "global_rope_theta",
+    "local_rope_theta": "local_rope_theta",
+    "norm_eps": "norm_eps",
+    "init_std": "initializer_range",
+}
+# Not exported: the decoder's weight is the embedding's, the bias of the pooled loss serves pretraining alone.
+NOT_EXPORTED = ("decoder.weight", "bag_bias")
+
+
+def choose_hardware(device_name: str | None, dtype_name: str) -> tuple[torch.device, torch.dtype]:
+    """The device, and the dtype of its matrix products; None and "auto" look for the fastest that is there.
+
+    bfloat16 is chosen only where the hardware multiplies it natively: elsewhere it is the slower of the two.
+    """
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = device_name or next(name for name, is_there in found.items() if is_there)
+    there = ", ".join(name for name, is_there in found.items() if is_there)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: no such device; there is {there}") from None
+    if not found.get(device.type) or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        raise UserError(f"--device {name}: not on this machine; there is {there}")
+    if dtype_name != "auto":
+        return device, getattr(torch, dtype_name)
+    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    return device, torch.bfloat16 if native else torch.float32
+
+
+# ---------------------------------------------------------------------------------------------- models
+
+
+def save_model(folder: Path, model: nn.Module, tokenizer: Tokenizer, extra: dict[str, Any]) -> None:
+    """Write the four files; `extra` goes into config.json, which comes last, so that a folder with one is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ids = {name: tokenizer.token_to_id(token) for name, token in SPECIAL_TOKENS.items()}
+    config = {
+        "model_type": "modernbert",
+        **{theirs: getattr(model.config, ours) for ours, theirs in CONFIG_NAMES.items()},
+        "pad_token_id": ids["pad"],
+        "cls_token_id": ids["cls"],
+        "sep_token_id": ids["sep"],
+        "bos_token_id": ids["cls"],
+        "eos_token_id": ids["sep"],
+        "classifier_pooling": "mean",
+        "tie_word_embeddings": True,
+        **extra,
+    }
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": model.config.max_len,
+        **{f"{name}_token": token for name, token in SPECIAL_TOKENS.items()},
+    }
+    weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if k not in NOT_EXPORTED}
+    write(folder / "model.safetensors", safetensors.torch.save(weights, metadata={"format": "pt"}))
+    write(folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
+    write(folder / "tokenizer_config.json", to_json(tokenizer_config))
+    write(folder / "config.json", to_json(config))
+
+
+def load_model(folder: Path) -> tuple[Config, dict[str, torch.Tensor], Tokenizer, dict[str, Any]]:
+    """(config, weights, tokenizer, the whole of config.json). Raises UserError for what is not such a folder."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no checkpoint: it has no config.json; train.py makes one (--model names another)")
+    try:
+        raw = json.loads((folder / "config.json").read_text())
+        config = Config(**{ours: raw[theirs] for ours, theirs in CONFIG_NAMES.items() if theirs in raw})
+        weights = safetensors.torch.load_file(folder / "model.safetensors")
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
+        raise UserError(f"{folder}: no checkpoint of this program: {error}") from None
+    except Exception as error:  # tokenizers raises nothing more special
+        raise UserError(f"{folder}/tokenizer.json: {error}") from None
+    if tokenizer.get_vocab_size() != config.vocab_size:
+        sizes = f"{tokenizer.get_vocab_size()} word pieces, the model {config.vocab_size}"
+        raise UserError(f"{folder}: the tokenizer has {sizes}")
+    return config, weights, tokenizer, raw
+
+
+def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], folder: Path, fresh: tuple[str, ...] = ()) -> None:
+    """Fill a model; parameters whose names begin with one of `fresh` may be missing. Raises UserError otherwise."""
+    try:
+        missing, _ = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise UserError(f"{folder}: weights do not fit config.json: {str(error).splitlines()[1].strip()}") from None
+    if missing := [name for name in missing if name not in NOT_EXPORTED and not name.startswith(fresh)]:
+        raise UserError(f"{folder}/model.safetensors: no weight {missing[0]}")
+
+
+def to_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def write(path: Path, content: bytes) -> None:
+    """Replace a file at once. Raises UserError where it cannot be written."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+# ---------------------------------------------------------------------------------------------- runs
+
+
+def open_run(out: Path, flags: dict[str, Any]) -> None:
+    """Make the folder of a run and write its flags. Raises UserError where that cannot be done."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written: {error.strerror}") from None
+    write(out / "flags.json", to_json(flags))
+
+
+def save_step(out: Path, step: int, model: nn.Module, tokenizer: Tokenizer, extra: dict, state: dict) -> None:
+    """A whole checkpoint in OUT/checkpoints/step-N; the ones before it go once it is in its place."""
+    folder, work = out / "checkpoints" / f"step-{step}", out / "checkpoints" / ".new"
+    shutil.rmtree(work, ignore_errors=True)
+    save_model(work, model, tokenizer, extra)
+    try:
+        torch.save({"step": step, **state}, work / "training.pt")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(work, folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
+    for other in folder.parent.glob("step-*"):
+        if other != folder:
+            shutil.rmtree(other)
+
+
+def load_step(out: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The last checkpoint of a run and its training state, or None where there is none yet."""
+    folders = sorted((out / "checkpoints").glob("step-*"), key=lambda folder: int(folder.name.split("-")[1]))
+    if not folders:
+        return None
+    return folders[-1], torch.load(folders[-1] / "training.pt", map_location="cpu", weights_only=True)

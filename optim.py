@@ -1,0 +1,85 @@
+"""Muon for the matrices, AdamW for the rest, and the learning-rate schedule."""
+
+import torch
+from torch import Tensor, nn
+
+# Fused matrices are several linear maps side by side; each is orthogonalised apart.
+FUSED_BLOCKS = {"Wqkv": 3, "Wi": 2}
+# Coefficients of the quintic Newton-Schulz iteration, chosen for slope at zero (Jordan et al. 2024, "Muon").
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalize(matrices: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
+    """Push the singular values of each of (n, rows, columns), rows <= columns, towards 1, in `dtype`."""
+    a, b, c = NEWTON_SCHULZ
+    x = matrices.to(dtype)
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.transpose(-1, -2)
+        x = a * x + torch.baddbmm(gram, gram, gram, beta=b, alpha=c) @ x
+    return x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+
+    A block of (rows, columns) moves by lr * sqrt(max(1, rows / columns)) times an orthogonal matrix, so that the
+    learning rate is the size of the step in spectral norm, whatever the width. Blocks of equal shape are
+    orthogonalised together. `dtype` is that of the products: bfloat16 where the hardware multiplies it natively.
+    """
+
+    def __init__(self, groups: list[dict], lr: float, dtype: torch.dtype, momentum: float = 0.95):
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "n_blocks": 1})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self) -> None:
+        by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor, float]]] = {}
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+                nesterov = parameter.grad.lerp(state["momentum"], group["momentum"])
+                blocks = (parameter.chunk(group["n_blocks"]), nesterov.chunk(group["n_blocks"]))
+                for weight, update in zip(*blocks, strict=True):
+                    rows, columns = weight.shape
+                    scale = group["lr"] * max(1, rows / columns) ** 0.5
+                    if rows > columns:
+                        weight, update = weight.T, update.T
+                    by_shape.setdefault(tuple(weight.shape), []).append((weight, update, scale))
+        for members in by_shape.values():
+            updates = orthogonalize(torch.stack([update for _, update, _ in members]), self.dtype)
+            for (weight, _, scale), update in zip(members, updates, strict=True):
+                weight.add_(update.to(weight.dtype), alpha=-scale)
+
+
+def make_optimizers(
+    model: nn.Module, lr_muon: float, lr_adamw: float, weight_decay: float, dtype: torch.dtype
+) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks and the head; AdamW for embedding, norms and biases, where a row or a
+    number has a meaning of its own that orthogonalising would mix. Only the embedding decays."""
+    matrices: dict[int, list[nn.Parameter]] = {}
+    embeddings, vectors = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            vectors.append(parameter)
+        elif "embeddings" in name:
+            embeddings.append(parameter)
+        else:
+            matrices.setdefault(FUSED_BLOCKS.get(name.split(".")[-2], 1), []).append(parameter)
+    muon = Muon([{"params": p, "n_blocks": n} for n, p in matrices.items()], lr_muon, dtype)
+    groups = [{"params": embeddings, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [muon, torch.optim.AdamW(groups, lr=lr_adamw, betas=(0.9, 0.98), eps=1e-8, fused=True)]
+
+
+def set_learning_rates(optimizers: list[torch.optim.Optimizer], step: int, n_steps: int, warmup: float) -> float:
+    """Linear warm-up over the first share of the steps, then linearly to zero (the linear end beats the cosine:
+    Bergsma et al. 2025, arXiv 2502.15938). Returns the factor on each group's peak rate."""
+    n_warmup = max(1, round(warmup * n_steps))
+    factor = min((step + 1) / n_warmup, (n_steps - step) / max(1, n_steps - n_warmup), 1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group.setdefault("peak_lr", group["lr"]) * factor
+    return factor
