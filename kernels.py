@@ -60,9 +60,9 @@ class _Attention(torch.autograd.Function):
         for index, is_pad in _length_groups(cu_seqlens, n_tokens):
             size, width = index.shape
             padded = qkv.index_select(0, index.where(~is_pad, 0).view(-1))
-            q, k, v = padded.view(size, width, 3, n_heads, head_dim).permute(2, 0, 3, 1, 4)  # 3 x (B, H, L, D)
-            q, k = _rotate(torch.stack((q, k)), rope, head_dim**-0.5)
-            v = v.contiguous()
+            padded = padded.view(size, width, 3, n_heads, head_dim).permute(2, 0, 3, 1, 4)  # (3, B, H, L, D)
+            q, k = _rotate(padded[:2], rope, head_dim**-0.5)
+            v = padded[2].contiguous()
             scores = q @ k.transpose(-1, -2)  # (B, H, L, L)
             hidden_keys = is_pad[:, None, None, :]
             if window is not None and width > window + 1:
@@ -88,13 +88,15 @@ class _Attention(torch.autograd.Function):
             d_heads = d_out.index_select(0, index.where(~is_pad, 0).view(-1))
             d_heads = d_heads.view(size, width, n_heads, head_dim).masked_fill(is_pad[:, :, None, None], 0)
             d_heads = d_heads.transpose(1, 2).contiguous()  # (B, H, L, D)
-            d_v = probabilities.transpose(-1, -2) @ d_heads
             d_probabilities = d_heads @ v.transpose(-1, -2)
             d_scores = torch._softmax_backward_data(d_probabilities, probabilities, -1, probabilities.dtype)
-            d_qk = torch.stack((d_scores @ k, d_scores.transpose(-1, -2) @ q))
-            d_qk = _rotate(d_qk, ctx.rope, head_dim**-0.5, inverse=True)
-            d_padded = torch.cat((d_qk, d_v[None])).permute(1, 3, 0, 2, 4)  # (B, L, 3, H, D)
-            d_qkv.index_copy_(0, index.view(-1), d_padded.reshape(-1, 3, n_heads, head_dim))
+            d_padded = torch.empty((3, *q.shape), dtype=q.dtype, device=q.device)  # (3, B, H, L, D)
+            torch.matmul(d_scores, k, out=d_padded[0])
+            torch.matmul(d_scores.transpose(-1, -2), q, out=d_padded[1])
+            torch.matmul(probabilities.transpose(-1, -2), d_heads, out=d_padded[2])
+            d_padded[:2] = _rotate(d_padded[:2], ctx.rope, head_dim**-0.5, inverse=True)
+            d_padded = d_padded.permute(1, 3, 0, 2, 4).reshape(-1, 3, n_heads, head_dim)
+            d_qkv.index_copy_(0, index.view(-1), d_padded)
         return d_qkv[:n_tokens], None, None, None
 
 
@@ -184,10 +186,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             chunk, targets = slice(bounds[i], bounds[i + 1]), slice(target_bounds[i], target_bounds[i + 1])
             place = (row_of_target[targets] - bounds[i], ids[targets])
             logits = torch.addmm(bias_low, rows[chunk], weight_low.T)
-            log_p = torch.log_softmax(logits, dim=-1, dtype=exact)
-            loss -= (log_p[place] * bag_weights[targets]).sum()
+            largest = logits.amax(dim=-1, keepdim=True).to(exact)
+            at_targets = logits[place].to(exact)
+            p = logits.to(exact).sub_(largest).exp_()  # exp of it is several times as fast as log_softmax
+            total = p.sum(dim=-1, keepdim=True)
+            loss += (total.log() + largest).sum() - (at_targets * bag_weights[targets]).sum()
             if wants_gradient:
-                d_logits = log_p.exp_().index_put_(place, -bag_weights[targets], accumulate=True)
+                d_logits = p.div_(total).index_put_(place, -bag_weights[targets], accumulate=True)
                 d_bias += d_logits.sum(0)
                 d_logits = d_logits.to(dtype)
                 d_hidden[chunk] = d_logits @ weight_low
