@@ -1,13 +1,16 @@
-"""Save and load: the folder of a model, the checkpoints of a run, and the hardware that it runs on.
+"""Save and load: the folder of a model, the checkpoints of a run, its flags and its hardware.
 
 A model's folder is the layout that `transformers` reads: config.json, model.safetensors, tokenizer.json,
-tokenizer_config.json. A checkpoint of a run is such a folder with training.pt beside (optimizers, step). Every file is
-written under another name and renamed into place, so that a reader never sees half of one.
+tokenizer_config.json. A checkpoint of a run is such a folder with training.pt beside (optimizers, step).
+Every file is written under another name and renamed into place, so that a reader never sees half of one.
 """
 
+import argparse
 import json
+import math
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,9 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import nn
 
-from data import SPECIAL_TOKENS, UserError
+from data import SPECIAL_TOKENS
 from model import Config
+from text import UserError
 
 # Our name of each field of Config, and ModernBERT's in config.json.
 CONFIG_NAMES = {
@@ -39,6 +43,33 @@ CONFIG_NAMES = {
 NOT_EXPORTED = ("decoder.weight", "bag_bias")
 
 
+class Flags(argparse.ArgumentParser):
+    """Plain argparse: defaults shown in the help, no abbreviations, errors in one line."""
+
+    def __init__(self, description: str):
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], int | float]:
+    """The type of a flag that takes an int or float from low to high."""
+
+    def convert(text: str) -> int | float:
+        value = kind(text)
+        if not low <= value <= high:
+            limit = f" and at most {high:g}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text}: it must be at least {low:g}{limit}")
+        return value
+
+    convert.__name__ = {int: "whole number", float: "number"}[
+        kind
+    ]  # argparse names it where kind(text) fails
+    return convert
+
+
 def choose_hardware(device_name: str | None, dtype_name: str) -> tuple[torch.device, torch.dtype]:
     """The device, and the dtype of its matrix products; None and "auto" look for the fastest that is there.
 
@@ -51,7 +82,9 @@ def choose_hardware(device_name: str | None, dtype_name: str) -> tuple[torch.dev
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"--device {name}: no such device; there is {there}") from None
-    if not found.get(device.type) or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+    if not found.get(device.type) or (
+        device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
+    ):
         raise UserError(f"--device {name}: not on this machine; there is {there}")
     if dtype_name != "auto":
         return device, getattr(torch, dtype_name)
@@ -62,11 +95,12 @@ def choose_hardware(device_name: str | None, dtype_name: str) -> tuple[torch.dev
     return device, torch.bfloat16 if native else torch.float32
 
 
-# ---------------------------------------------------------------------------------------------- models
+# -------------------------------------------------------------------------------------------------- models
 
 
 def save_model(folder: Path, model: nn.Module, tokenizer: Tokenizer, extra: dict[str, Any]) -> None:
-    """Write the four files; `extra` goes into config.json, which comes last, so that a folder with one is whole."""
+    """Write the four files; `extra` goes into config.json, which comes last, so that a folder with one is
+    whole."""
     folder.mkdir(parents=True, exist_ok=True)
     ids = {name: tokenizer.token_to_id(token) for name, token in SPECIAL_TOKENS.items()}
     config = {
@@ -86,7 +120,9 @@ def save_model(folder: Path, model: nn.Module, tokenizer: Tokenizer, extra: dict
         "model_max_length": model.config.max_len,
         **{f"{name}_token": token for name, token in SPECIAL_TOKENS.items()},
     }
-    weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if k not in NOT_EXPORTED}
+    weights = {
+        k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if k not in NOT_EXPORTED
+    }
     write(folder / "model.safetensors", safetensors.torch.save(weights, metadata={"format": "pt"}))
     write(folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
     write(folder / "tokenizer_config.json", to_json(tokenizer_config))
@@ -94,9 +130,12 @@ def save_model(folder: Path, model: nn.Module, tokenizer: Tokenizer, extra: dict
 
 
 def load_model(folder: Path) -> tuple[Config, dict[str, torch.Tensor], Tokenizer, dict[str, Any]]:
-    """(config, weights, tokenizer, the whole of config.json). Raises UserError for what is not such a folder."""
+    """(config, weights, tokenizer, the whole of config.json). Raises UserError for what is not such a
+    folder."""
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: no checkpoint: it has no config.json; train.py makes one (--model names another)")
+        raise UserError(
+            f"{folder}: no checkpoint: it has no config.json; train.py makes one (--model names another)"
+        )
     try:
         raw = json.loads((folder / "config.json").read_text())
         config = Config(**{ours: raw[theirs] for ours, theirs in CONFIG_NAMES.items() if theirs in raw})
@@ -112,12 +151,17 @@ def load_model(folder: Path) -> tuple[Config, dict[str, torch.Tensor], Tokenizer
     return config, weights, tokenizer, raw
 
 
-def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], folder: Path, fresh: tuple[str, ...] = ()) -> None:
-    """Fill a model; parameters whose names begin with one of `fresh` may be missing. Raises UserError otherwise."""
+def load_weights(
+    model: nn.Module, weights: dict[str, torch.Tensor], folder: Path, fresh: tuple[str, ...] = ()
+) -> None:
+    """Fill a model; parameters whose names begin with one of `fresh` may be missing. Raises UserError
+    otherwise."""
     try:
         missing, _ = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
-        raise UserError(f"{folder}: weights do not fit config.json: {str(error).splitlines()[1].strip()}") from None
+        raise UserError(
+            f"{folder}: weights do not fit config.json: {str(error).splitlines()[1].strip()}"
+        ) from None
     if missing := [name for name in missing if name not in NOT_EXPORTED and not name.startswith(fresh)]:
         raise UserError(f"{folder}/model.safetensors: no weight {missing[0]}")
 
@@ -136,7 +180,7 @@ def write(path: Path, content: bytes) -> None:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
 
-# ---------------------------------------------------------------------------------------------- runs
+# ---------------------------------------------------------------------------------------------------- runs
 
 
 def open_run(out: Path, flags: dict[str, Any]) -> None:
@@ -148,13 +192,13 @@ def open_run(out: Path, flags: dict[str, Any]) -> None:
     write(out / "flags.json", to_json(flags))
 
 
-def save_step(out: Path, step: int, model: nn.Module, tokenizer: Tokenizer, extra: dict, state: dict) -> None:
+def save_step(out: Path, model: nn.Module, tokenizer: Tokenizer, extra: dict, state: dict[str, Any]) -> None:
     """A whole checkpoint in OUT/checkpoints/step-N; the ones before it go once it is in its place."""
-    folder, work = out / "checkpoints" / f"step-{step}", out / "checkpoints" / ".new"
+    folder, work = out / "checkpoints" / f"step-{state['step']}", out / "checkpoints" / ".new"
     shutil.rmtree(work, ignore_errors=True)
     save_model(work, model, tokenizer, extra)
     try:
-        torch.save({"step": step, **state}, work / "training.pt")
+        torch.save(state, work / "training.pt")
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(work, folder)
     except OSError as error:
@@ -164,9 +208,17 @@ def save_step(out: Path, step: int, model: nn.Module, tokenizer: Tokenizer, extr
             shutil.rmtree(other)
 
 
-def load_step(out: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The last checkpoint of a run and its training state, or None where there is none yet."""
+def load_run(out: Path, flags: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+    """The last checkpoint of a run and its training state, or None where there is none yet.
+
+    Raises UserError where the run was begun with other flags.
+    """
     folders = sorted((out / "checkpoints").glob("step-*"), key=lambda folder: int(folder.name.split("-")[1]))
     if not folders:
         return None
+    before = json.loads((out / "flags.json").read_text())
+    for name in flags.keys() - {"resume", "device", "out"}:
+        if flags[name] != before.get(name):
+            flag = f"--{name.replace('_', '-')} {flags[name]}"
+            raise UserError(f"--resume with {flag}, but the run in {out} has {before.get(name)}")
     return folders[-1], torch.load(folders[-1] / "training.pt", map_location="cpu", weights_only=True)

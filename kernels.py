@@ -1,12 +1,13 @@
-"""The fused operations of the model, each as one function with its formula, its source and its written-out torch code.
+"""The fused operations of the model, each as one function with its formula, its source and its written-out
+torch code.
 
 Axes: T tokens of a whole batch, S sequences, B sequences of one length group, L the padded length of that
 group, H heads, D head size, N rows of the vocabulary head, V vocabulary.
 
 A batch is a flat row of T tokens; `cu_seqlens` (S + 1,) int32 says where each sequence begins, and only
 `attention` looks at it. Two of the operations are autograd functions, because autograd's own graph would keep
-float32 copies of everything that is wide: attention keeps bfloat16 probabilities, the vocabulary head keeps no
-logits at all.
+float32 copies of everything that is wide: attention keeps bfloat16 probabilities, the vocabulary head keeps
+no logits at all.
 """
 
 import math
@@ -21,7 +22,7 @@ GROUP_WASTE = 0.25
 # Group widths are rounded up to this, so that products meet few different shapes.
 GROUP_MULTIPLE = 16
 # Logits that exist at a time in the vocabulary head: a chunk of float32 logits has to stay in the caches.
-CHUNK_LOGITS = 2**21
+CHUNK_LOGITS = 2**22
 
 Rope = tuple[Tensor, Tensor]
 
@@ -31,7 +32,9 @@ def rope_tables(n_positions: int, head_dim: int, theta: float, device: torch.dev
 
     Rotary position embedding, half-split (Su et al. 2021, arXiv 2104.09864, section 3.2).
     """
-    inverse_frequency = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    inverse_frequency = 1.0 / theta ** (
+        torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    )
     angles = torch.arange(n_positions, dtype=torch.float32, device=device)[:, None] * inverse_frequency
     return angles.cos(), angles.sin()
 
@@ -41,8 +44,8 @@ def attention(
 ) -> Tensor:
     """softmax(q k^T / sqrt(D)) v within each sequence (Vaswani et al. 2017, section 3.2.1).
 
-    qkv: (T, 3, H, D). rope: tables of at least `max_seqlen` positions, applied to q and k in float32.
-    window: a token at i sees j only where |i - j| <= window; None means the whole sequence. Returns (T, H, D).
+    qkv: (T, 3, H, D). rope: tables of at least `max_seqlen` positions, applied to q and k in float32. window:
+    a token at i sees j only where |i - j| <= window; None means the whole sequence. Returns (T, H, D).
     """
     if rope is not None and len(rope[0]) < max_seqlen:
         raise ValueError(f"rope has {len(rope[0])} positions, the longest sequence {max_seqlen}")
@@ -101,8 +104,8 @@ class _Attention(torch.autograd.Function):
 
 
 def _length_groups(cu_seqlens: Tensor, n_tokens: int) -> list[tuple[Tensor, Tensor]]:
-    """Sequences sorted into groups of similar length: per group the token of each place (B, L) and whether it is
-    padding; padding points at row `n_tokens`. Empty sequences are in no group."""
+    """Sequences sorted into groups of similar length: per group the token of each place (B, L) and whether it
+    is padding; padding points at row `n_tokens`. Empty sequences are in no group."""
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
     order = torch.argsort(lengths, descending=True, stable=True)
     by_length = lengths[order].tolist()
@@ -120,7 +123,8 @@ def _length_groups(cu_seqlens: Tensor, n_tokens: int) -> list[tuple[Tensor, Tens
 
 
 def _rotate(qk: Tensor, rope: Rope | None, scale: float, inverse: bool = False) -> Tensor:
-    """Rotate q and k, (2, B, H, L, D), by their positions in float32 and scale q; `inverse` turns gradients back."""
+    """Rotate q and k, (2, B, H, L, D), by their positions in float32 and scale q; `inverse` turns gradients
+    back."""
     scales = torch.tensor([scale, 1.0], device=qk.device).view(2, 1, 1, 1, 1)
     if rope is None:
         return (qk * scales).to(qk.dtype)
@@ -134,7 +138,8 @@ def _rotate(qk: Tensor, rope: Rope | None, scale: float, inverse: bool = False) 
 
 
 def _padded(rope: Rope, width: int) -> Rope:
-    """The tables with zero rows added where a group's rounded width goes beyond them; only padding stands there."""
+    """The tables with zero rows added where a group's rounded width goes beyond them; only padding stands
+    there."""
     missing = max(0, width - len(rope[0]))
     return tuple(F.pad(table, (0, 0, 0, missing)) for table in rope)
 
@@ -149,13 +154,13 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Sum over rows of the cross-entropy between softmax(hidden weight^T + bias) and a bag of words.
 
-    hidden: (N, d_model), weight: (V, d_model), bias: (V,). Without bags, ids: (N,) is one target a row. With bags,
-    row i has the targets ids[cu_bags[i] : cu_bags[i + 1]] with `bag_weights` that sum to 1 over the row. With
-    z = hidden E^T + b the loss of a row is logsumexp(z) - sum_i w_i z_i, which for a bag of one is the loss of a
-    masked token. Returns a float32 scalar.
+    hidden: (N, d_model), weight: (V, d_model), bias: (V,). Without bags, ids: (N,) is one target a row. With
+    bags, row i has the targets ids[cu_bags[i] : cu_bags[i + 1]] with `bag_weights` that sum to 1 over the
+    row. With z = hidden E^T + b the loss of a row is logsumexp(z) - sum_i w_i z_i, which for a bag of one is
+    the loss of a masked token. Returns a float32 scalar.
 
-    The loss and all three gradients come from one pass over chunks of rows, so that no more than a chunk of logits
-    ever exists; d_weight and d_bias are summed up in float32.
+    The loss and all three gradients come from one pass over chunks of rows, so that no more than a chunk of
+    logits ever exists; d_weight and d_bias are summed up in float32.
     """
     return _LinearCrossEntropy.apply(hidden, weight, bias, ids, bag_weights, cu_bags)
 
@@ -165,7 +170,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, ids, bag_weights, cu_bags) -> Tensor:
         n_rows, vocab_size = len(hidden), len(weight)
         device, exact = hidden.device, torch.promote_types(hidden.dtype, torch.float32)
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden.dtype
+        dtype = (
+            torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden.dtype
+        )
         rows, weight_low, bias_low = hidden.to(dtype), weight.to(dtype), bias.to(dtype)
         if cu_bags is None:
             cu_bags = torch.arange(n_rows + 1, device=device)
@@ -173,7 +180,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             bag_weights = torch.ones(len(ids), device=device)
         bag_weights = bag_weights.to(exact)
         row_of_target = torch.repeat_interleave(torch.arange(n_rows, device=device), cu_bags.diff())
-        bounds = list(range(0, n_rows, max(1, CHUNK_LOGITS // vocab_size))) + [n_rows]
+        bounds = [*range(0, n_rows, max(1, CHUNK_LOGITS // vocab_size)), n_rows]
         target_bounds = cu_bags[bounds].tolist()
 
         loss = torch.zeros((), dtype=exact, device=device)
@@ -209,7 +216,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(residual + x, LayerNorm(residual + x) * weight), both (T, d_model) (Ba et al. 2016, arXiv 1607.06450)."""
+    """(residual + x, LayerNorm(residual + x) * weight), both (T, d_model) (Ba et al. 2016, arXiv
+    1607.06450)."""
     total = residual + x
     return total, F.layer_norm(total, weight.shape, weight, None, eps)
 

@@ -3,9 +3,9 @@
 Axes: T tokens of a batch, S sequences, N masked tokens. A batch is a flat row of T tokens, never a padded
 rectangle; `cu_seqlens` (S + 1,) int32 says where each sequence begins (DESIGN: "unpadded").
 
-The arithmetic is ModernBERT's (Warner et al. 2024, arXiv 2412.13663): embedding norm, pre-norm without biases,
-RoPE, GeGLU, a final norm, a head of dense, GELU and norm, a decoder tied to the embedding. Modules carry the names
-that `transformers` gives them, so that a saved model is read there as it is.
+The arithmetic is ModernBERT's (Warner et al. 2024, arXiv 2412.13663): embedding norm, pre-norm without
+biases, RoPE, GeGLU, a final norm, a head of dense, GELU and norm, a decoder tied to the embedding. Modules
+carry the names that `transformers` gives them, so that a saved model is read there as it is.
 """
 
 import dataclasses
@@ -22,13 +22,21 @@ from kernels import Rope, add_norm, attention, geglu, linear_cross_entropy, rope
 PRESETS = {
     "tiny": {"n_layers": 2, "d_model": 256, "n_heads": 4, "d_ff": 704, "vocab_size": 8192, "max_len": 256},
     "small": {"n_layers": 6, "d_model": 384, "n_heads": 6, "d_ff": 1024, "vocab_size": 16384, "max_len": 256},
-    "base": {"n_layers": 12, "d_model": 768, "n_heads": 12, "d_ff": 2048, "vocab_size": 32768, "max_len": 512},
+    "base": {
+        "n_layers": 12,
+        "d_model": 768,
+        "n_heads": 12,
+        "d_ff": 2048,
+        "vocab_size": 32768,
+        "max_len": 512,
+    },
 }
 
 
 @dataclass(frozen=True)
 class Config:
-    """The shape of a model. `max_len` counts [CLS] and [SEP]. Raises ValueError where the sizes do not fit."""
+    """The shape of a model. `max_len` counts [CLS] and [SEP]. Raises ValueError where the sizes do not
+    fit."""
 
     vocab_size: int
     d_model: int
@@ -118,7 +126,9 @@ class Block(nn.Module):
         self.mlp_norm = Norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rope: Rope, dropout: nn.Module) -> Tensor:
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rope: Rope, dropout: nn.Module
+    ) -> Tensor:
         attended = self.attn(self.attn_norm(x), cu_seqlens, max_seqlen, rope)
         x, normed = self.mlp_norm.after_add(dropout(attended), x)
         return x + dropout(self.mlp(normed))
@@ -159,7 +169,8 @@ class Head(nn.Module):
 
 
 def mean_pool(x: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The mean of each sequence's states, [CLS] and [SEP] included, in float32: (T, d_model) to (S, d_model)."""
+    """The mean of each sequence's states, [CLS] and [SEP] included, in float32: (T, d_model) to (S,
+    d_model)."""
     lengths = cu_seqlens.diff()
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return torch.segment_reduce(x, "sum", lengths=lengths.long(), unsafe=True) / lengths.clamp(min=1)[:, None]

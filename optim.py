@@ -23,9 +23,10 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype, steps: int = 5) -> Tenso
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
 
-    A block of (rows, columns) moves by lr * sqrt(max(1, rows / columns)) times an orthogonal matrix, so that the
-    learning rate is the size of the step in spectral norm, whatever the width. Blocks of equal shape are
-    orthogonalised together. `dtype` is that of the products: bfloat16 where the hardware multiplies it natively.
+    A block of (rows, columns) moves by lr * sqrt(max(1, rows / columns)) times an orthogonal matrix, so that
+    the learning rate is the size of the step in spectral norm, whatever the width. Blocks of equal shape are
+    orthogonalised together. `dtype` is that of the products: bfloat16 where the hardware multiplies it
+    natively.
     """
 
     def __init__(self, groups: list[dict], lr: float, dtype: torch.dtype, momentum: float = 0.95):
@@ -58,8 +59,8 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(
     model: nn.Module, lr_muon: float, lr_adamw: float, weight_decay: float, dtype: torch.dtype
 ) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks and the head; AdamW for embedding, norms and biases, where a row or a
-    number has a meaning of its own that orthogonalising would mix. Only the embedding decays."""
+    """Muon for the matrices of the blocks and the head; AdamW for embedding, norms and biases, where a row or
+    a number has a meaning of its own that orthogonalising would mix. Only the embedding decays."""
     matrices: dict[int, list[nn.Parameter]] = {}
     embeddings, vectors = [], []
     for name, parameter in model.named_parameters():
@@ -74,9 +75,11 @@ def make_optimizers(
     return [muon, torch.optim.AdamW(groups, lr=lr_adamw, betas=(0.9, 0.98), eps=1e-8, fused=True)]
 
 
-def set_learning_rates(optimizers: list[torch.optim.Optimizer], step: int, n_steps: int, warmup: float) -> float:
-    """Linear warm-up over the first share of the steps, then linearly to zero (the linear end beats the cosine:
-    Bergsma et al. 2025, arXiv 2502.15938). Returns the factor on each group's peak rate."""
+def set_learning_rates(
+    optimizers: list[torch.optim.Optimizer], step: int, n_steps: int, warmup: float
+) -> float:
+    """Linear warm-up over the first share of the steps, then linearly to zero (the linear end beats the
+    cosine: Bergsma et al. 2025, arXiv 2502.15938). Returns the factor on each group's peak rate."""
     n_warmup = max(1, round(warmup * n_steps))
     factor = min((step + 1) / n_warmup, (n_steps - step) / max(1, n_steps - n_warmup), 1.0)
     for optimizer in optimizers:

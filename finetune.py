@@ -1,0 +1,434 @@
+"""Fine-tune, and compare: python finetune.py. Four rows side by side, each with every choice made inside the
+labels.
+
+    bag_of_words   TF-IDF and logistic regression, fitted on the labels alone
+    lsa            the same on a truncated SVD of the unlabelled text that pretraining saw
+    scratch        the same network from random weights
+    pretrained     the network from the folder --model
+
+Up to 1,000 labels choices are made by stratified cross-validation, above on a hold-out of a tenth; then the
+row is fitted on all labels, and the test set is read once. Flags, then helpers in the order of their use,
+then `main`.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import stats
+from sklearn import metrics as scores
+from sklearn.decomposition import TruncatedSVD
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.preprocessing import normalize
+from tokenizers import Tokenizer
+from torch import nn
+from tqdm import tqdm
+
+import checkpoint
+from checkpoint import number
+from data import CACHE, Corpus
+from labels import Labelled, batches, draw, encode, folds, load
+from model import Classifier
+from text import UserError
+
+ROWS = ("bag_of_words", "lsa", "scratch", "pretrained")
+# Grids of equal size, so that no row gains by searching more.
+BAG_C = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+LSA_WIDTHS, LSA_C = (100, 256, 512), (1.0, 10.0)
+HEAD_C = (1e-3, 1e-2)
+PRETRAINED_RATES = (1e-4, 3e-4)
+SCRATCH_RATES = (3e-4, 1e-3, 3e-3)
+STOPS = (0.5, 1.0)  # shares of the epochs after which a network is looked at
+CROSS_VALIDATED = 1000  # up to so many labels choices are made by cross-validation, above on a hold-out
+N_FOLDS, HOLD_OUT = 4, 0.1
+CHOOSING = 4000  # examples that networks are trained on while choices are made; the final fit takes all
+LSA_WINDOWS = 50_000
+FEATURE_BATCH = 64
+
+CORRELATIONS = (stats.pearsonr, stats.spearmanr)
+
+Fit = dict[Any, np.ndarray]  # choice: predictions
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    flags = checkpoint.Flags("Fine-tune a pretrained model, and compare it with three rivals.")
+    add, positive, rate = flags.add_argument, number(int, 1), number(float, 0)
+    add("--model", type=Path, default=Path("runs/pretrain"), help="folder that train.py left")
+    add("--data", choices=("mr", "imdb"), default="mr", help="sentences of MR or reviews of IMDb, built in")
+    add("--train", type=Path, metavar="FILE", help="your own labels: .csv, .tsv, .jsonl, or .gz of one")
+    add("--test", type=Path, metavar="FILE", help="without it, the last fifth of each class of --train")
+    add("--text-column", help="guessed where it is not given")
+    add("--pair-column", help="column of a second text, for pairs")
+    add("--label-column", help="guessed where it is not given")
+    add("--task", choices=("classify", "regress"), help="guessed where not given: few integers are classes")
+    add("--labels", type=positive, help="label budget: so many training examples are drawn; by default all")
+    add("--rows", default=",".join(ROWS), help="which of the four to run")
+    add("--epochs", type=positive, help="passes over the labels; by default 8, and fewer over many labels")
+    add("--batch-size", type=positive, default=32, help="examples of a step")
+    add("--accumulate", type=positive, default=1, help="pieces a step is computed in, where memory is short")
+    add("--max-len", type=number(int, 8), help="tokens of an example; by default the model's")
+    add("--dropout", type=number(float, 0, 0.9), default=0.1, help="on hidden states: BERT's")
+    add("--weight-decay", type=rate, default=0.01, help="of matrices: BERT's")
+    add("--warmup", type=number(float, 0, 0.9), default=0.1, help="share of steps in which the rate rises")
+    add("--clip", type=rate, default=1.0, help="the gradient's greatest length")
+    add("--seed", type=number(int, 0), default=0, help="of the draw, the random weights and the order")
+    add("--device", help="cuda, cuda:1, mps or cpu; by default the fastest that is there")
+    products = "of matrix products; auto is bfloat16 where the hardware multiplies it natively"
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help=products)
+    add("--out", type=Path, default=Path("runs/finetune"), help="folder of the run")
+    args = flags.parse_args(argv)
+    args.rows = args.rows.split(",")
+    for row in args.rows:
+        if row not in ROWS:
+            flags.error(f"--rows {row}: choose from {','.join(ROWS)}")
+    if args.train is None and any(
+        (args.test, args.text_column, args.pair_column, args.label_column, args.task)
+    ):
+        flags.error("--test, the columns and --task belong to --train FILE")
+    return args
+
+
+# ---------------------------------------------------------------------------------- rows without a network
+
+
+def linear(features: Any, targets: np.ndarray, is_classes: bool, c: float) -> LogisticRegression | Ridge:
+    """Logistic regression, or for numbers ridge regression, of inverse strength c."""
+    estimator = LogisticRegression(C=c, max_iter=2000) if is_classes else Ridge(alpha=1 / c)
+    return estimator.fit(features, targets)
+
+
+def joined(examples: Labelled) -> list[str]:
+    pairs = examples.pairs or [""] * len(examples)
+    return [f"{a} {b}" if b else a for a, b in zip(examples.texts, pairs, strict=True)]
+
+
+def bag_of_words(train: Labelled, evaluate: Labelled) -> Fit:
+    tfidf = TfidfVectorizer(sublinear_tf=True)
+    features, is_classes = tfidf.fit_transform(joined(train)), train.names is not None
+    unseen = tfidf.transform(joined(evaluate))
+    return {(c,): linear(features, train.targets, is_classes, c).predict(unseen) for c in BAG_C}
+
+
+def unlabelled_texts(model_folder: Path, train: Labelled, seed: int) -> tuple[list[str], str]:
+    """What pretraining saw: windows of the token cache that the run's folder names, or, without one, the
+    labelled texts; and a name for it."""
+    with_name = model_folder / "metrics.json"
+    name = json.loads(with_name.read_text()).get("tokens_folder") if with_name.is_file() else None
+    if name is None or not (CACHE / name).is_dir():
+        return joined(train), "the training texts"
+    corpus = Corpus(CACHE / name, max_len=256, row_tokens=1, seed=seed)
+    chosen = np.random.default_rng([seed, 4]).permutation(len(corpus.train.start))[:LSA_WINDOWS]
+    spans = [(corpus.train.start[i], corpus.train.start[i] + corpus.train.length[i]) for i in np.sort(chosen)]
+    texts = corpus.tokenizer.decode_batch([corpus.tokens[first:last].tolist() for first, last in spans])
+    return texts, "the unlabelled text of pretraining"
+
+
+def latent_semantics(texts: list[str], *examples: Labelled) -> list[np.ndarray]:
+    """Document vectors of each set of examples, in the widest width: TF-IDF and SVD fitted on `texts`."""
+    tfidf = TfidfVectorizer(sublinear_tf=True, min_df=2 if len(texts) > 1000 else 1)
+    counts = tfidf.fit_transform(texts)
+    width = min(max(LSA_WIDTHS), min(counts.shape) - 1)
+    svd = TruncatedSVD(width, random_state=0).fit(counts)
+    return [svd.transform(tfidf.transform(joined(part))) for part in examples]
+
+
+def lsa(vectors: np.ndarray, targets: np.ndarray, unseen: np.ndarray, is_classes: bool) -> Fit:
+    fit = {}
+    for width in LSA_WIDTHS:
+        features, tested = normalize(vectors[:, :width]), normalize(unseen[:, :width])
+        fit |= {(width, c): linear(features, targets, is_classes, c).predict(tested) for c in LSA_C}
+    return fit
+
+
+# --------------------------------------------------------------------------------------------- the network
+
+
+def linear_head(
+    features: np.ndarray, targets: np.ndarray, n_labels: int, is_classes: bool, c: float
+) -> tuple:
+    """(weight (n_labels, d_model), bias) of a linear fit on standardized features, folded back to raw
+    ones."""
+    mean, deviation = features.mean(0), features.std(0) + 1e-6
+    fitted = linear((features - mean) / deviation, targets, is_classes, c)
+    weight, bias = (
+        np.zeros((n_labels, features.shape[1])),
+        np.full(n_labels, -10.0),
+    )  # of a class that no fold has
+    if not is_classes:
+        weight[0], bias[0] = fitted.coef_, fitted.intercept_
+    elif len(fitted.classes_) == 2:  # one row that tells them apart, as two that differ by it
+        halves = np.array([[-0.5], [0.5]])
+        weight[fitted.classes_], bias[fitted.classes_] = (
+            halves * fitted.coef_,
+            halves[:, 0] * fitted.intercept_,
+        )
+    else:
+        weight[fitted.classes_], bias[fitted.classes_] = fitted.coef_, fitted.intercept_
+    weight = weight / deviation
+    return torch.from_numpy(weight).float(), torch.from_numpy(bias - weight @ mean).float()
+
+
+@torch.no_grad()
+def outputs(
+    model: Classifier, rows: list[np.ndarray], which: np.ndarray, autocast, part: Callable
+) -> np.ndarray:
+    """part(ids, cu_seqlens, longest) of the chosen rows, (len(which), ...), float32, in their order."""
+    model.eval()
+    by_length = which[np.argsort([len(rows[i]) for i in which], kind="stable")]
+    device, found = next(model.parameters()).device, {}
+    for members, ids, cu_seqlens, longest in batches(rows, by_length, FEATURE_BATCH):
+        with autocast:
+            computed = part(ids.to(device), cu_seqlens.to(device), longest).float().cpu().numpy()
+        found.update(zip(members.tolist(), computed, strict=True))
+    return np.array([found[i] for i in which.tolist()])
+
+
+def fit_network(
+    model: Classifier,
+    rows: list[np.ndarray],
+    targets: np.ndarray,
+    which: np.ndarray,
+    rate: float,
+    args: argparse.Namespace,
+    autocast,
+    at_stop: Callable[[float], bool],
+) -> None:
+    """The training loop: cross-entropy (or squared error) on the examples `which`, AdamW, linear warm-up and
+    decay.
+
+    `at_stop` is called with each share in STOPS once that share of the steps is done; if it says so, training
+    ends there.
+    """
+    device = next(model.parameters()).device
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    groups = [{"params": decayed, "weight_decay": args.weight_decay},
+              {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0}]  # fmt: skip
+    optimizer = torch.optim.AdamW(groups, lr=rate, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=autocast.fast_dtype == torch.float16)
+    rng = np.random.default_rng([args.seed, 5])
+    order = np.concatenate([rng.permutation(which) for _ in range(args.epochs)])
+    n_steps = -(-len(order) // args.batch_size)
+    stops = {max(1, round(share * n_steps)): share for share in STOPS}
+    bar = tqdm(total=n_steps, desc=f"rate {rate:g}", disable=None, leave=False, unit="step")
+    for step in range(n_steps):
+        model.train()
+        examples = order[step * args.batch_size : (step + 1) * args.batch_size]
+        factor = min(
+            (step + 1) / max(1, args.warmup * n_steps), (n_steps - step) / ((1 - args.warmup) * n_steps), 1.0
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = rate * factor
+        for members, ids, cu_seqlens, longest in batches(
+            rows, examples, -(-len(examples) // args.accumulate)
+        ):
+            wanted = torch.from_numpy(targets[members]).to(device)
+            with autocast:
+                logits = model(ids.to(device), cu_seqlens.to(device), longest).float()
+            loss = F.cross_entropy(logits, wanted, reduction="sum") if logits.shape[1] > 1 else (
+                F.mse_loss(logits[:, 0], wanted, reduction="sum"))  # fmt: skip
+            scaler.scale(loss / len(examples)).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        bar.update()
+        if step + 1 in stops and at_stop(stops[step + 1]):
+            break
+    bar.close()
+
+
+# ----------------------------------------------------------------------------- choices and results
+
+
+def measure(targets: np.ndarray, predictions: np.ndarray, is_classes: bool) -> dict[str, float]:
+    """Accuracy and macro-F1, or for numbers RMSE, Pearson's and Spearman's correlation."""
+    if is_classes:
+        f1 = scores.f1_score(targets, predictions, average="macro")
+        return {"accuracy": float(np.mean(targets == predictions)), "macro_f1": float(f1)}
+    rmse, varies = float(np.sqrt(np.mean((targets - predictions) ** 2))), np.ptp(predictions) > 0
+    pearson, spearman = (float(f(targets, predictions).statistic) if varies else 0.0 for f in CORRELATIONS)
+    return {"rmse": rmse, "pearson": pearson, "spearman": spearman}
+
+
+def best_choice(fits: list[tuple[np.ndarray, Fit]], is_classes: bool) -> tuple[Any, float]:
+    """The choice with the best mean over the folds, (targets, {choice: predictions}): accuracy, or -RMSE."""
+
+    def mean_score(choice: Any) -> float:
+        measured = [measure(targets, fit[choice], is_classes) for targets, fit in fits]
+        return float(np.mean([m["accuracy"] if is_classes else -m["rmse"] for m in measured]))
+
+    means = {choice: mean_score(choice) for choice in fits[0][1]}
+    best = max(means, key=means.get)
+    return best, means[best]
+
+
+def show_confusion(confusion: np.ndarray, names: list[str], path: Path) -> None:
+    """Print the matrix, and draw it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    body = [[name, *map(str, row)] for name, row in zip(names, confusion, strict=True)]
+    cells = [[cell[:20] for cell in row] for row in [["true, predicted", *names], *body]]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        print("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))
+    size = max(4.0, 0.5 * len(names) + 2)
+    figure, axes = pyplot.subplots(figsize=(size, size), layout="constrained")
+    shown = scores.ConfusionMatrixDisplay(confusion, display_labels=names)
+    shown.plot(ax=axes, xticks_rotation="vertical", colorbar=False, include_values=len(names) <= 20)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Run the rows, and return what OUT/metrics.json says."""
+    args = parse(argv)
+    device, dtype = checkpoint.choose_hardware(args.device, args.dtype)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    config, weights, tokenizer, _ = checkpoint.load_model(args.model)
+    columns = (args.text_column, args.pair_column, args.label_column)
+    train, test = load(args.data, args.train, args.test, columns, args.task)
+    train = draw(train, args.labels, args.seed)
+    flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    checkpoint.open_run(args.out, flags)
+
+    is_classes, n_labels, n_train = train.names is not None, len(train.names or ["value"]), len(train)
+    config = replace(config, max_len=args.max_len or config.max_len)
+    (train_rows, n_cut), (test_rows, n_cut_test) = (
+        encode(x, tokenizer, config.max_len) for x in (train, test)
+    )
+    rows, all_train, all_test = train_rows + test_rows, np.arange(n_train), n_train + np.arange(len(test))
+    n_folds = N_FOLDS if n_train <= CROSS_VALIDATED else 1
+    splits = folds(train, n_folds, HOLD_OUT)
+    args.epochs = args.epochs or max(2, min(8, round(24_000 / n_train)))
+    how = f"{n_folds}-fold cross-validation" if n_folds > 1 else "a hold-out of a tenth"
+    print(f"{n_train:,} labels, {len(test):,} examples to test on; choices by {how}; {args.epochs} epochs")
+    print(
+        f"{n_cut + n_cut_test:,} texts cut to head and tail of together {config.max_len} tokens", flush=True
+    )
+
+    # networks learn numbers in units of their deviation; `decide`, and the saved classifier, turn them back
+    center, spread = (0, 1) if is_classes else (train.targets.mean(), train.targets.std() + 1e-6)
+    targets = train.targets if is_classes else ((train.targets - center) / spread).astype(np.float32)
+
+    def decide(logits: np.ndarray) -> np.ndarray:
+        return logits.argmax(1) if is_classes else logits[:, 0] * spread + center
+
+    def new_model(start: str) -> Classifier:
+        torch.manual_seed(args.seed)
+        model = Classifier(config, n_labels).to(device)
+        if start == "pretrained":
+            checkpoint.load_weights(model, weights, args.model, fresh=("classifier",))
+        return model
+
+    frozen = new_model("pretrained")
+    features = outputs(frozen, rows, np.arange(len(rows)), autocast, frozen.features)
+
+    def network(
+        start: str, which: np.ndarray, unseen: np.ndarray, only: Any = None
+    ) -> tuple[Fit, Classifier]:
+        """Predictions for `unseen` of the whole grid, or of one choice of it; and the model fitted last."""
+        fit: Fit = {}
+        model = frozen
+        rates = SCRATCH_RATES
+        if start == "pretrained":
+            rates = PRETRAINED_RATES
+            for c in HEAD_C if only is None or only[0] != "frozen" else only[1:]:
+                head = linear_head(features[which], targets[which], n_labels, is_classes, c)
+                frozen.classifier.weight.data, frozen.classifier.bias.data = (x.to(device) for x in head)
+                fit["frozen", c] = decide(features[unseen] @ head[0].numpy().T + head[1].numpy())
+        for rate in rates if only is None else [r for r in rates if r == only[0]]:
+            model = new_model(start)
+            model.dropout.p = args.dropout
+            if start == "pretrained":
+                model.classifier.load_state_dict(frozen.classifier.state_dict())
+
+            def at_stop(stop: float, rate: float = rate, model: Classifier = model) -> bool:
+                fit[rate, stop] = decide(outputs(model, rows, unseen, autocast, model))
+                return only == (rate, stop)
+
+            fit_network(model, rows, targets, which, rate, args, autocast, at_stop)
+        return fit, model
+
+    results, choices, predicted = {}, {}, {}
+    for name in args.rows:
+        begun, note = time.time(), ""
+        if name == "bag_of_words":
+            grid = [bag_of_words(train[a], train[b]) for a, b in splits]
+            choice, validation = best_choice(truth(train, splits, grid), is_classes)
+            predicted[name] = bag_of_words(train, test)[choice]
+        elif name == "lsa":
+            texts, note = unlabelled_texts(args.model, train, args.seed)
+            vectors, test_vectors = latent_semantics(texts, train, test)
+            grid = [lsa(vectors[a], train.targets[a], vectors[b], is_classes) for a, b in splits]
+            choice, validation = best_choice(truth(train, splits, grid), is_classes)
+            predicted[name] = lsa(vectors, train.targets, test_vectors, is_classes)[choice]
+        else:
+            rng = np.random.default_rng([args.seed, 6])
+            grid = [network(name, np.sort(rng.permutation(a)[:CHOOSING]), b)[0] for a, b in splits]
+            choice, validation = best_choice(truth(train, splits, grid), is_classes)
+            fit, model = network(name, all_train, all_test, only=choice)
+            predicted[name] = fit[choice]
+            if name == "pretrained":
+                save_classifier(args.out, model, tokenizer, train.names, center, spread)
+        results[name] = measure(test.targets, predicted[name], is_classes)
+        shown = "  ".join(f"{key} {value:.3f}" for key, value in results[name].items())
+        results[name]["seconds"] = time.time() - begun
+        choices[name] = {"choice": choice, "validation": validation, "fitted_on": note}
+        note = f"chose {', '.join(map(str, choice))}" + (f"; vectors of {note}" if note else "")
+        print(f"{name:<13} {shown}  {results[name]['seconds']:4.0f} s  {note}", flush=True)
+
+    constant = np.full(len(test), np.bincount(train.targets).argmax() if is_classes else center)
+    majority = measure(test.targets, constant, is_classes)["accuracy" if is_classes else "rmse"]
+    print(f"{'majority' if is_classes else 'mean':<13} {'accuracy' if is_classes else 'rmse'} {majority:.3f}")
+    metrics: dict[str, Any] = {
+        "test": results,
+        "majority": majority,
+        "choices": choices,
+        "names": train.names,
+    }
+    metrics |= {"n_train": n_train, "n_test": len(test), "n_cut": n_cut + n_cut_test, "dtype": str(dtype)}
+    if is_classes and "pretrained" in predicted:
+        confusion = scores.confusion_matrix(test.targets, predicted["pretrained"], labels=range(n_labels))
+        show_confusion(confusion, train.names, args.out / "confusion.png")
+        metrics["confusion"] = confusion.tolist()
+    checkpoint.write(args.out / "metrics.json", checkpoint.to_json(metrics))
+    return metrics
+
+
+def truth(train: Labelled, splits: list, grid: list[Fit]) -> list[tuple[np.ndarray, Fit]]:
+    return [(train.targets[held_out], fit) for (_, held_out), fit in zip(splits, grid, strict=True)]
+
+
+def save_classifier(
+    out: Path, model: Classifier, tokenizer: Tokenizer, names: list[str] | None, center: float, spread: float
+) -> None:
+    """The folder that AutoModelForSequenceClassification reads, numbers in their own unit."""
+    if names is None:
+        model.classifier.weight.data *= spread
+        model.classifier.bias.data = model.classifier.bias.data * spread + center
+    extra: dict[str, Any] = {"architectures": ["ModernBertForSequenceClassification"]}
+    extra["problem_type"] = "regression" if names is None else "single_label_classification"
+    extra["id2label"] = dict(enumerate(names or ["value"]))
+    extra["label2id"] = {name: i for i, name in extra["id2label"].items()}
+    checkpoint.save_model(out, model, tokenizer, extra)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"finetune.py: {error}", file=sys.stderr)
+        sys.exit(2)

