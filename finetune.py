@@ -44,12 +44,11 @@ ROWS = ("bag_of_words", "lsa", "scratch", "pretrained")
 # Grids of equal size, so that no row gains by searching more.
 BAG_C = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 LSA_WIDTHS, LSA_C = (100, 256, 512), (1.0, 10.0)
-HEAD_C = (1e-3, 1e-2)
-PRETRAINED_RATES = (1e-4, 3e-4)
-SCRATCH_RATES = (3e-4, 1e-3, 3e-3)
-STOPS = (0.5, 1.0)  # shares of the epochs after which a network is looked at
+HEAD_C, PRETRAINED_RATES = (1e-3, 1e-2, 1e-1), (2e-4,)
+SCRATCH_RATES = (3e-4, 1e-3)
+STOPS = (1 / 3, 2 / 3, 1.0)  # shares of the epochs after which a network is looked at
 CROSS_VALIDATED = 1000  # up to so many labels choices are made by cross-validation, above on a hold-out
-N_FOLDS, HOLD_OUT = 4, 0.1
+N_FOLDS, HOLD_OUT = 3, 0.1
 CHOOSING = 4000  # examples that networks are trained on while choices are made; the final fit takes all
 LSA_WINDOWS = 50_000
 FEATURE_BATCH = 64
@@ -72,10 +71,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--task", choices=("classify", "regress"), help="guessed where not given: few integers are classes")
     add("--labels", type=positive, help="label budget: so many training examples are drawn; by default all")
     add("--rows", default=",".join(ROWS), help="which of the four to run")
-    add("--epochs", type=positive, help="passes over the labels; by default 8, and fewer over many labels")
+    add("--epochs", type=positive, help="passes over the labels; by default 20 over few to 2 over many")
     add("--batch-size", type=positive, default=32, help="examples of a step")
     add("--accumulate", type=positive, default=1, help="pieces a step is computed in, where memory is short")
-    add("--max-len", type=number(int, 8), help="tokens of an example; by default the model's")
+    add(
+        "--max-len",
+        type=number(int, 8),
+        default=512,
+        help="tokens of an example: RoPE goes beyond pretraining's",
+    )
     add("--dropout", type=number(float, 0, 0.9), default=0.1, help="on hidden states: BERT's")
     add("--weight-decay", type=rate, default=0.01, help="of matrices: BERT's")
     add("--warmup", type=number(float, 0, 0.9), default=0.1, help="share of steps in which the rate rises")
@@ -155,14 +159,9 @@ def lsa(vectors: np.ndarray, targets: np.ndarray, unseen: np.ndarray, is_classes
 def linear_head(
     features: np.ndarray, targets: np.ndarray, n_labels: int, is_classes: bool, c: float
 ) -> tuple:
-    """(weight (n_labels, d_model), bias) of a linear fit on standardized features, folded back to raw
-    ones."""
-    mean, deviation = features.mean(0), features.std(0) + 1e-6
-    fitted = linear((features - mean) / deviation, targets, is_classes, c)
-    weight, bias = (
-        np.zeros((n_labels, features.shape[1])),
-        np.full(n_labels, -10.0),
-    )  # of a class that no fold has
+    """(weight (n_labels, d_model), bias (n_labels,)) of a linear fit on head(mean)."""
+    fitted = linear(features, targets, is_classes, c)
+    weight, bias = np.zeros((n_labels, features.shape[1])), np.full(n_labels, -10.0)  # a class no fold has
     if not is_classes:
         weight[0], bias[0] = fitted.coef_, fitted.intercept_
     elif len(fitted.classes_) == 2:  # one row that tells them apart, as two that differ by it
@@ -173,8 +172,7 @@ def linear_head(
         )
     else:
         weight[fitted.classes_], bias[fitted.classes_] = fitted.coef_, fitted.intercept_
-    weight = weight / deviation
-    return torch.from_numpy(weight).float(), torch.from_numpy(bias - weight @ mean).float()
+    return torch.from_numpy(weight).float(), torch.from_numpy(bias).float()
 
 
 @torch.no_grad()
@@ -187,8 +185,8 @@ def outputs(
     device, found = next(model.parameters()).device, {}
     for members, ids, cu_seqlens, longest in batches(rows, by_length, FEATURE_BATCH):
         with autocast:
-            computed = part(ids.to(device), cu_seqlens.to(device), longest).float().cpu().numpy()
-        found.update(zip(members.tolist(), computed, strict=True))
+            computed = part(ids.to(device), cu_seqlens.to(device), longest)[: len(members)]
+        found.update(zip(members.tolist(), computed.float().cpu().numpy(), strict=True))
     return np.array([found[i] for i in which.tolist()])
 
 
@@ -232,7 +230,7 @@ def fit_network(
         ):
             wanted = torch.from_numpy(targets[members]).to(device)
             with autocast:
-                logits = model(ids.to(device), cu_seqlens.to(device), longest).float()
+                logits = model(ids.to(device), cu_seqlens.to(device), longest).float()[: len(members)]
             loss = F.cross_entropy(logits, wanted, reduction="sum") if logits.shape[1] > 1 else (
                 F.mse_loss(logits[:, 0], wanted, reduction="sum"))  # fmt: skip
             scaler.scale(loss / len(examples)).backward()
@@ -305,14 +303,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     checkpoint.open_run(args.out, flags)
 
     is_classes, n_labels, n_train = train.names is not None, len(train.names or ["value"]), len(train)
-    config = replace(config, max_len=args.max_len or config.max_len)
+    config = replace(config, max_len=args.max_len)
     (train_rows, n_cut), (test_rows, n_cut_test) = (
         encode(x, tokenizer, config.max_len) for x in (train, test)
     )
     rows, all_train, all_test = train_rows + test_rows, np.arange(n_train), n_train + np.arange(len(test))
     n_folds = N_FOLDS if n_train <= CROSS_VALIDATED else 1
     splits = folds(train, n_folds, HOLD_OUT)
-    args.epochs = args.epochs or max(2, min(8, round(24_000 / n_train)))
+    args.epochs = args.epochs or max(2, min(20, round(220 / n_train**0.5)))
     how = f"{n_folds}-fold cross-validation" if n_folds > 1 else "a hold-out of a tenth"
     print(f"{n_train:,} labels, {len(test):,} examples to test on; choices by {how}; {args.epochs} epochs")
     print(

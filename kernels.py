@@ -49,18 +49,18 @@ def attention(
     """
     if rope is not None and len(rope[0]) < max_seqlen:
         raise ValueError(f"rope has {len(rope[0])} positions, the longest sequence {max_seqlen}")
-    return _Attention.apply(qkv, cu_seqlens, rope, window)
+    return _Attention.apply(qkv, cu_seqlens, max_seqlen, rope, window)
 
 
 class _Attention(torch.autograd.Function):
     """Sequences of similar length are padded to one width and multiplied together; nothing else is padded."""
 
     @staticmethod
-    def forward(ctx, qkv: Tensor, cu_seqlens: Tensor, rope: Rope | None, window: int | None) -> Tensor:
+    def forward(ctx, qkv, cu_seqlens, max_seqlen, rope, window) -> Tensor:
         n_tokens, _, n_heads, head_dim = qkv.shape
         out = qkv.new_empty(n_tokens + 1, n_heads, head_dim)  # the extra row takes what the padding computes
         ctx.rope, ctx.shape, ctx.groups, saved = rope, qkv.shape, [], []
-        for index, is_pad in _length_groups(cu_seqlens, n_tokens):
+        for index, is_pad in _length_groups(cu_seqlens, n_tokens, max_seqlen):
             size, width = index.shape
             padded = qkv.index_select(0, index.where(~is_pad, 0).view(-1))
             padded = padded.view(size, width, 3, n_heads, head_dim).permute(2, 0, 3, 1, 4)  # (3, B, H, L, D)
@@ -82,7 +82,7 @@ class _Attention(torch.autograd.Function):
         return out[:n_tokens]
 
     @staticmethod
-    def backward(ctx, d_out: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx, d_out: Tensor) -> tuple[Tensor, None, None, None, None]:
         n_tokens, _, n_heads, head_dim = ctx.shape
         d_qkv = d_out.new_empty(n_tokens + 1, 3, n_heads, head_dim)
         for i, (index, is_pad) in enumerate(ctx.groups):
@@ -100,10 +100,10 @@ class _Attention(torch.autograd.Function):
             d_padded[:2] = _rotate(d_padded[:2], ctx.rope, head_dim**-0.5, inverse=True)
             d_padded = d_padded.permute(1, 3, 0, 2, 4).reshape(-1, 3, n_heads, head_dim)
             d_qkv.index_copy_(0, index.view(-1), d_padded)
-        return d_qkv[:n_tokens], None, None, None
+        return d_qkv[:n_tokens], None, None, None, None
 
 
-def _length_groups(cu_seqlens: Tensor, n_tokens: int) -> list[tuple[Tensor, Tensor]]:
+def _length_groups(cu_seqlens: Tensor, n_tokens: int, max_seqlen: int) -> list[tuple[Tensor, Tensor]]:
     """Sequences sorted into groups of similar length: per group the token of each place (B, L) and whether it
     is padding; padding points at row `n_tokens`. Empty sequences are in no group."""
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
@@ -112,9 +112,11 @@ def _length_groups(cu_seqlens: Tensor, n_tokens: int) -> list[tuple[Tensor, Tens
     first, groups = 0, []
     while first < len(by_length) and by_length[first]:
         last = first
-        while last < len(by_length) and by_length[last] > by_length[first] * (1 - GROUP_WASTE):
+        while (
+            last < len(by_length) and by_length[last] > by_length[first] * (1 - GROUP_WASTE) - GROUP_MULTIPLE
+        ):
             last += 1
-        width = -(-by_length[first] // GROUP_MULTIPLE) * GROUP_MULTIPLE
+        width = min(max_seqlen, -(-by_length[first] // GROUP_MULTIPLE) * GROUP_MULTIPLE)
         members, position = order[first:last], torch.arange(width, device=cu_seqlens.device)
         is_pad = position >= lengths[members, None]
         groups.append(((starts[members, None] + position).masked_fill(is_pad, n_tokens), is_pad))
@@ -128,20 +130,13 @@ def _rotate(qk: Tensor, rope: Rope | None, scale: float, inverse: bool = False) 
     scales = torch.tensor([scale, 1.0], device=qk.device).view(2, 1, 1, 1, 1)
     if rope is None:
         return (qk * scales).to(qk.dtype)
-    cos, sin = (table[: qk.shape[-2]] * scales for table in _padded(rope, qk.shape[-2]))
+    cos, sin = (table[: qk.shape[-2]] * scales for table in rope)  # (2, 1, 1, L, D / 2)
     half = qk.shape[-1] // 2
     first, second = (qk32 := qk.to(cos.dtype))[..., :half], qk32[..., half:]
     turned = qk32 * torch.cat((cos, cos), dim=-1)
     turned[..., :half].addcmul_(second, sin, value=1 if inverse else -1)
     turned[..., half:].addcmul_(first, sin, value=-1 if inverse else 1)
     return turned.to(qk.dtype)
-
-
-def _padded(rope: Rope, width: int) -> Rope:
-    """The tables with zero rows added where a group's rounded width goes beyond them; only padding stands
-    there."""
-    missing = max(0, width - len(rope[0]))
-    return tuple(F.pad(table, (0, 0, 0, missing)) for table in rope)
 
 
 def linear_cross_entropy(

@@ -45,6 +45,7 @@ LABEL_NAMES = ("label", "labels", "class", "category", "target", "sentiment", "s
 # predict.
 MOST_INTEGER_CLASSES = 20
 TEST_SHARE = 0.2
+T_MULTIPLE = 128
 
 
 @dataclass(frozen=True)
@@ -334,10 +335,16 @@ def encode(examples: Labelled, tokenizer: Tokenizer, max_len: int) -> tuple[list
 def batches(
     rows: list[np.ndarray], order: np.ndarray, size: int
 ) -> Iterator[tuple[np.ndarray, Tensor, Tensor, int]]:
-    """(which examples, ids (T,), cu_seqlens (S + 1,), longest) of `size` examples at a time, in the given
-    order."""
+    """(which examples, ids (T,), cu_seqlens, longest) of `size` examples at a time, in the given order.
+
+    T is rounded up with one more sequence, of [PAD] = 0, that no one reads: for every new T the CPU's
+    products are compiled anew, which takes longer than they do.
+    """
     for first in range(0, len(order), size):
         which = order[first : first + size]
-        lengths = [len(rows[i]) for i in which]
+        sequences = [rows[i] for i in which]
+        if filler := -sum(map(len, sequences)) % T_MULTIPLE:
+            sequences.append(np.zeros(filler, dtype=np.int64))
+        lengths = [len(sequence) for sequence in sequences]
         cu_seqlens = torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32))
-        yield which, torch.from_numpy(np.concatenate([rows[i] for i in which])), cu_seqlens, max(lengths)
+        yield which, torch.from_numpy(np.concatenate(sequences)), cu_seqlens, max(lengths)
