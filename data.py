@@ -361,6 +361,7 @@ class Corpus:
             u, s, _ = randomized_svd(matrix, rank, n_iter=4, random_state=0)
             embedding = np.zeros((self.vocab_size, d_model), dtype=np.float32)
             embedding[:, :rank] = u * np.sqrt(s)
+            embedding[words == 0] = 0  # of tokens that never occurred the SVD leaves rounding errors
             with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
                 np.save(file, embedding)
             os.replace(file.name, path)

