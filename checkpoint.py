@@ -6,6 +6,8 @@ Every file is written under another name and renamed into place, so that a reade
 """
 
 import argparse
+import contextlib
+import io
 import json
 import math
 import os
@@ -130,25 +132,38 @@ def save_model(folder: Path, model: nn.Module, tokenizer: Tokenizer, extra: dict
 
 
 def load_model(folder: Path) -> tuple[Config, dict[str, torch.Tensor], Tokenizer, dict[str, Any]]:
-    """(config, weights, tokenizer, the whole of config.json). Raises UserError for what is not such a
-    folder."""
+    """(config, weights, tokenizer, the whole of config.json). Raises UserError where it is no such folder."""
     if not (folder / "config.json").is_file():
-        raise UserError(
-            f"{folder}: no checkpoint: it has no config.json; train.py makes one (--model names another)"
-        )
+        raise UserError(f"{folder}: no checkpoint: it has no config.json; train.py leaves one in its --out")
     try:
         raw = json.loads((folder / "config.json").read_text())
-        config = Config(**{ours: raw[theirs] for ours, theirs in CONFIG_NAMES.items() if theirs in raw})
+        config = read_config(raw)
         weights = safetensors.torch.load_file(folder / "model.safetensors")
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, SafetensorError) as error:
         raise UserError(f"{folder}: no checkpoint of this program: {error}") from None
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # tokenizers raises nothing more special
         raise UserError(f"{folder}/tokenizer.json: {error}") from None
     if tokenizer.get_vocab_size() != config.vocab_size:
         sizes = f"{tokenizer.get_vocab_size()} word pieces, the model {config.vocab_size}"
         raise UserError(f"{folder}: the tokenizer has {sizes}")
     return config, weights, tokenizer, raw
+
+
+def read_config(raw: dict[str, Any]) -> Config:
+    """The Config of a config.json, ours or as transformers 5 writes it, with the kind of each layer and its
+    rotation by name. Raises ValueError or KeyError where it is no ModernBERT's."""
+    ours = {name: raw[theirs] for name, theirs in CONFIG_NAMES.items() if theirs in raw}
+    ropes = raw.get("rope_parameters") or {}
+    for name, kind in (("global_rope_theta", "full_attention"), ("local_rope_theta", "sliding_attention")):
+        if kind in ropes:
+            ours[name] = ropes[kind]["rope_theta"]
+    if layers := raw.get("layer_types"):
+        every = ours["global_attn_every_n_layers"] = (*layers, "full_attention").index("full_attention", 1)
+        if any((kind == "full_attention") != (layer % every == 0) for layer, kind in enumerate(layers)):
+            raise ValueError("layer_types without a period are not supported")
+    return Config(**ours)
 
 
 def load_weights(
@@ -177,6 +192,8 @@ def write(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
 
@@ -198,7 +215,8 @@ def save_step(out: Path, model: nn.Module, tokenizer: Tokenizer, extra: dict, st
     shutil.rmtree(work, ignore_errors=True)
     save_model(work, model, tokenizer, extra)
     try:
-        torch.save(state, work / "training.pt")
+        torch.save(state, buffer := io.BytesIO())
+        (work / "training.pt").write_bytes(buffer.getbuffer())
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(work, folder)
     except OSError as error:

@@ -218,7 +218,7 @@ def fit_network(
     rng = np.random.default_rng([args.seed, 5])
     order = np.concatenate([rng.permutation(which) for _ in range(args.epochs)])
     n_steps = -(-len(order) // args.batch_size)
-    stops = {max(1, round(share * n_steps)): share for share in STOPS}
+    stops = [(max(1, round(share * n_steps)), share) for share in STOPS]
     bar = tqdm(total=n_steps, desc=f"rate {rate:g}", disable=None, leave=False, unit="step")
     for step in range(n_steps):
         model.train()
@@ -240,7 +240,7 @@ def fit_network(
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         bar.update()
-        if step + 1 in stops and at_stop(stops[step + 1]):
+        if any([at_stop(share) for at_step, share in stops if at_step == step + 1]):
             break
     bar.close()
 

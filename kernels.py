@@ -73,7 +73,7 @@ class _Attention(torch.autograd.Function):
                 hidden_keys = hidden_keys | ((position[:, None] - position).abs() > window)
                 # a padded query whose whole window is padding would be a row of -inf, and so of NaN
                 hidden_keys = hidden_keys & ~is_pad[:, None, :, None]
-            probabilities = torch.softmax(scores.masked_fill_(hidden_keys, -math.inf), dim=-1)
+            probabilities = torch.softmax(scores.masked_fill_(hidden_keys, -math.inf), dim=-1).to(v.dtype)
             heads = (probabilities @ v).transpose(1, 2)  # (B, L, H, D)
             out.index_copy_(0, index.view(-1), heads.reshape(-1, n_heads, head_dim))
             ctx.groups.append((index, is_pad))
@@ -127,7 +127,8 @@ def _length_groups(cu_seqlens: Tensor, n_tokens: int, max_seqlen: int) -> list[t
 def _rotate(qk: Tensor, rope: Rope | None, scale: float, inverse: bool = False) -> Tensor:
     """Rotate q and k, (2, B, H, L, D), by their positions in float32 and scale q; `inverse` turns gradients
     back."""
-    scales = torch.tensor([scale, 1.0], device=qk.device).view(2, 1, 1, 1, 1)
+    exact = torch.promote_types(qk.dtype, torch.float32)
+    scales = torch.tensor([scale, 1.0], dtype=exact, device=qk.device).view(2, 1, 1, 1, 1)
     if rope is None:
         return (qk * scales).to(qk.dtype)
     cos, sin = (table[: qk.shape[-2]] * scales for table in rope)  # (2, 1, 1, L, D / 2)
@@ -157,12 +158,12 @@ def linear_cross_entropy(
     The loss and all three gradients come from one pass over chunks of rows, so that no more than a chunk of
     logits ever exists; d_weight and d_bias are summed up in float32.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, bias, ids, bag_weights, cu_bags)
+    return _LinearCrossEntropy.apply(hidden, weight, bias, ids, bag_weights, cu_bags, torch.is_grad_enabled())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, ids, bag_weights, cu_bags) -> Tensor:
+    def forward(ctx, hidden, weight, bias, ids, bag_weights, cu_bags, wants_gradient) -> Tensor:
         n_rows, vocab_size = len(hidden), len(weight)
         device, exact = hidden.device, torch.promote_types(hidden.dtype, torch.float32)
         dtype = (
@@ -179,7 +180,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         target_bounds = cu_bags[bounds].tolist()
 
         loss = torch.zeros((), dtype=exact, device=device)
-        wants_gradient = any(ctx.needs_input_grad)
         if wants_gradient:
             d_hidden = torch.empty(hidden.shape, dtype=exact, device=device)
             d_weight = torch.zeros(weight.shape, dtype=exact, device=device)
@@ -207,7 +207,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_loss: Tensor):
         gradients = [(g * d_loss).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
-        return *gradients, None, None, None
+        return *gradients, None, None, None, None
 
 
 def add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -52,9 +52,10 @@ class Config:
     init_std: float = 0.02
 
     def __post_init__(self):
-        for name, value in dataclasses.asdict(self).items():
-            if value <= 0:
-                raise ValueError(f"{name} must be positive, got {value}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value <= 0 or (field.type is int and not isinstance(value, int)):
+                raise ValueError(f"{field.name} must be a positive {field.type.__name__}, got {value}")
         if self.d_model % self.n_heads or (self.d_model // self.n_heads) % 2:
             raise ValueError(f"d_model {self.d_model} does not part into {self.n_heads} heads of even size")
 

@@ -9,11 +9,11 @@ from pathlib import Path
 USERS_CACHE = os.environ.get("CLOZE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "cloze"
 os.environ["CLOZE_CACHE"] = tempfile.mkdtemp(prefix="cloze-tests-")
 
-import numpy as np
-import pytest
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 
-import text
-import train
+import text  # noqa: E402
+import train  # noqa: E402
 
 WORDS = [
     a + b for a in ("ba", "do", "ki", "lu", "me", "no", "ra", "si") for b in ("l", "m", "n", "r", "st", "t")
@@ -41,7 +41,7 @@ def sentences(n: int, seed: int, topic: int | None = None) -> list[str]:
     return [" ".join(rng.choice(WORDS, size=rng.integers(4, 20), p=weights)) + "." for _ in range(n)]
 
 
-SMALL = "--max-len 32 --micro-batch-tokens 512 --validate-every 10 --log-every 1".split()
+SMALL = ["--max-len", "32", "--micro-batch-tokens", "512", "--validate-every", "10", "--log-every", "1"]
 
 
 @pytest.fixture(scope="session")

