@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import sentences
+from conftest import WORDS, sentences
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -163,6 +163,16 @@ def test_masks_are_exact_in_number_and_kind(prose, rate):
     assert len(places) > 0.7 * ROW
 
 
+def test_every_micro_batch_draws_its_own_masks(tmp_path):
+    """Where all windows are equally long, the places that may be masked are the same in each."""
+    words = np.random.default_rng(0).choice(WORDS, 100 * (MAX_LEN - 2))
+    folder = tokenized(tmp_path / "a.txt", [" ".join(words)])
+    keys = itertools.product((0, 1), (0, 1), (0, 1))
+    batches = [Corpus(folder, MAX_LEN, ROW, seed).batch(step, micro, 2, 0.3) for seed, step, micro in keys]
+    assert all(torch.equal(batch.cu_seqlens, batches[0].cu_seqlens) for batch in batches)
+    assert len({tuple(sorted(batch.masked.tolist())) for batch in batches}) == 8
+
+
 def test_validation_is_fixed_and_never_trained_on(prose):
     corpus = Corpus(prose[0], MAX_LEN, ROW, seed=0)
     marker = corpus.tokenizer.token_to_id("zuzu")
@@ -181,7 +191,7 @@ def test_validation_is_fixed_and_never_trained_on(prose):
 
 
 @pytest.mark.parametrize("reach", [5, 1024])
-def test_bags_are_the_words_of_the_document_weighted_by_rarity(unique, prose, monkeypatch, reach):
+def test_bags_are_the_words_of_the_document(unique, monkeypatch, reach):
     monkeypatch.setattr(data, "BAG_REACH", reach)
     folder, places = unique
     corpus = Corpus(folder, MAX_LEN, ROW, seed=0)
@@ -194,14 +204,21 @@ def test_bags_are_the_words_of_the_document_weighted_by_rarity(unique, prose, mo
             document, first = places[window[1]]
             last = first + len(window) - 2
             assert batch.bag_ids[a:b].tolist() == words[document][max(0, first - reach) : last + reach]
-    corpus = Corpus(prose[0], MAX_LEN, ROW, seed=0)
-    counts = Counter(token for row in token_rows(corpus, prose[1]) for token in row)
+
+
+def test_the_weights_of_a_bag_fall_with_frequency_and_sum_to_1(tmp_path):
+    documents = [*sentences(12, 2), "bal " * 40_000, *sentences(12, 3)]
+    corpus = Corpus(tokenized(tmp_path / "a.txt", documents), MAX_LEN, 8192, seed=0)
+    counts = Counter(token for row in token_rows(corpus, documents) for token in row)
     weight = {token: min(1, (1e-4 * counts.total() / n) ** 0.5) for token, n in counts.items()}
-    batch = corpus.batch(0, 0, 1, 0.3)
-    for a, b in itertools.pairwise(batch.cu_bags.tolist()):
-        expected = np.array([weight[token] for token in batch.bag_ids[a:b].tolist()])
-        assert batch.bag_weights[a:b].sum() == pytest.approx(1, abs=1e-5)
-        assert batch.bag_weights[a:b].numpy() == pytest.approx(expected / expected.sum(), rel=1e-4)
+    assert 1 in weight.values() and min(weight.values()) < 0.02
+    bags = [corpus.batch(step, 0, 1, 0.3) for step in range(5)]
+    for batch in bags:
+        for a, b in itertools.pairwise(batch.cu_bags.tolist()):
+            expected = np.array([weight[token] for token in batch.bag_ids[a:b].tolist()])
+            assert batch.bag_weights[a:b].sum() == pytest.approx(1, abs=1e-5)
+            assert batch.bag_weights[a:b].numpy() == pytest.approx(expected / expected.sum(), rel=1e-4)
+    assert any(1 in {weight[token] for token in batch.bag_ids.tolist()} for batch in bags)
 
 
 # ------------------------------------------------------------------------------------------- co-occurrence
@@ -354,3 +371,5 @@ def test_the_default_corpus_is_its_training_blocks(tmp_path, cache, monkeypatch)
     rows = token_rows(corpus, [text for text, _ in train])
     assert corpus.tokens.tolist() == [token for row in rows for token in row]
     assert sorted(set(corpus.held_out.document.tolist())) == [148, 149, 298, 299]
+    assert set(corpus.train.document.tolist()) == {*range(148), *range(150, 298)}
+    assert corpus.train.length.sum() + corpus.held_out.length.sum() == len(corpus.tokens)

@@ -68,7 +68,11 @@ def test_texts_pairs_and_names_of_classes_are_kept(tmp_path, data, suffix, paire
 
 def test_classes_are_in_numeric_order_and_others_by_name(tmp_path):
     names = ["10", "9", "-1", "2.5", "zwei Wörter", "été", "NaN", "Äpfel", "a, b"]
-    path = write(tmp_path / "a.csv", ["text", "label"], [("t", name) for name in names * 2])
+    path = write(
+        tmp_path / "a.csv",
+        ["text", "label"],
+        [("t", name) for name in names] + [("t", f" {name}  ") for name in names],
+    )
     assert load(None, path, path)[0].names == ["-1", "2.5", "9", "10", *sorted(names[4:])]
 
 

@@ -24,7 +24,8 @@ def characters(without: str):
 
 
 LINE = characters("\n").filter(str.strip)
-FIELDS = st.lists(st.tuples(characters(""), st.integers(0, 99)), min_size=1, max_size=6)
+FIELD = st.text(" a\",'\r\n\t") | characters("")
+FIELDS = st.lists(st.tuples(FIELD, st.integers(0, 99)), min_size=1, max_size=6)
 FLAT_FIELDS = st.lists(st.tuples(characters("\t\n\r"), st.integers(0, 99)), min_size=1, max_size=6)
 ENDS, BOM, GZ = st.sampled_from(["\n", "\r\n"]), st.booleans(), st.booleans()
 
@@ -158,12 +159,12 @@ def test_messages_name_the_line(tmp_path, mistake):
     for n_before in (0, 1, 40):
         before = header + good * n_before
         for gz in (False, True):
-            content = before.encode() + bad + b"\n" + good.encode()
-            path = put(tmp_path, "a" + suffix, content, gz=gz)
-            with pytest.raises(UserError) as caught:
-                list(read_documents(path))
-            assert str(caught.value).startswith(f"{path}:{before.count(chr(10)) + 1}: ")
-            assert words in str(caught.value)
+            for after in (b"", b"\n" + good.encode()):
+                path = put(tmp_path, "a" + suffix, before.encode() + bad + after, gz=gz)
+                with pytest.raises(UserError) as caught:
+                    list(read_documents(path))
+                assert str(caught.value).startswith(f"{path}:{before.count(chr(10)) + 1}: ")
+                assert not after or words in str(caught.value)
 
 
 @pytest.mark.parametrize("content", ["", "text,text\na,b\n", "\ntext\na\n"])
