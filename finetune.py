@@ -50,7 +50,7 @@ SCRATCH_RATES = (3e-4, 1e-3)
 STOPS = (1 / 3, 2 / 3, 1.0)  # shares of the epochs after which a network is looked at
 CROSS_VALIDATED = 1000  # up to so many labels choices are made by cross-validation, above on a hold-out
 N_FOLDS, HOLD_OUT = 3, 0.1
-CHOOSING = 4000  # examples that networks are trained on while choices are made; the final fit takes all
+CHOOSING = 2000  # examples that networks are trained on while choices are made; the final fit takes all
 LSA_WINDOWS = 50_000
 FEATURE_BATCH = 64
 
@@ -72,7 +72,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--task", choices=("classify", "regress"), help="guessed where not given: few integers are classes")
     add("--labels", type=positive, help="label budget: so many training examples are drawn; by default all")
     add("--rows", default=",".join(ROWS), help="which of the four to run")
-    add("--epochs", type=positive, help="passes over the labels; by default 20 over few to 2 over many")
+    add("--epochs", type=positive, help="passes over the labels; by default 16 over few to 2 over many")
     add("--batch-size", type=positive, default=32, help="examples of a step")
     add("--accumulate", type=positive, default=1, help="pieces a step is computed in, where memory is short")
     add(
@@ -310,7 +310,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     rows, all_train, all_test = train_rows + test_rows, np.arange(n_train), n_train + np.arange(len(test))
     n_folds = N_FOLDS if n_train <= CROSS_VALIDATED else 1
     splits = folds(train, n_folds, HOLD_OUT)
-    args.epochs = args.epochs or max(2, min(20, round(220 / n_train**0.5)))
+    args.epochs = args.epochs or max(2, min(16, round(160 / n_train**0.5)))
     how = f"{n_folds}-fold cross-validation" if n_folds > 1 else "a hold-out of a tenth"
     print(f"{n_train:,} labels, {len(test):,} examples to test on; choices by {how}; {args.epochs} epochs")
     print(
