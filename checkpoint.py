@@ -200,12 +200,19 @@ def write(path: Path, content: bytes) -> None:
 # ---------------------------------------------------------------------------------------------------- runs
 
 
-def open_run(out: Path, flags: dict[str, Any]) -> None:
-    """Make the folder of a run and write its flags. Raises UserError where that cannot be done."""
+def make_folder(out: Path) -> None:
+    """Make the folder of a run. Raises UserError where it cannot be written."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        (out / ".try").touch()
+        (out / ".try").unlink()
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written: {error.strerror}") from None
+
+
+def begin_run(out: Path, flags: dict[str, Any]) -> None:
+    """Write the flags, and clear the checkpoints of an earlier run, which this one must not resume from."""
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
     write(out / "flags.json", to_json(flags))
 
 
@@ -234,9 +241,13 @@ def load_run(out: Path, flags: dict[str, Any]) -> tuple[Path, dict[str, Any]] | 
     folders = sorted((out / "checkpoints").glob("step-*"), key=lambda folder: int(folder.name.split("-")[1]))
     if not folders:
         return None
-    before = json.loads((out / "flags.json").read_text())
+    try:
+        before = json.loads((out / "flags.json").read_text())
+        state = torch.load(folders[-1] / "training.pt", map_location="cpu", weights_only=True)
+    except Exception as error:  # json, pickle and zip each raise their own
+        raise UserError(f"{out}: cannot be resumed: {str(error).splitlines()[0]}") from None
     for name in flags.keys() - {"resume", "device", "out"}:
         if flags[name] != before.get(name):
             flag = f"--{name.replace('_', '-')} {flags[name]}"
             raise UserError(f"--resume with {flag}, but the run in {out} has {before.get(name)}")
-    return folders[-1], torch.load(folders[-1] / "training.pt", map_location="cpu", weights_only=True)
+    return folders[-1], state

@@ -47,7 +47,7 @@ COOCCURRENCE_REACH = 8  # tokens to each side
 BAG_REACH = 1024  # tokens to each side of a window that count as its document, so that a book is no bag
 VALIDATION_SHARE = 0.01
 VALIDATION_MASK_RATE = 0.15
-CACHE_FORMAT = "1"  # part of every key: raised when the layout of the cache changes
+CACHE_FORMAT = "2"  # part of every key: raised when the layout of the cache changes
 
 
 # ----------------------------------------------------------------------------------------------- tokenizer
@@ -66,7 +66,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
         special_tokens=list(SPECIAL_TOKENS.values()),
-        limit_alphabet=vocab_size // 2,
+        limit_alphabet=(vocab_size - len(SPECIAL_TOKENS)) // 2,  # each letter comes as `x` and as `##x`
         min_frequency=2,
         show_progress=False,
     )
@@ -156,6 +156,8 @@ def _tokenize(folder: Path, blocks: list, vocab_size: int, sample: float) -> Non
                 math.ceil(VALIDATION_SHARE * (n_documents - first)) if n_documents > first + 1 else 0
             )
             bounds.append([first, n_documents - n_validation, n_documents])
+    if not n_tokens:
+        raise UserError("the corpus has no text")
     np.save(folder / "counts.npy", counts)
     about = {"vocab_size": vocab_size, "n_tokens": n_tokens, "n_documents": n_documents, "blocks": bounds}
     (folder / "about.json").write_text(json.dumps(about))

@@ -294,13 +294,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the rows, and return what OUT/metrics.json says."""
     args = parse(argv)
     device, dtype = checkpoint.choose_hardware(args.device, args.dtype)
+    checkpoint.make_folder(args.out)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     config, weights, tokenizer, _ = checkpoint.load_model(args.model)
     columns = (args.text_column, args.pair_column, args.label_column)
     train, test = load(args.data, args.train, args.test, columns, args.task)
     train = draw(train, args.labels, args.seed)
     flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    checkpoint.open_run(args.out, flags)
+    checkpoint.begin_run(args.out, flags)
 
     is_classes, n_labels, n_train = train.names is not None, len(train.names or ["value"]), len(train)
     config = replace(config, max_len=args.max_len)

@@ -111,11 +111,9 @@ def load(
                 f"{train}: column {chosen.label!r} has one class only, {names[0]!r}; two are needed"
             )
         for name in names:
-            if counts[name] < 2:
-                line = lines[raw.index(name)]
-                raise UserError(
-                    f"{train}:{line}: class {name!r} has one example; each class needs two or more"
-                )
+            if counts[name] < (least := 2 if test else 3):
+                wrong = f"class {name!r} has too few examples, {counts[name]}; each needs at least {least}"
+                raise UserError(f"{train}:{lines[raw.index(name)]}: {wrong}")
         targets = np.array([names.index(label) for label in raw])
     examples = Labelled(texts, pairs, targets, names)
     shown = (
@@ -130,9 +128,8 @@ def load(
         return examples, Labelled(texts, pairs, _to_numbers(test, raw, lines), None)
     for label, line in zip(raw, lines, strict=True):
         if label not in names:
-            raise UserError(
-                f"{test}:{line}: label {label!r} is none of those in {train}: {', '.join(names[:20])}"
-            )
+            known = ", ".join(map(repr, names[:20]))
+            raise UserError(f"{test}:{line}: label {label!r} is none of those in {train}: {known}")
     return examples, Labelled(texts, pairs, np.array([names.index(label) for label in raw]), names)
 
 
@@ -148,22 +145,21 @@ def _read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
 def _choose_columns(path: Path, rows: list, text: str | None, pair: str | None, label: str | None) -> Columns:
     """The named columns, or a guess by name and then by shape."""
     first = rows[0][1]
+    there = ", ".join(map(repr, first))
     for flag, name in (("--text-column", text), ("--pair-column", pair), ("--label-column", label)):
         if name is not None and name not in first:
-            raise UserError(f"{path}: {flag} {name}: no such column; there are {', '.join(first)}")
+            raise UserError(f"{path}: {flag} {name}: no such column; there are {there}")
     lower = {name.lower(): name for name in reversed(first)}
     if label is None:
         known = [lower[name] for name in LABEL_NAMES if name in lower and lower[name] not in (text, pair)]
         if not known:
-            raise UserError(
-                f"{path}: no label column found among {', '.join(first)}; name it with --label-column"
-            )
+            raise UserError(f"{path}: no label column found among {there}; name it with --label-column")
         label = known[0]
     if text is None:
         both = [
             (lower[a], lower[b]) for a, b in PAIR_NAMES if a in lower and b in lower and label not in (a, b)
         ]
-        known = [lower[name] for name in TEXT_NAMES if name in lower and lower[name] != label]
+        known = [lower[name] for name in TEXT_NAMES if name in lower and lower[name] not in (label, pair)]
         if both and pair is None:
             text, pair = both[0]
         elif known:
@@ -184,7 +180,7 @@ def _pick(
     texts, pairs, labels, lines = [], [], [], []
     for line, row in rows:
         for name in (columns.text, columns.pair):
-            if name is not None and not isinstance(row.get(name), str):
+            if name is not None and not (isinstance(row.get(name), str) and row[name].strip()):
                 raise UserError(f"{path}:{line}: no text in field {name!r}")
         label = row.get(columns.label)
         if label is None or isinstance(label, (dict, list)) or not str(label).strip():
@@ -199,7 +195,8 @@ def _pick(
 def _number(text: str) -> float:
     """The finite number that a text is, or NaN."""
     try:
-        value = float(text)
+        with np.errstate(over="ignore"):
+            value = float(np.float32(text))
     except ValueError:
         return math.nan
     return value if math.isfinite(value) else math.nan
@@ -262,6 +259,8 @@ def draw(examples: Labelled, n_labels: int | None, seed: int) -> Labelled:
     Every class gets at least one. Raises UserError where there are too few examples, or fewer labels than
     classes.
     """
+    if examples.names is None and (n := n_labels or len(examples)) < 3:
+        raise UserError(f"--labels {n}: at least 3 numbers are needed to learn from")
     if n_labels is None or n_labels == len(examples):
         return examples
     if n_labels > len(examples):
@@ -295,11 +294,10 @@ def folds(examples: Labelled, n_folds: int, hold_out: float) -> list[tuple[np.nd
     for group in np.unique(groups):
         members = np.flatnonzero(groups == group)
         place[members] = (np.arange(len(members)) + 0.5) / len(members)
-    is_last = (
-        [place >= 1 - hold_out]
-        if n_folds == 1
-        else [(place * n_folds).astype(int) == k for k in range(n_folds)]
-    )
+    if n_folds == 1:
+        is_last = [place >= 1 - hold_out]
+    else:  # classes take turns in which block comes first, so that few examples leave no fold empty
+        is_last = [((place * n_folds).astype(int) + groups) % n_folds == k for k in range(n_folds)]
     return [(np.flatnonzero(~held), np.flatnonzero(held)) for held in is_last]
 
 
@@ -319,9 +317,8 @@ def encode(examples: Labelled, tokenizer: Tokenizer, max_len: int) -> tuple[list
     for parts in zip(*tokens, strict=True):
         n_cut += sum(map(len, parts)) > room
         if len(parts) == 2:
-            shorter = min(len(parts[0]), len(parts[1]), room // 2)
-            limits = [max(shorter, min(len(part), room - min(len(other), shorter)))
-                      for part, other in (parts, parts[::-1])]  # fmt: skip
+            first = min(len(parts[0]), max(room - len(parts[1]), room - room // 2))
+            limits = [first, room - first]
         else:
             limits = [room]
         row = [cls]

@@ -72,6 +72,8 @@ def read_table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if line.strip():
                 try:
                     record = json.loads(line)
+                    if "\\ud" in line.lower():  # half a character has no UTF-8
+                        json.dumps(record, ensure_ascii=False).encode()
                 except (ValueError, RecursionError) as error:
                     raise UserError(f"{path}:{number}: broken JSON: {error}") from None
                 if not isinstance(record, dict):
@@ -109,11 +111,13 @@ def read_documents(path: Path) -> Iterator[str]:
                 raise UserError(f"{path}:{number}: a field 'text' with text is needed; there is {have}")
             yield record["text"]
         return
-    by_line, pieces, size = not _has_blank_lines(path), [], 0
-    for _, text in read_lines(path, LONGEST_DOCUMENT):
-        if pieces and (by_line or not text.strip() or size + len(text) > LONGEST_DOCUMENT):
+    by_line, pieces, size, last = not _has_blank_lines(path), [], 0, 0
+    for number, text in read_lines(path, LONGEST_DOCUMENT):
+        blank = not text.strip() and number != last
+        if pieces and (by_line or blank or size + len(text) > LONGEST_DOCUMENT):
             yield "".join(pieces)
             pieces, size = [], 0
+        last = number
         if text.strip():
             pieces.append(text)
             size += len(text)
@@ -123,12 +127,13 @@ def read_documents(path: Path) -> Iterator[str]:
 
 def _has_blank_lines(path: Path) -> bool:
     """Whether a blank line stands between two lines of text."""
-    seen_text = seen_blank = False
-    for _, text in read_lines(path, LONGEST_DOCUMENT):
+    seen_text, seen_blank, last = False, False, 0
+    for number, text in read_lines(path, LONGEST_DOCUMENT):
         if text.strip() and seen_blank:
             return True
         seen_text = seen_text or bool(text.strip())
-        seen_blank = seen_text and not text.strip()
+        seen_blank = seen_text and not text.strip() and number != last
+        last = number
     return False
 
 
@@ -137,13 +142,15 @@ def find_files(paths: Iterable[str]) -> list[Path]:
     files: list[Path] = []
     for path in map(Path, paths):
         inside = [path]
+        try:
+            path.stat()
+        except (OSError, ValueError):
+            raise UserError(f"{path}: no such file or folder") from None
         if path.is_dir():
             suffixes = (".txt", *TABLE_SUFFIXES)
             inside = sorted(p for p in path.rglob("*") if p.is_file() and text_suffix(p) in suffixes)
             if not inside:
                 raise UserError(f"{path}: no {', '.join(suffixes)} file (or .gz of one) in this folder")
-        elif not path.exists():
-            raise UserError(f"{path}: no such file or folder")
         files += inside
     return files
 

@@ -156,6 +156,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     flags |= {"steps": n_steps, "accumulate": n_micro, "max_len": max_len, "dtype": dtype_name}
 
+    if rank == 0:
+        checkpoint.make_folder(args.out)
     resumed = checkpoint.load_run(args.out, flags) if args.resume else None
     if args.resume and not resumed:
         say(f"no checkpoint in {args.out} yet: starting afresh")
@@ -163,8 +165,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         Corpus, max_len=max_len, row_tokens=args.micro_batch_tokens, seed=args.seed
     )
     if rank == 0:
-        checkpoint.open_run(args.out, flags)
         open_corpus(prepare(args.corpus, *vocab)).spectral_embedding(preset["d_model"])
+        if not resumed:
+            checkpoint.begin_run(args.out, flags)
     if n_ranks > 1:
         dist.barrier()  # the others find in the cache what rank 0 has put there
     corpus = open_corpus(prepare(args.corpus, *vocab))

@@ -199,7 +199,7 @@ def steps(out):
 
 
 def test_only_the_last_checkpoint_stays_and_is_loaded(tmp_path):
-    checkpoint.open_run(tmp_path, FLAGS)
+    checkpoint.begin_run(tmp_path, FLAGS)
     assert checkpoint.load_run(tmp_path, FLAGS) is None
     for step in (2, 9, 10, 10):
         state = save_step(tmp_path, step)
@@ -212,7 +212,7 @@ def test_only_the_last_checkpoint_stays_and_is_loaded(tmp_path):
 
 def test_of_two_checkpoints_the_later_is_loaded(tmp_path):
     """A run that was killed between the renaming of one and the removal of the other."""
-    checkpoint.open_run(tmp_path, FLAGS)
+    checkpoint.begin_run(tmp_path, FLAGS)
     save_step(tmp_path / "other", 9)
     save_step(tmp_path, 10)
     os.rename(tmp_path / "other" / "checkpoints" / "step-9", tmp_path / "checkpoints" / "step-9")
@@ -220,7 +220,7 @@ def test_of_two_checkpoints_the_later_is_loaded(tmp_path):
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
-    checkpoint.open_run(tmp_path, FLAGS)
+    checkpoint.begin_run(tmp_path, FLAGS)
     save_step(tmp_path, 1)
     before = content(tmp_path / "checkpoints" / "step-1")
     model, soft_hard = MaskedLM(CONFIG), resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -237,7 +237,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
 
 
 def test_a_failed_renaming_leaves_the_checkpoint_before(tmp_path, monkeypatch):
-    checkpoint.open_run(tmp_path, FLAGS)
+    checkpoint.begin_run(tmp_path, FLAGS)
     save_step(tmp_path, 1)
     monkeypatch.setattr(os, "rename", fail)
     with pytest.raises(UserError) as error:
@@ -251,7 +251,7 @@ def test_a_failed_renaming_leaves_the_checkpoint_before(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("change", ({"steps": 10}, {"mask_rate": [0.3, 0.3]}, {"corpus": ["a.txt"]}), ids=str)
 def test_resuming_with_other_flags_is_refused(tmp_path, change):
-    checkpoint.open_run(tmp_path, FLAGS)
+    checkpoint.begin_run(tmp_path, FLAGS)
     save_step(tmp_path, 1)
     with pytest.raises(UserError) as error:
         checkpoint.load_run(tmp_path, FLAGS | change)
@@ -263,7 +263,7 @@ def test_resuming_with_other_flags_is_refused(tmp_path, change):
 def test_a_run_where_a_file_stands(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError) as error:
-        checkpoint.open_run(tmp_path / "file", FLAGS)
+        checkpoint.make_folder(tmp_path / "file")
     assert_told_in_one_line(error, tmp_path / "file")
 
 

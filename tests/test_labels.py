@@ -142,7 +142,7 @@ ERRORS = {  # train file, test file or None, keywords of load -> how the message
     ),
     "only a label": ("label\na\nb\n", None, {}, ": no text column"),
     "one class": ("text,label\na,x\nb,x\n", None, {}, ": .*one class only, 'x'"),
-    "class of one": (CLASSES + "g,z\n", None, {}, ":8: class 'z' has one example"),
+    "class of one": (CLASSES + "g,z\n", None, {}, ":8: class 'z' has too few examples, 1"),
     "unseen label": (CLASSES, "text,label\na,x\n\nb,new\n", {}, ":4: label 'new' .*x.*y"),
     "empty label": (CLASSES + "g,\n", None, {}, ":8: no label"),
     "blank label": (CLASSES + "g,  \n", None, {}, ":8: no label"),
