@@ -47,7 +47,7 @@ COOCCURRENCE_REACH = 8  # tokens to each side
 BAG_REACH = 1024  # tokens to each side of a window that count as its document, so that a book is no bag
 VALIDATION_SHARE = 0.01
 VALIDATION_MASK_RATE = 0.15
-CACHE_FORMAT = "2"  # part of every key: raised when the layout of the cache changes
+CACHE_FORMAT = "3"  # part of every key: raised when the layout of the cache changes
 
 
 # ----------------------------------------------------------------------------------------------- tokenizer
@@ -56,7 +56,7 @@ CACHE_FORMAT = "2"  # part of every key: raised when the layout of the cache cha
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     """Lower-cased WordPiece. Accents and combining marks stay (stripping them wrecks Indic scripts); CJK
     characters are words of their own. The vocabulary may come out smaller where the text does not fill it."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token=SPECIAL_TOKENS["unk"], max_input_chars_per_word=200))
+    tokenizer = Tokenizer(models.WordPiece(unk_token=SPECIAL_TOKENS["unk"]))
     characters = normalizers.BertNormalizer(
         clean_text=False, handle_chinese_chars=True, strip_accents=False, lowercase=True
     )
@@ -71,6 +71,10 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(documents, trainer)
+    # the trainer numbers its pieces in the order of a hash table, which differs from run to run
+    pieces = sorted(tokenizer.get_vocab().keys() - set(SPECIAL_TOKENS.values()))
+    vocab = {piece: i for i, piece in enumerate([*SPECIAL_TOKENS.values(), *pieces])}
+    tokenizer.model = models.WordPiece(vocab, unk_token=SPECIAL_TOKENS["unk"], max_input_chars_per_word=200)
     ends = [(token, tokenizer.token_to_id(token)) for token in (SPECIAL_TOKENS["cls"], SPECIAL_TOKENS["sep"])]
     tokenizer.post_processor = processors.BertProcessing(ends[1], ends[0])
     return tokenizer

@@ -373,3 +373,10 @@ def test_the_default_corpus_is_its_training_blocks(tmp_path, cache, monkeypatch)
     assert sorted(set(corpus.held_out.document.tolist())) == [148, 149, 298, 299]
     assert set(corpus.train.document.tolist()) == {*range(148), *range(150, 298)}
     assert corpus.train.length.sum() + corpus.held_out.length.sum() == len(corpus.tokens)
+
+
+def test_the_tokenizer_repeats():
+    """Trained anew, it gives every piece the same number."""
+    texts = sentences(300, 0)
+    first, second = (data.train_tokenizer(texts, 200).to_str() for _ in range(2))
+    assert first == second
