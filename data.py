@@ -249,20 +249,24 @@ class Corpus:
         self.first_rows, self.epoch = [0], (-1, None, None)
 
     def _cut(self, documents: np.ndarray) -> Windows:
-        ends = self.document_ends[documents]
-        lengths = np.diff(self.document_ends, prepend=0)[documents]
-        n_pieces = -(-lengths // (self.max_len - 2))
-        which, piece = _ranges(np.zeros_like(n_pieces), n_pieces)
-        start, end = (p * lengths[which] // n_pieces[which] for p in (piece, piece + 1))
-        return Windows((ends - lengths)[which] + start, end - start, documents[which])
+        parts = []
+        for some in np.array_split(
+            documents, math.ceil(len(documents) / 2**18) or 1
+        ):  # in pieces, to save memory
+            ends, starts = self.document_ends[some], np.where(some > 0, self.document_ends[some - 1], 0)
+            n_pieces = -((starts - ends) // (self.max_len - 2))
+            which, piece = _ranges(np.zeros_like(n_pieces), n_pieces)
+            cut, after = (p * (ends - starts)[which] // n_pieces[which] for p in (piece, piece + 1))
+            parts.append((starts[which] + cut, (after - cut).astype(np.int32), some[which].astype(np.int32)))
+        return Windows(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, list[int]]:
         """The order of the windows in an epoch, and where in it each row of `row_tokens` begins."""
         if self.epoch[0] != epoch:
             order = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.train.start))
-            ends, cuts = np.cumsum(self.train.length[order] + 2), [0]
-            while (last := int(np.searchsorted(ends, self.row_tokens))) < len(ends):
-                ends -= ends[last]
+            ends, begin, cuts = np.cumsum(self.train.length[order] + 2, dtype=np.int64), 0, [0]
+            while (last := int(np.searchsorted(ends, begin + self.row_tokens))) < len(ends):
+                begin = ends[last]
                 cuts.append(last + 1)
             self.epoch = (epoch, order, cuts)
         return self.epoch[1:]
@@ -277,14 +281,10 @@ class Corpus:
         row -= self.first_rows[epoch]
         windows = self.train[order[cuts[row] : cuts[row + 1]]]
         windows.length[-1] -= windows.length.sum() + 2 * len(windows.length) - self.row_tokens
-        while (
-            windows.length[-1] < 1
-        ):  # no room for a word between its [CLS] and [SEP]: the longest makes some
+        while windows.length[-1] < 1:  # no room for a word between [CLS] and [SEP]: the longest makes some
             longest = int(windows.length.argmax())
             if windows.length[longest] < 2:
-                raise UserError(
-                    "nearly every document of the corpus is one token: join lines to longer documents"
-                )
+                raise UserError("nearly every document is one token: join lines to longer documents")
             windows.length[longest] -= 1
             windows.length[-1] += 1
         return self._assemble(windows, np.random.default_rng([self.seed, 1, step, micro]), mask_rate)
@@ -302,9 +302,8 @@ class Corpus:
 
     def _assemble(self, windows: Windows, rng: np.random.Generator, mask_rate: float) -> Batch:
         cu_seqlens = np.concatenate(([0], np.cumsum(windows.length + 2)))
-        ids = self.tokens[_ranges(windows.start - 1, windows.length + 2, len(self.tokens))[1]].astype(
-            np.int64
-        )
+        _, places = _ranges(windows.start - 1, windows.length + 2)
+        ids = self.tokens[np.minimum(places, len(self.tokens) - 1)].astype(np.int64)
         ids[cu_seqlens[:-1]], ids[cu_seqlens[1:] - 1] = self.special["cls"], self.special["sep"]
 
         candidates = rng.permutation(np.flatnonzero(~self.is_special[ids]))
@@ -374,8 +373,8 @@ class Corpus:
         return np.load(path)
 
 
-def _ranges(starts: np.ndarray, lengths: np.ndarray, modulo: int = 2**62) -> tuple[np.ndarray, np.ndarray]:
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(i, starts[i] + j) for every i and every j < lengths[i], laid end to end."""
     which = np.repeat(np.arange(len(lengths)), lengths)
-    within = np.arange(len(which)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    return which, (starts[which] + within) % modulo
+    within = np.arange(len(which)) - np.repeat(np.cumsum(lengths, dtype=np.int64) - lengths, lengths)
+    return which, starts[which] + within

@@ -294,6 +294,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the rows, and return what OUT/metrics.json says."""
     args = parse(argv)
     device, dtype = checkpoint.choose_hardware(args.device, args.dtype)
+    if args.out.resolve() == args.model.resolve():
+        raise UserError(f"--out {args.out}: this is the folder of --model, which would be overwritten")
     checkpoint.make_folder(args.out)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     config, weights, tokenizer, _ = checkpoint.load_model(args.model)
@@ -301,7 +303,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     train, test = load(args.data, args.train, args.test, columns, args.task)
     train = draw(train, args.labels, args.seed)
     flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    checkpoint.begin_run(args.out, flags)
+    checkpoint.write(args.out / "flags.json", checkpoint.to_json(flags))
 
     is_classes, n_labels, n_train = train.names is not None, len(train.names or ["value"]), len(train)
     config = replace(config, max_len=args.max_len)

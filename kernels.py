@@ -190,7 +190,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = torch.addmm(bias_low, rows[chunk], weight_low.T)
             largest = logits.amax(dim=-1, keepdim=True).to(exact)
             at_targets = logits[place].to(exact)
-            p = logits.to(exact).sub_(largest).exp_()  # exp of it is several times as fast as log_softmax
+            p = torch.sub(logits, largest).exp_()  # `exact`, and several times as fast as log_softmax
             total = p.sum(dim=-1, keepdim=True)
             loss += (total.log() + largest).sum() - (at_targets * bag_weights[targets]).sum()
             if wants_gradient:

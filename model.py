@@ -174,7 +174,12 @@ def mean_pool(x: Tensor, cu_seqlens: Tensor) -> Tensor:
     d_model)."""
     lengths = cu_seqlens.diff()
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return torch.segment_reduce(x, "sum", lengths=lengths.long(), unsafe=True) / lengths.clamp(min=1)[:, None]
+    if x.device.type == "mps":  # has no segment_reduce
+        sequence = torch.repeat_interleave(torch.arange(len(lengths), device=x.device), lengths)
+        sums = torch.zeros(len(lengths), x.shape[1], dtype=x.dtype, device=x.device).index_add(0, sequence, x)
+    else:
+        sums = torch.segment_reduce(x, "sum", lengths=lengths.long(), unsafe=True)
+    return sums / lengths.clamp(min=1)[:, None]
 
 
 class MaskedLM(nn.Module):

@@ -31,7 +31,7 @@ from optim import make_optimizers, set_learning_rates
 from text import UserError
 
 # Steps that end within 10 minutes on 2 CPU cores for tiny, and that fill a night on one GPU for the others.
-STEPS = {"tiny": 1300, "small": 20_000, "base": 100_000}
+STEPS = {"tiny": 1200, "small": 20_000, "base": 100_000}
 # Without native bfloat16 a step on a CPU takes so much longer; the default number of steps falls by as much.
 FLOAT32_STEPS = 0.35
 EXTRA = {"architectures": ["ModernBertForMaskedLM"]}  # of config.json
