@@ -298,6 +298,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         raise UserError(f"--out {args.out}: this is the folder of --model, which would be overwritten")
     checkpoint.make_folder(args.out)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    dtype_name = str(dtype).removeprefix("torch.")
     config, weights, tokenizer, _ = checkpoint.load_model(args.model)
     columns = (args.text_column, args.pair_column, args.label_column)
     train, test = load(args.data, args.train, args.test, columns, args.task)
@@ -316,9 +317,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args.epochs = args.epochs or max(2, min(16, round(160 / n_train**0.5)))
     how = f"{n_folds}-fold cross-validation" if n_folds > 1 else "a hold-out of a tenth"
     print(f"{n_train:,} labels, {len(test):,} examples to test on; choices by {how}; {args.epochs} epochs")
-    print(
-        f"{n_cut + n_cut_test:,} texts cut to head and tail of together {config.max_len} tokens", flush=True
-    )
+    cut = f"{n_cut + n_cut_test:,} texts cut to head and tail of together {config.max_len} tokens"
+    print(f"{cut}; products in {dtype_name} on {device}", flush=True)
 
     # networks learn numbers in units of their deviation; `decide`, and the saved classifier, turn them back
     center, spread = (0, 1) if is_classes else (train.targets.mean(), train.targets.std() + 1e-6)
@@ -402,7 +402,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "choices": choices,
         "names": train.names,
     }
-    metrics |= {"n_train": n_train, "n_test": len(test), "n_cut": n_cut + n_cut_test, "dtype": str(dtype)}
+    metrics |= {"n_train": n_train, "n_test": len(test), "n_cut": n_cut + n_cut_test, "dtype": dtype_name}
     if is_classes and "pretrained" in predicted:
         confusion = scores.confusion_matrix(test.targets, predicted["pretrained"], labels=range(n_labels))
         show_confusion(confusion, train.names, args.out / "confusion.png")

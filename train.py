@@ -1,8 +1,7 @@
 """Pretrain: python train.py. Reads text, leaves a model that finetune.py and `transformers` load.
 
 Flags, then helpers in the order of their use, then `main`, whose middle is the whole training loop. On
-several GPUs: torchrun --nproc-per-node 8 train.py --accumulate 8 (DESIGN.md tells why the result is the
-same).
+several GPUs: torchrun --nproc-per-node 8 train.py --accumulate 8, with the result of one GPU.
 """
 
 import argparse
@@ -30,7 +29,7 @@ from model import PRESETS, Config, MaskedLM
 from optim import make_optimizers, set_learning_rates
 from text import UserError
 
-# Steps that end within 10 minutes on 2 CPU cores for tiny, and that fill a night on one GPU for the others.
+# For tiny, steps that end within 10 minutes on 2 CPU cores; for the others, which want a GPU, a first guess.
 STEPS = {"tiny": 1200, "small": 20_000, "base": 100_000}
 # Without native bfloat16 a step on a CPU takes so much longer; the default number of steps falls by as much.
 FLOAT32_STEPS = 0.35
