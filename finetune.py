@@ -314,7 +314,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     rows, all_train, all_test = train_rows + test_rows, np.arange(n_train), n_train + np.arange(len(test))
     n_folds = N_FOLDS if n_train <= CROSS_VALIDATED else 1
     splits = folds(train, n_folds, HOLD_OUT)
-    args.epochs = args.epochs or max(2, min(16, round(160 / n_train**0.5)))
+    args.epochs = args.epochs or max(2, min(16, round(80 / n_train**0.35)))
     how = f"{n_folds}-fold cross-validation" if n_folds > 1 else "a hold-out of a tenth"
     print(f"{n_train:,} labels, {len(test):,} examples to test on; choices by {how}; {args.epochs} epochs")
     cut = f"{n_cut + n_cut_test:,} texts cut to head and tail of together {config.max_len} tokens"
