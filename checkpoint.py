@@ -72,6 +72,11 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], in
     return convert
 
 
+def to_record(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags as the run's folder carries them, in JSON's types."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+
+
 def choose_hardware(device_name: str | None, dtype_name: str) -> tuple[torch.device, torch.dtype]:
     """The device, and the dtype of its matrix products; None and "auto" look for the fastest that is there.
 

@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ ROWS = ("bag_of_words", "lsa", "scratch", "pretrained")
 # Grids of equal size, so that no row gains by searching more.
 BAG_C = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 LSA_WIDTHS, LSA_C = (100, 256, 512), (1.0, 10.0)
+BAG_GRID, LSA_GRID = [(c,) for c in BAG_C], [(width, c) for width in LSA_WIDTHS for c in LSA_C]
 HEAD_C, PRETRAINED_RATES, START_C = (1e-3, 1e-2, 1e-1), (2e-4,), 1e-2
 SCRATCH_RATES = (3e-4, 1e-3)
 STOPS = (1 / 3, 2 / 3, 1.0)  # shares of the epochs after which a network is looked at
@@ -75,12 +76,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--epochs", type=positive, help="passes over the labels; by default 16 over few to 2 over many")
     add("--batch-size", type=positive, default=32, help="examples of a step")
     add("--accumulate", type=positive, default=1, help="pieces a step is computed in, where memory is short")
-    add(
-        "--max-len",
-        type=number(int, 8),
-        default=512,
-        help="tokens of an example: RoPE goes beyond pretraining's",
-    )
+    add("--max-len", type=number(int, 8), default=512, help="tokens of an example: RoPE reaches that far")
     add("--dropout", type=number(float, 0, 0.9), default=0.1, help="on hidden states: BERT's")
     add("--weight-decay", type=rate, default=0.01, help="of matrices: BERT's")
     add("--warmup", type=number(float, 0, 0.9), default=0.1, help="share of steps in which the rate rises")
@@ -116,11 +112,11 @@ def joined(examples: Labelled) -> list[str]:
     return [f"{a} {b}" if b else a for a, b in zip(examples.texts, pairs, strict=True)]
 
 
-def bag_of_words(train: Labelled, evaluate: Labelled) -> Fit:
+def bag_of_words(train: Labelled, evaluate: Labelled, grid: Sequence[tuple[float]] = BAG_GRID) -> Fit:
     tfidf = TfidfVectorizer(sublinear_tf=True)
     features, is_classes = tfidf.fit_transform(joined(train)), train.names is not None
     unseen = tfidf.transform(joined(evaluate))
-    return {(c,): linear(features, train.targets, is_classes, c).predict(unseen) for c in BAG_C}
+    return {(c,): linear(features, train.targets, is_classes, c).predict(unseen) for (c,) in grid}
 
 
 def unlabelled_texts(model_folder: Path, train: Labelled, seed: int) -> tuple[list[str], str]:
@@ -146,11 +142,17 @@ def latent_semantics(texts: list[str], *examples: Labelled) -> list[np.ndarray]:
     return [svd.transform(tfidf.transform(joined(part))) for part in examples]
 
 
-def lsa(vectors: np.ndarray, targets: np.ndarray, unseen: np.ndarray, is_classes: bool) -> Fit:
+def lsa(
+    vectors: np.ndarray,
+    targets: np.ndarray,
+    unseen: np.ndarray,
+    is_classes: bool,
+    grid: Sequence[tuple[int, float]] = LSA_GRID,
+) -> Fit:
     fit = {}
-    for width in LSA_WIDTHS:
+    for width, c in grid:
         features, tested = normalize(vectors[:, :width]), normalize(unseen[:, :width])
-        fit |= {(width, c): linear(features, targets, is_classes, c).predict(tested) for c in LSA_C}
+        fit[width, c] = linear(features, targets, is_classes, c).predict(tested)
     return fit
 
 
@@ -290,6 +292,24 @@ def show_confusion(confusion: np.ndarray, names: list[str], path: Path) -> None:
     pyplot.close(figure)
 
 
+def truth(train: Labelled, splits: list, grid: list[Fit]) -> list[tuple[np.ndarray, Fit]]:
+    return [(train.targets[held_out], fit) for (_, held_out), fit in zip(splits, grid, strict=True)]
+
+
+def save_classifier(
+    out: Path, model: Classifier, tokenizer: Tokenizer, names: list[str] | None, center: float, spread: float
+) -> None:
+    """The folder that AutoModelForSequenceClassification reads, numbers in their own unit."""
+    if names is None:
+        model.classifier.weight.data *= spread
+        model.classifier.bias.data = model.classifier.bias.data * spread + center
+    extra: dict[str, Any] = {"architectures": ["ModernBertForSequenceClassification"]}
+    extra["problem_type"] = "regression" if names is None else "single_label_classification"
+    extra["id2label"] = dict(enumerate(names or ["value"]))
+    extra["label2id"] = {name: i for i, name in extra["id2label"].items()}
+    checkpoint.save_model(out, model, tokenizer, extra)
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the rows, and return what OUT/metrics.json says."""
     args = parse(argv)
@@ -303,8 +323,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     columns = (args.text_column, args.pair_column, args.label_column)
     train, test = load(args.data, args.train, args.test, columns, args.task)
     train = draw(train, args.labels, args.seed)
-    flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    checkpoint.write(args.out / "flags.json", checkpoint.to_json(flags))
+    checkpoint.write(args.out / "flags.json", checkpoint.to_json(checkpoint.to_record(args)))
 
     is_classes, n_labels, n_train = train.names is not None, len(train.names or ["value"]), len(train)
     config = replace(config, max_len=args.max_len)
@@ -340,8 +359,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     ) -> tuple[Fit, Classifier]:
         """Predictions for `unseen` of the whole grid, or of one choice of it, and the model fitted last."""
         fit: Fit = {}
-        model = new_model(start)
         if start == "pretrained":
+            model = new_model(start)
             for c in HEAD_C:
                 if only in (None, ("frozen", c)):
                     fit_head(model, features[which], targets[which], is_classes, c)
@@ -368,13 +387,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if name == "bag_of_words":
             grid = [bag_of_words(train[a], train[b]) for a, b in splits]
             choice, validation = best_choice(truth(train, splits, grid), is_classes)
-            predicted[name] = bag_of_words(train, test)[choice]
+            predicted[name] = bag_of_words(train, test, [choice])[choice]
         elif name == "lsa":
             texts, note = unlabelled_texts(args.model, train, args.seed)
             vectors, test_vectors = latent_semantics(texts, train, test)
             grid = [lsa(vectors[a], train.targets[a], vectors[b], is_classes) for a, b in splits]
             choice, validation = best_choice(truth(train, splits, grid), is_classes)
-            predicted[name] = lsa(vectors, train.targets, test_vectors, is_classes)[choice]
+            predicted[name] = lsa(vectors, train.targets, test_vectors, is_classes, [choice])[choice]
         else:
             if name == "pretrained":
                 fresh = new_model(name)
@@ -409,24 +428,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         metrics["confusion"] = confusion.tolist()
     checkpoint.write(args.out / "metrics.json", checkpoint.to_json(metrics))
     return metrics
-
-
-def truth(train: Labelled, splits: list, grid: list[Fit]) -> list[tuple[np.ndarray, Fit]]:
-    return [(train.targets[held_out], fit) for (_, held_out), fit in zip(splits, grid, strict=True)]
-
-
-def save_classifier(
-    out: Path, model: Classifier, tokenizer: Tokenizer, names: list[str] | None, center: float, spread: float
-) -> None:
-    """The folder that AutoModelForSequenceClassification reads, numbers in their own unit."""
-    if names is None:
-        model.classifier.weight.data *= spread
-        model.classifier.bias.data = model.classifier.bias.data * spread + center
-    extra: dict[str, Any] = {"architectures": ["ModernBertForSequenceClassification"]}
-    extra["problem_type"] = "regression" if names is None else "single_label_classification"
-    extra["id2label"] = dict(enumerate(names or ["value"]))
-    extra["label2id"] = {name: i for i, name in extra["id2label"].items()}
-    checkpoint.save_model(out, model, tokenizer, extra)
 
 
 if __name__ == "__main__":

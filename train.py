@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         say(f"{n_steps} steps: the default of {args.preset}{why}")
     if n_micro % n_ranks:
         raise UserError(f"--accumulate {n_micro}: it must be a multiple of the {n_ranks} ranks")
-    flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    flags = checkpoint.to_record(args)
     flags |= {"steps": n_steps, "accumulate": n_micro, "max_len": max_len, "dtype": dtype_name}
 
     if rank == 0:
@@ -164,12 +164,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         Corpus, max_len=max_len, row_tokens=args.micro_batch_tokens, seed=args.seed
     )
     if rank == 0:
-        open_corpus(prepare(args.corpus, *vocab)).spectral_embedding(preset["d_model"])
+        corpus = open_corpus(prepare(args.corpus, *vocab))
+        if args.start == "spectral":
+            corpus.spectral_embedding(preset["d_model"])  # into the cache, where the other ranks find it
         if not resumed:
             checkpoint.begin_run(args.out, flags)
     if n_ranks > 1:
-        dist.barrier()  # the others find in the cache what rank 0 has put there
-    corpus = open_corpus(prepare(args.corpus, *vocab))
+        folder = [corpus.folder if rank == 0 else None]
+        dist.broadcast_object_list(folder)
+        corpus = corpus if rank == 0 else open_corpus(folder[0])
     config = Config(**preset | {"vocab_size": corpus.vocab_size, "max_len": max_len})
     model = build_model(config, corpus, args.start, args.seed).to(device)
     optimizers = make_optimizers(model, args.lr_muon, args.lr_adamw, args.weight_decay, dtype)

@@ -172,6 +172,14 @@ def test_the_loss_divides_by_what_all_micro_batches_mask(corpus_file, tmp_path):
     assert point["loss"] == pytest.approx(total / sum(len(batch.targets) for batch in batches), rel=1e-5)
 
 
+def test_standard_input_is_a_corpus(corpus_file, tmp_path):
+    command = [sys.executable, "train.py", *run("-", tmp_path, steps=1)]
+    with open(corpus_file) as text:
+        done = subprocess.run(command, stdin=text, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "model.safetensors").exists()
+
+
 def test_the_mask_rate_falls_in_plateaus():
     rates = [train.mask_rate(step, 100, 0.3, 0.15) for step in range(100)]
     assert rates[0] == 0.3 and rates[-1] == pytest.approx(0.15)
