@@ -41,14 +41,16 @@ from model import Classifier
 from optim import set_learning_rates
 from text import UserError
 
-ROWS = ("bag_of_words", "lsa", "scratch", "pretrained")
-# Grids of equal size, so that no row gains by searching more.
-BAG_C = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
-LSA_WIDTHS, LSA_C = (100, 256, 512), (1.0, 10.0)
-BAG_GRID, LSA_GRID = [(c,) for c in BAG_C], [(width, c) for width in LSA_WIDTHS for c in LSA_C]
-HEAD_C, PRETRAINED_RATES, START_C = (1e-3, 1e-2, 1e-1), (2e-4,), 1e-2
-SCRATCH_RATES = (3e-4, 1e-3)
-STOPS = (1 / 3, 2 / 3, 1.0)  # shares of the epochs after which a network is looked at
+# No row searches less than the pretrained one, which so gains nothing by searching. A choice of the bag is
+# C; of LSA, width and C; of a network, its peak learning rate, 0 for a frozen one under a linear head.
+GRIDS = {
+    "bag_of_words": ((0.3,), (1.0,), (3.0,), (10.0,), (30.0,), (100.0,)),
+    "lsa": tuple((width, c) for width in (100, 256, 512) for c in (1.0, 10.0)),
+    "scratch": ((5e-4,), (1e-3,), (2e-3,)),
+    "pretrained": ((0.0,), (2e-4,), (5e-4,)),
+}
+ROWS = tuple(GRIDS)
+HEAD_C = 1e-3  # a weak head under pretrained states: fine-tuning that starts from a stronger one ends lower
 CROSS_VALIDATED = 1000  # up to so many labels choices are made by cross-validation, above on a hold-out
 N_FOLDS, HOLD_OUT = 3, 0.1
 CHOOSING = 2000  # examples that networks are trained on while choices are made; the final fit takes all
@@ -73,7 +75,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--task", choices=("classify", "regress"), help="guessed where not given: few integers are classes")
     add("--labels", type=positive, help="label budget: so many training examples are drawn; by default all")
     add("--rows", default=",".join(ROWS), help="which of the four to run")
-    add("--epochs", type=positive, help="passes over the labels; by default 16 over few to 2 over many")
+    add("--epochs", type=positive, help="passes over the labels; by default 8 over few to 2 over many")
     add("--batch-size", type=positive, default=32, help="examples of a step")
     add("--accumulate", type=positive, default=1, help="pieces a step is computed in, where memory is short")
     add("--max-len", type=number(int, 8), default=512, help="tokens of an example: RoPE reaches that far")
@@ -112,7 +114,7 @@ def joined(examples: Labelled) -> list[str]:
     return [f"{a} {b}" if b else a for a, b in zip(examples.texts, pairs, strict=True)]
 
 
-def bag_of_words(train: Labelled, evaluate: Labelled, grid: Sequence[tuple[float]] = BAG_GRID) -> Fit:
+def bag_of_words(train: Labelled, evaluate: Labelled, grid: Sequence[tuple[float]]) -> Fit:
     tfidf = TfidfVectorizer(sublinear_tf=True)
     features, is_classes = tfidf.fit_transform(joined(train)), train.names is not None
     unseen = tfidf.transform(joined(evaluate))
@@ -137,7 +139,7 @@ def latent_semantics(texts: list[str], *examples: Labelled) -> list[np.ndarray]:
     """Document vectors of each set of examples, in the widest width: TF-IDF and SVD fitted on `texts`."""
     tfidf = TfidfVectorizer(sublinear_tf=True, min_df=2 if len(texts) > 1000 else 1)
     counts = tfidf.fit_transform(texts)
-    width = min(max(LSA_WIDTHS), min(counts.shape) - 1)
+    width = min(max(GRIDS["lsa"])[0], min(counts.shape) - 1)
     svd = TruncatedSVD(width, random_state=0).fit(counts)
     return [svd.transform(tfidf.transform(joined(part))) for part in examples]
 
@@ -147,7 +149,7 @@ def lsa(
     targets: np.ndarray,
     unseen: np.ndarray,
     is_classes: bool,
-    grid: Sequence[tuple[int, float]] = LSA_GRID,
+    grid: Sequence[tuple[int, float]],
 ) -> Fit:
     fit = {}
     for width, c in grid:
@@ -159,11 +161,9 @@ def lsa(
 # --------------------------------------------------------------------------------------------- the network
 
 
-def fit_head(
-    model: Classifier, features: np.ndarray, targets: np.ndarray, is_classes: bool, c: float
-) -> None:
+def fit_head(model: Classifier, features: np.ndarray, targets: np.ndarray, is_classes: bool) -> None:
     """Set the classifier to a linear fit on features, head(mean) of the examples, (S, d_model)."""
-    fitted = linear(features, targets, is_classes, c)
+    fitted = linear(features, targets, is_classes, HEAD_C)
     coefficients, intercepts = np.atleast_2d(fitted.coef_), np.atleast_1d(fitted.intercept_)
     if is_classes and len(coefficients) == 1:  # one row that tells two classes apart: two that differ by it
         coefficients, intercepts = (
@@ -201,14 +201,9 @@ def fit_network(
     rate: float,
     args: argparse.Namespace,
     autocast,
-    at_stop: Callable[[float], bool],
 ) -> None:
     """The training loop: cross-entropy (or squared error) on the examples `which`, AdamW, linear warm-up and
-    decay.
-
-    `at_stop` is called with each share in STOPS once that share of the steps is done; if it says so, training
-    ends there.
-    """
+    decay."""
     device = next(model.parameters()).device
     matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == wide] for wide in (True, False))
     groups = [
@@ -220,10 +215,8 @@ def fit_network(
     rng = np.random.default_rng([args.seed, 5])
     order = np.concatenate([rng.permutation(which) for _ in range(args.epochs)])
     n_steps = -(-len(order) // args.batch_size)
-    stops = [(max(1, round(share * n_steps)), share) for share in STOPS]
-    bar = tqdm(total=n_steps, desc=f"rate {rate:g}", disable=None, leave=False, unit="step")
-    for step in range(n_steps):
-        model.train()
+    model.train()
+    for step in tqdm(range(n_steps), desc=f"rate {rate:g}", disable=None, leave=False, unit="step"):
         examples = order[step * args.batch_size : (step + 1) * args.batch_size]
         set_learning_rates([optimizer], step, n_steps, args.warmup)
         piece = -(-len(examples) // args.accumulate)
@@ -241,10 +234,6 @@ def fit_network(
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        bar.update()
-        if any([at_stop(share) for at_step, share in stops if at_step == step + 1]):
-            break
-    bar.close()
 
 
 # ----------------------------------------------------------------------------- choices and results
@@ -333,7 +322,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     rows, all_train, all_test = train_rows + test_rows, np.arange(n_train), n_train + np.arange(len(test))
     n_folds = N_FOLDS if n_train <= CROSS_VALIDATED else 1
     splits = folds(train, n_folds, HOLD_OUT)
-    args.epochs = args.epochs or max(2, min(16, round(80 / n_train**0.35)))
+    args.epochs = args.epochs or max(2, min(8, round(40 / n_train**0.35)))
     how = f"{n_folds}-fold cross-validation" if n_folds > 1 else "a hold-out of a tenth"
     print(f"{n_train:,} labels, {len(test):,} examples to test on; choices by {how}; {args.epochs} epochs")
     cut = f"{n_cut + n_cut_test:,} texts cut to head and tail of together {config.max_len} tokens"
@@ -354,44 +343,34 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             checkpoint.load_weights(model, weights, args.model, fresh=("classifier",))
         return model
 
-    def network(
-        start: str, which: np.ndarray, unseen: np.ndarray, only: Any = None
-    ) -> tuple[Fit, Classifier]:
-        """Predictions for `unseen` of the whole grid, or of one choice of it, and the model fitted last."""
+    def network(row: str, which: np.ndarray, unseen: np.ndarray, grid: Sequence) -> tuple[Fit, Classifier]:
+        """Predictions for `unseen` of each choice of the grid, and the model of the last."""
         fit: Fit = {}
-        if start == "pretrained":
-            model = new_model(start)
-            for c in HEAD_C:
-                if only in (None, ("frozen", c)):
-                    fit_head(model, features[which], targets[which], is_classes, c)
-                    logits = model.classifier(torch.from_numpy(features[unseen]).to(device))
-                    fit["frozen", c] = decide(logits.detach().cpu().numpy())
-        for rate in PRETRAINED_RATES if start == "pretrained" else SCRATCH_RATES:
-            if only is not None and only[0] != rate:
-                continue
-            model = new_model(start)
-            if start == "pretrained":  # whole fine-tuning begins from the fitted head (Kumar et al. 2022)
-                fit_head(model, features[which], targets[which], is_classes, START_C)
-
-            def at_stop(stop: float, rate: float = rate, model: Classifier = model) -> bool:
-                if only in (None, (rate, stop)):
-                    fit[rate, stop] = decide(outputs(model, rows, unseen, autocast, model))
-                return only == (rate, stop)
-
-            fit_network(model, rows, targets, which, rate, args, autocast, at_stop)
+        for (rate,) in grid:
+            model = new_model(row)
+            if row == "pretrained":  # whole fine-tuning begins from the fitted head (Kumar et al. 2022)
+                fit_head(model, features[which], targets[which], is_classes)
+            if rate:
+                fit_network(model, rows, targets, which, rate, args, autocast)
+                logits = outputs(model, rows, unseen, autocast, model)
+            else:
+                logits = (
+                    model.classifier(torch.from_numpy(features[unseen]).to(device)).detach().cpu().numpy()
+                )
+            fit[rate,] = decide(logits)
         return fit, model
 
     results, choices, predicted = {}, {}, {}
     for name in args.rows:
         begun, note = time.time(), ""
         if name == "bag_of_words":
-            grid = [bag_of_words(train[a], train[b]) for a, b in splits]
+            grid = [bag_of_words(train[a], train[b], GRIDS[name]) for a, b in splits]
             choice, validation = best_choice(truth(train, splits, grid), is_classes)
             predicted[name] = bag_of_words(train, test, [choice])[choice]
         elif name == "lsa":
             texts, note = unlabelled_texts(args.model, train, args.seed)
             vectors, test_vectors = latent_semantics(texts, train, test)
-            grid = [lsa(vectors[a], train.targets[a], vectors[b], is_classes) for a, b in splits]
+            grid = [lsa(vectors[a], train.targets[a], vectors[b], is_classes, GRIDS[name]) for a, b in splits]
             choice, validation = best_choice(truth(train, splits, grid), is_classes)
             predicted[name] = lsa(vectors, train.targets, test_vectors, is_classes, [choice])[choice]
         else:
@@ -399,9 +378,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 fresh = new_model(name)
                 features = outputs(fresh, rows, np.arange(len(rows)), autocast, fresh.features)
             rng = np.random.default_rng([args.seed, 6])
-            grid = [network(name, np.sort(rng.permutation(a)[:CHOOSING]), b)[0] for a, b in splits]
+            grid = [
+                network(name, np.sort(rng.permutation(a)[:CHOOSING]), b, GRIDS[name])[0] for a, b in splits
+            ]
             choice, validation = best_choice(truth(train, splits, grid), is_classes)
-            fit, model = network(name, all_train, all_test, only=choice)
+            fit, model = network(name, all_train, all_test, [choice])
             predicted[name] = fit[choice]
             if name == "pretrained":
                 save_classifier(args.out, model, tokenizer, train.names, center, spread)

@@ -98,7 +98,9 @@ def test_baselines_are_scikit_learn_called_by_hand(topics):
     train, test = labels.load(None, *topics)
     tfidf = TfidfVectorizer(sublinear_tf=True).fit(train.texts)
     model = LogisticRegression(C=3, max_iter=2000).fit(tfidf.transform(train.texts), train.targets)
-    assert (finetune.bag_of_words(train, test)[3.0,] == model.predict(tfidf.transform(test.texts))).all()
+    assert (
+        finetune.bag_of_words(train, test, [(3.0,)])[3.0,] == model.predict(tfidf.transform(test.texts))
+    ).all()
 
     texts = [s for topic in range(6) for s in sentences(100, topic, topic)]
     vectors, test_vectors = finetune.latent_semantics(texts, train, test)
@@ -106,17 +108,13 @@ def test_baselines_are_scikit_learn_called_by_hand(topics):
     svd = TruncatedSVD(vectors.shape[1], random_state=0).fit(tfidf.transform(texts))
     a, b = (normalize(svd.transform(tfidf.transform(x.texts))[:, :100]) for x in (train, test))
     by_hand = LogisticRegression(C=10, max_iter=2000).fit(a, train.targets).predict(b)
-    assert (finetune.lsa(vectors, train.targets, test_vectors, True)[100, 10.0] == by_hand).all()
+    assert (
+        finetune.lsa(vectors, train.targets, test_vectors, True, [(100, 10.0)])[100, 10.0] == by_hand
+    ).all()
 
 
-def test_grids_are_of_equal_size():
-    sizes = {
-        len(finetune.BAG_C),
-        len(finetune.LSA_WIDTHS) * len(finetune.LSA_C),
-        len(finetune.SCRATCH_RATES) * len(finetune.STOPS),
-        len(finetune.HEAD_C) + len(finetune.PRETRAINED_RATES) * len(finetune.STOPS),
-    }
-    assert len(sizes) == 1
+def test_no_row_searches_less_than_the_pretrained_one():
+    assert all(len(grid) >= len(finetune.GRIDS["pretrained"]) for grid in finetune.GRIDS.values())
 
 
 def test_no_choice_sees_the_test_set(topics, pretrained, tmp_path):
@@ -185,7 +183,7 @@ def test_pieces_of_a_step_sum_to_the_step(pretrained, topics):
         model = Classifier(config, 3)
         checkpoint.load_weights(model, state, pretrained, fresh=("classifier",))
         off = torch.autocast("cpu", enabled=False)
-        finetune.fit_network(model, rows, train.targets, np.arange(64), 1e-3, args, off, lambda stop: False)
+        finetune.fit_network(model, rows, train.targets, np.arange(64), 1e-3, args, off)
         models.append(model.state_dict())
     for name, tensor in models[0].items():
         assert torch.allclose(tensor, models[1][name], atol=2e-4), name
