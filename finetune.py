@@ -281,8 +281,8 @@ def show_confusion(confusion: np.ndarray, names: list[str], path: Path) -> None:
     pyplot.close(figure)
 
 
-def truth(train: Labelled, splits: list, grid: list[Fit]) -> list[tuple[np.ndarray, Fit]]:
-    return [(train.targets[held_out], fit) for (_, held_out), fit in zip(splits, grid, strict=True)]
+def truth(train: Labelled, splits: list, fits: list[Fit]) -> list[tuple[np.ndarray, Fit]]:
+    return [(train.targets[held_out], fit) for (_, held_out), fit in zip(splits, fits, strict=True)]
 
 
 def save_classifier(
@@ -354,9 +354,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 fit_network(model, rows, targets, which, rate, args, autocast)
                 logits = outputs(model, rows, unseen, autocast, model)
             else:
-                logits = (
-                    model.classifier(torch.from_numpy(features[unseen]).to(device)).detach().cpu().numpy()
-                )
+                states = torch.from_numpy(features[unseen]).to(device)
+                logits = model.classifier(states).detach().cpu().numpy()
             fit[rate,] = decide(logits)
         return fit, model
 
@@ -364,24 +363,24 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for name in args.rows:
         begun, note = time.time(), ""
         if name == "bag_of_words":
-            grid = [bag_of_words(train[a], train[b], GRIDS[name]) for a, b in splits]
-            choice, validation = best_choice(truth(train, splits, grid), is_classes)
+            fits = [bag_of_words(train[a], train[b], GRIDS[name]) for a, b in splits]
+            choice, validation = best_choice(truth(train, splits, fits), is_classes)
             predicted[name] = bag_of_words(train, test, [choice])[choice]
         elif name == "lsa":
             texts, note = unlabelled_texts(args.model, train, args.seed)
             vectors, test_vectors = latent_semantics(texts, train, test)
-            grid = [lsa(vectors[a], train.targets[a], vectors[b], is_classes, GRIDS[name]) for a, b in splits]
-            choice, validation = best_choice(truth(train, splits, grid), is_classes)
+            fits = [lsa(vectors[a], train.targets[a], vectors[b], is_classes, GRIDS[name]) for a, b in splits]
+            choice, validation = best_choice(truth(train, splits, fits), is_classes)
             predicted[name] = lsa(vectors, train.targets, test_vectors, is_classes, [choice])[choice]
         else:
             if name == "pretrained":
                 fresh = new_model(name)
                 features = outputs(fresh, rows, np.arange(len(rows)), autocast, fresh.features)
             rng = np.random.default_rng([args.seed, 6])
-            grid = [
+            fits = [
                 network(name, np.sort(rng.permutation(a)[:CHOOSING]), b, GRIDS[name])[0] for a, b in splits
             ]
-            choice, validation = best_choice(truth(train, splits, grid), is_classes)
+            choice, validation = best_choice(truth(train, splits, fits), is_classes)
             fit, model = network(name, all_train, all_test, [choice])
             predicted[name] = fit[choice]
             if name == "pretrained":
