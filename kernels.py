@@ -5,9 +5,9 @@ Axes: T tokens of a whole batch, S sequences, B sequences of one length group, L
 group, H heads, D head size, N rows of the vocabulary head, V vocabulary.
 
 A batch is a flat row of T tokens; `cu_seqlens` (S + 1,) int32 says where each sequence begins, and only
-`attention` looks at it. Two of the operations are autograd functions, because autograd's own graph would keep
-float32 copies of everything that is wide: attention keeps bfloat16 probabilities, the vocabulary head keeps
-no logits at all.
+`attention` looks at it. Three of the operations are autograd functions, because autograd's own graph would
+keep float32 copies of everything that is wide: attention keeps bfloat16 probabilities, the vocabulary head
+keeps no logits at all, GeGLU no activation. All three work in blocks that stay in the caches.
 """
 
 import math
@@ -21,8 +21,13 @@ from torch import Tensor
 GROUP_WASTE = 0.25
 # Group widths are rounded up to this, so that products meet few different shapes.
 GROUP_MULTIPLE = 16
-# Logits that exist at a time in the vocabulary head: a chunk of float32 logits has to stay in the caches.
-CHUNK_LOGITS = 2**22
+# What is read and written several times has to stay in the caches: so many tokens fill a group, so many rows
+# go through GeGLU at a time, so many logits through the softmax.
+GROUP_TOKENS = 2048
+BLOCK_TOKENS = 1024
+BLOCK_LOGITS = 2**18
+# Logits that exist at a time in the vocabulary head: enough rows for fast products.
+CHUNK_LOGITS = 2**23
 
 Rope = tuple[Tensor, Tensor]
 
@@ -112,9 +117,9 @@ def _length_groups(cu_seqlens: Tensor, n_tokens: int, max_seqlen: int) -> list[t
     first, groups = 0, []
     while first < len(by_length) and by_length[first]:
         last = first
-        while (
-            last < len(by_length) and by_length[last] > by_length[first] * (1 - GROUP_WASTE) - GROUP_MULTIPLE
-        ):
+        shortest = by_length[first] * (1 - GROUP_WASTE) - GROUP_MULTIPLE
+        largest = max(1, GROUP_TOKENS // by_length[first])
+        while last < min(len(by_length), first + largest) and by_length[last] > shortest:
             last += 1
         width = min(max_seqlen, -(-by_length[first] // GROUP_MULTIPLE) * GROUP_MULTIPLE)
         members, position = order[first:last], torch.arange(width, device=cu_seqlens.device)
@@ -169,36 +174,40 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype = (
             torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden.dtype
         )
-        rows, weight_low, bias_low = hidden.to(dtype), weight.to(dtype), bias.to(dtype)
+        rows, weight_low, bias_exact = hidden.to(dtype), weight.to(dtype), bias.to(exact)
         if cu_bags is None:
             cu_bags = torch.arange(n_rows + 1, device=device)
         if bag_weights is None:
             bag_weights = torch.ones(len(ids), device=device)
         bag_weights = bag_weights.to(exact)
         row_of_target = torch.repeat_interleave(torch.arange(n_rows, device=device), cu_bags.diff())
-        bounds = [*range(0, n_rows, max(1, CHUNK_LOGITS // vocab_size)), n_rows]
-        target_bounds = cu_bags[bounds].tolist()
+        rows_of_chunk, rows_of_block = (max(1, n // vocab_size) for n in (CHUNK_LOGITS, BLOCK_LOGITS))
+        target_bounds = cu_bags.tolist()
 
         loss = torch.zeros((), dtype=exact, device=device)
         if wants_gradient:
             d_hidden = torch.empty(hidden.shape, dtype=exact, device=device)
             d_weight = torch.zeros(weight.shape, dtype=exact, device=device)
             d_bias = torch.zeros(bias.shape, dtype=exact, device=device)
-        for i in range(len(bounds) - 1):
-            chunk, targets = slice(bounds[i], bounds[i + 1]), slice(target_bounds[i], target_bounds[i + 1])
-            place = (row_of_target[targets] - bounds[i], ids[targets])
-            logits = torch.addmm(bias_low, rows[chunk], weight_low.T)
-            largest = logits.amax(dim=-1, keepdim=True).to(exact)
-            at_targets = logits[place].to(exact)
-            p = torch.sub(logits, largest).exp_()  # `exact`, and several times as fast as log_softmax
-            total = p.sum(dim=-1, keepdim=True)
-            loss += (total.log() + largest).sum() - (at_targets * bag_weights[targets]).sum()
+        for first in range(0, n_rows, rows_of_chunk):
+            chunk = rows[first : first + rows_of_chunk]
+            logits = chunk @ weight_low.T
+            for j, block in enumerate(logits.split(rows_of_block)):
+                i = first + j * rows_of_block
+                targets = slice(target_bounds[i], target_bounds[i + len(block)])
+                place, weights = (row_of_target[targets] - i, ids[targets]), bag_weights[targets]
+                z = block + bias_exact
+                largest, at_targets = z.amax(dim=-1, keepdim=True), z[place]
+                p = z.sub_(largest).exp_()  # several times as fast as log_softmax
+                total = p.sum(dim=-1, keepdim=True)
+                loss += (total.log() + largest).sum() - (at_targets * weights).sum()
+                if wants_gradient:
+                    d_logits = p.div_(total).index_put_(place, -weights, accumulate=True)
+                    d_bias += d_logits.sum(0)
+                    block.copy_(d_logits)  # the chunk's logits turn into their gradient
             if wants_gradient:
-                d_logits = p.div_(total).index_put_(place, -bag_weights[targets], accumulate=True)
-                d_bias += d_logits.sum(0)
-                d_logits = d_logits.to(dtype)
-                d_hidden[chunk] = d_logits @ weight_low
-                d_weight += d_logits.T @ rows[chunk]
+                d_hidden[first : first + len(chunk)] = logits @ weight_low
+                d_weight += logits.T @ chunk
         if wants_gradient:
             ctx.save_for_backward(d_hidden, d_weight, d_bias)
             ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype
@@ -218,6 +227,29 @@ def add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[T
 
 
 def geglu(x: Tensor) -> Tensor:
-    """gelu(a) * b of x = [a, b], (T, 2 d_ff) to (T, d_ff), gelu by erf (Shazeer 2020, arXiv 2002.05202)."""
-    a, b = x.chunk(2, dim=-1)
-    return F.gelu(a) * b
+    """gelu(a) * b of x = [a, b], (T, 2 d_ff) to (T, d_ff), gelu by erf (Shazeer 2020, arXiv 2002.05202).
+
+    The backward pass computes gelu(a) once more, and writes both halves of its gradient where they belong.
+    """
+    return _GeGLU.apply(x)
+
+
+class _GeGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x) -> Tensor:
+        ctx.save_for_backward(x)
+        out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+        for block, part in zip(x.split(BLOCK_TOKENS), out.split(BLOCK_TOKENS), strict=True):
+            a, b = block.chunk(2, dim=-1)
+            torch.mul(F.gelu(a), b, out=part)
+        return out
+
+    @staticmethod
+    def backward(ctx, d_out: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        d_x = torch.empty_like(x)
+        for block, d_block, d in zip(*(t.split(BLOCK_TOKENS) for t in (x, d_x, d_out)), strict=True):
+            (a, b), (d_a, d_b) = block.chunk(2, dim=-1), d_block.chunk(2, dim=-1)
+            torch.mul(d, F.gelu(a), out=d_b)
+            torch.ops.aten.gelu_backward.grad_input(d * b, a, grad_input=d_a)
+        return d_x

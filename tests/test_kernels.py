@@ -1,6 +1,7 @@
 """Each fused operation against plain torch in float64: values, gradients, precisions, and no leaks."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -75,15 +76,18 @@ def rope_double(n_positions, head_dim):
     reach=st.sampled_from((None, 0, 1, 5, 16, -3, -2, -1, 500)),  # negative ones count from the longest
     rotated=st.booleans(),
     spare=st.sampled_from((0, 1, 40)),
+    full=st.sampled_from((1, 100, 2048)),
     seed=st.integers(0, 99),
 )
-@example(lengths=[7, 3], n_empty=0, head_dim=32, reach=-2, rotated=False, spare=0, seed=0)
-def test_attention_is_exact(lengths, n_empty, head_dim, reach, rotated, spare, seed):
+@example(lengths=[7, 3], n_empty=0, head_dim=32, reach=-2, rotated=False, spare=0, full=2048, seed=0)
+def test_attention_is_exact(lengths, n_empty, head_dim, reach, rotated, spare, full, seed):
     window = reach if reach is None or reach >= 0 else max(0, max(lengths) + reach)
     lengths, longest = lengths + [0] * n_empty, max(lengths) + spare
     qkv, d_out = attention_inputs(lengths, head_dim, seed)
     rope = rope_double(longest, head_dim) if rotated else None
-    for ours, plain in zip(*both_attentions(qkv, lengths, rope, window, longest, d_out), strict=True):
+    with mock.patch.object(kernels, "GROUP_TOKENS", full):
+        both = both_attentions(qkv, lengths, rope, window, longest, d_out)
+    for ours, plain in zip(*both, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10)
 
 
@@ -165,9 +169,10 @@ def loss_and_gradients(function, parts, targets, factor=1.0):
 
 @pytest.mark.parametrize("bags", (False, True))
 @pytest.mark.parametrize("shape", ((1, 3, 1), (7, 5, 13), (64, 8, 101), (23, 16, 257)))
-@pytest.mark.parametrize("chunk", (1, 700, 2**22))
-def test_cross_entropy_is_exact(monkeypatch, bags, shape, chunk):
+@pytest.mark.parametrize("chunk, block", ((1, 1), (1500, 700), (2000, 1000), (2**22, 700), (2**22, 2**18)))
+def test_cross_entropy_is_exact(monkeypatch, bags, shape, chunk, block):
     monkeypatch.setattr(kernels, "CHUNK_LOGITS", chunk)
+    monkeypatch.setattr(kernels, "BLOCK_LOGITS", block)
     inputs = head_inputs(*shape, bags)
     ours = loss_and_gradients(linear_cross_entropy, *inputs, factor=0.3)
     plain = loss_and_gradients(plain_cross_entropy, *inputs, factor=0.3)
@@ -178,9 +183,10 @@ def test_cross_entropy_is_exact(monkeypatch, bags, shape, chunk):
 
 
 @pytest.mark.parametrize("bags", (False, True))
-@pytest.mark.parametrize("chunk", (700, 2**22))
-def test_cross_entropy_rounds_no_more_than_twice_plain_torch(monkeypatch, bags, chunk):
+@pytest.mark.parametrize("chunk, block", ((1500, 700), (2**22, 2**18)))
+def test_cross_entropy_rounds_no_more_than_twice_plain_torch(monkeypatch, bags, chunk, block):
     monkeypatch.setattr(kernels, "CHUNK_LOGITS", chunk)
+    monkeypatch.setattr(kernels, "BLOCK_LOGITS", block)
     parts, targets = head_inputs(150, 32, 301, bags, dtype=torch.float32)
     exact = loss_and_gradients(plain_cross_entropy, [part.double() for part in parts], targets)
     ours = loss_and_gradients(linear_cross_entropy, parts, targets)
@@ -243,8 +249,10 @@ def test_add_norm(d_model):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-10)
 
 
-def test_geglu():
+@pytest.mark.parametrize("block", (5, 1024))
+def test_geglu(monkeypatch, block):
     """The first half is activated, by erf; the second is the gate."""
+    monkeypatch.setattr(kernels, "BLOCK_TOKENS", block)
     torch.manual_seed(0)
     x = torch.randn(19, 2 * 33, dtype=torch.float64) * 3
     ours, plain, d_out = as_leaf(x), as_leaf(x), torch.randn(19, 33, dtype=torch.float64)
