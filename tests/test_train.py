@@ -64,6 +64,23 @@ def test_transformers_reads_what_a_run_leaves(pretrained):
         assert torch.allclose(theirs.eval()(ids).logits[0], logits, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "name, capabilities, dtype, steps",
+    (
+        ("cpu", {"amx_bf16": True, "avx512_bf16": True}, "bfloat16", 1500),
+        ("cpu", {"amx_bf16": False, "avx512_bf16": True}, "bfloat16", 900),
+        ("cpu", {"amx_bf16": True, "avx512_bf16": True}, "float32", 420),
+        ("cpu", {}, "float32", 420),
+        ("cuda", {}, "float32", 1500),
+    ),
+)
+def test_slower_machines_do_fewer_steps_and_say_why(monkeypatch, name, capabilities, dtype, steps):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    n_steps, why = train.default_steps("tiny", torch.device(name), dtype)
+    assert n_steps == steps and why.startswith(f"{steps} steps")
+    assert (" x " in why) == (steps < 1500)
+
+
 def test_resume_equals_a_straight_run(corpus_file, tmp_path, monkeypatch):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     train.main(run(corpus_file, straight, "--save-every", "5"))
