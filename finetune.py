@@ -114,11 +114,12 @@ def joined(examples: Labelled) -> list[str]:
     return [f"{a} {b}" if b else a for a, b in zip(examples.texts, pairs, strict=True)]
 
 
-def bag_of_words(train: Labelled, evaluate: Labelled, grid: Sequence[tuple[float]]) -> Fit:
+def bag_of_words(
+    texts: list[str], targets: np.ndarray, unseen: list[str], is_classes: bool, grid: Sequence[tuple[float]]
+) -> Fit:
     tfidf = TfidfVectorizer(sublinear_tf=True)
-    features, is_classes = tfidf.fit_transform(joined(train)), train.names is not None
-    unseen = tfidf.transform(joined(evaluate))
-    return {(c,): linear(features, train.targets, is_classes, c).predict(unseen) for (c,) in grid}
+    features, tested = tfidf.fit_transform(texts), tfidf.transform(unseen)
+    return {(c,): linear(features, targets, is_classes, c).predict(tested) for (c,) in grid}
 
 
 def unlabelled_texts(model_folder: Path, train: Labelled, seed: int) -> tuple[list[str], str]:
@@ -135,13 +136,12 @@ def unlabelled_texts(model_folder: Path, train: Labelled, seed: int) -> tuple[li
     return texts, "the unlabelled text of pretraining"
 
 
-def latent_semantics(texts: list[str], *examples: Labelled) -> list[np.ndarray]:
-    """Document vectors of each set of examples, in the widest width: TF-IDF and SVD fitted on `texts`."""
-    tfidf = TfidfVectorizer(sublinear_tf=True, min_df=2 if len(texts) > 1000 else 1)
-    counts = tfidf.fit_transform(texts)
+def latent_semantics(unlabelled: list[str], texts: list[str]) -> np.ndarray:
+    """Document vectors of `texts` in the widest width: TF-IDF and SVD fitted on the unlabelled ones."""
+    tfidf = TfidfVectorizer(sublinear_tf=True, min_df=2 if len(unlabelled) > 1000 else 1)
+    counts = tfidf.fit_transform(unlabelled)
     width = min(max(GRIDS["lsa"])[0], min(counts.shape) - 1)
-    svd = TruncatedSVD(width, random_state=0).fit(counts)
-    return [svd.transform(tfidf.transform(joined(part))) for part in examples]
+    return TruncatedSVD(width, random_state=0).fit(counts).transform(tfidf.transform(texts))
 
 
 def lsa(
@@ -249,14 +249,14 @@ def measure(targets: np.ndarray, predictions: np.ndarray, is_classes: bool) -> d
     return {"rmse": rmse, "pearson": pearson, "spearman": spearman}
 
 
-def best_choice(fits: list[tuple[np.ndarray, Fit]], is_classes: bool) -> tuple[Any, float]:
+def best_choice(tried: list[tuple[np.ndarray, Fit]], is_classes: bool) -> tuple[Any, float]:
     """The choice with the best mean over the folds, (targets, {choice: predictions}): accuracy, or -RMSE."""
 
     def mean_score(choice: Any) -> float:
-        measured = [measure(targets, fit[choice], is_classes) for targets, fit in fits]
+        measured = [measure(targets, fit[choice], is_classes) for targets, fit in tried]
         return float(np.mean([m["accuracy"] if is_classes else -m["rmse"] for m in measured]))
 
-    means = {choice: mean_score(choice) for choice in fits[0][1]}
+    means = {choice: mean_score(choice) for choice in tried[0][1]}
     best = max(means, key=means.get)
     return best, means[best]
 
@@ -279,10 +279,6 @@ def show_confusion(confusion: np.ndarray, names: list[str], path: Path) -> None:
     shown.plot(ax=axes, xticks_rotation="vertical", colorbar=False, include_values=len(names) <= 20)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
-
-
-def truth(train: Labelled, splits: list, fits: list[Fit]) -> list[tuple[np.ndarray, Fit]]:
-    return [(train.targets[held_out], fit) for (_, held_out), fit in zip(splits, fits, strict=True)]
 
 
 def save_classifier(
@@ -319,7 +315,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     (train_rows, n_cut), (test_rows, n_cut_test) = (
         encode(x, tokenizer, config.max_len) for x in (train, test)
     )
-    rows, all_train, all_test = train_rows + test_rows, np.arange(n_train), n_train + np.arange(len(test))
+    rows, texts = train_rows + test_rows, joined(train) + joined(test)
+    all_train, all_test = np.arange(n_train), n_train + np.arange(len(test))
     n_folds = N_FOLDS if n_train <= CROSS_VALIDATED else 1
     splits = folds(train, n_folds, HOLD_OUT)
     args.epochs = args.epochs or max(2, min(8, round(40 / n_train**0.35)))
@@ -343,48 +340,48 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             checkpoint.load_weights(model, weights, args.model, fresh=("classifier",))
         return model
 
-    def network(row: str, which: np.ndarray, unseen: np.ndarray, grid: Sequence) -> tuple[Fit, Classifier]:
-        """Predictions for `unseen` of each choice of the grid, and the model of the last."""
-        fit: Fit = {}
+    def fit(row: str, on: np.ndarray, unseen: np.ndarray, grid: Sequence) -> tuple[Fit, Classifier | None]:
+        """Predictions for `unseen` of each choice of the grid, fitted on the examples `on`; and of a network
+        the last one."""
+        if row == "bag_of_words":
+            known, asked = ([texts[i] for i in which] for which in (on, unseen))
+            return bag_of_words(known, train.targets[on], asked, is_classes, grid), None
+        if row == "lsa":
+            return lsa(vectors[on], train.targets[on], vectors[unseen], is_classes, grid), None
+        found: Fit = {}
         for (rate,) in grid:
             model = new_model(row)
             if row == "pretrained":  # whole fine-tuning begins from the fitted head (Kumar et al. 2022)
-                fit_head(model, features[which], targets[which], is_classes)
+                fit_head(model, features[on], targets[on], is_classes)
             if rate:
-                fit_network(model, rows, targets, which, rate, args, autocast)
+                fit_network(model, rows, targets, on, rate, args, autocast)
                 logits = outputs(model, rows, unseen, autocast, model)
             else:
                 states = torch.from_numpy(features[unseen]).to(device)
                 logits = model.classifier(states).detach().cpu().numpy()
-            fit[rate,] = decide(logits)
-        return fit, model
+            found[rate,] = decide(logits)
+        return found, model
 
     results, choices, predicted = {}, {}, {}
     for name in args.rows:
-        begun, note = time.time(), ""
-        if name == "bag_of_words":
-            fits = [bag_of_words(train[a], train[b], GRIDS[name]) for a, b in splits]
-            choice, validation = best_choice(truth(train, splits, fits), is_classes)
-            predicted[name] = bag_of_words(train, test, [choice])[choice]
-        elif name == "lsa":
-            texts, note = unlabelled_texts(args.model, train, args.seed)
-            vectors, test_vectors = latent_semantics(texts, train, test)
-            fits = [lsa(vectors[a], train.targets[a], vectors[b], is_classes, GRIDS[name]) for a, b in splits]
-            choice, validation = best_choice(truth(train, splits, fits), is_classes)
-            predicted[name] = lsa(vectors, train.targets, test_vectors, is_classes, [choice])[choice]
-        else:
-            if name == "pretrained":
-                fresh = new_model(name)
-                features = outputs(fresh, rows, np.arange(len(rows)), autocast, fresh.features)
-            rng = np.random.default_rng([args.seed, 6])
-            fits = [
-                network(name, np.sort(rng.permutation(a)[:CHOOSING]), b, GRIDS[name])[0] for a, b in splits
-            ]
-            choice, validation = best_choice(truth(train, splits, fits), is_classes)
-            fit, model = network(name, all_train, all_test, [choice])
-            predicted[name] = fit[choice]
-            if name == "pretrained":
-                save_classifier(args.out, model, tokenizer, train.names, center, spread)
+        begun, note, most = time.time(), "", n_train
+        if name == "lsa":
+            unlabelled, note = unlabelled_texts(args.model, train, args.seed)
+            vectors = latent_semantics(unlabelled, texts)
+        elif name != "bag_of_words":
+            most = CHOOSING
+        if name == "pretrained":
+            fresh = new_model(name)
+            features = outputs(fresh, rows, np.arange(len(rows)), autocast, fresh.features)
+        rng, tried = np.random.default_rng([args.seed, 6]), []
+        for on, held_out in splits:
+            some = np.sort(rng.permutation(on)[:most])
+            tried.append((train.targets[held_out], fit(name, some, held_out, GRIDS[name])[0]))
+        choice, validation = best_choice(tried, is_classes)
+        fitted, model = fit(name, all_train, all_test, [choice])
+        predicted[name] = fitted[choice]
+        if name == "pretrained":
+            save_classifier(args.out, model, tokenizer, train.names, center, spread)
         results[name] = measure(test.targets, predicted[name], is_classes)
         shown = "  ".join(f"{key} {value:.3f}" for key, value in results[name].items())
         results[name]["seconds"] = time.time() - begun

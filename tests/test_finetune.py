@@ -98,19 +98,17 @@ def test_baselines_are_scikit_learn_called_by_hand(topics):
     train, test = labels.load(None, *topics)
     tfidf = TfidfVectorizer(sublinear_tf=True).fit(train.texts)
     model = LogisticRegression(C=3, max_iter=2000).fit(tfidf.transform(train.texts), train.targets)
-    assert (
-        finetune.bag_of_words(train, test, [(3.0,)])[3.0,] == model.predict(tfidf.transform(test.texts))
-    ).all()
+    found = finetune.bag_of_words(train.texts, train.targets, test.texts, True, [(3.0,)])[3.0,]
+    assert (found == model.predict(tfidf.transform(test.texts))).all()
 
     texts = [s for topic in range(6) for s in sentences(100, topic, topic)]
-    vectors, test_vectors = finetune.latent_semantics(texts, train, test)
+    vectors, test_vectors = (finetune.latent_semantics(texts, x.texts) for x in (train, test))
     tfidf = TfidfVectorizer(sublinear_tf=True).fit(texts)
     svd = TruncatedSVD(vectors.shape[1], random_state=0).fit(tfidf.transform(texts))
     a, b = (normalize(svd.transform(tfidf.transform(x.texts))[:, :100]) for x in (train, test))
     by_hand = LogisticRegression(C=10, max_iter=2000).fit(a, train.targets).predict(b)
-    assert (
-        finetune.lsa(vectors, train.targets, test_vectors, True, [(100, 10.0)])[100, 10.0] == by_hand
-    ).all()
+    found = finetune.lsa(vectors, train.targets, test_vectors, True, [(100, 10.0)])[100, 10.0]
+    assert (found == by_hand).all()
 
 
 def test_no_row_searches_less_than_the_pretrained_one():
