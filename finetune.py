@@ -122,13 +122,13 @@ def bag_of_words(
     return {(c,): linear(features, targets, is_classes, c).predict(tested) for (c,) in grid}
 
 
-def unlabelled_texts(model_folder: Path, train: Labelled, seed: int) -> tuple[list[str], str]:
+def unlabelled_texts(model_folder: Path, labelled: list[str], seed: int) -> tuple[list[str], str]:
     """What pretraining saw: windows of the token cache that the run's folder names, or, without one, the
     labelled texts; and a name for it."""
     with_name = model_folder / "metrics.json"
     name = json.loads(with_name.read_text()).get("tokens_folder") if with_name.is_file() else None
     if name is None or not (CACHE / name).is_dir():
-        return joined(train), "the training texts"
+        return labelled, "the training texts"
     corpus = Corpus(CACHE / name, max_len=256, row_tokens=1, seed=seed)
     chosen = np.random.default_rng([seed, 4]).permutation(len(corpus.train.start))[:LSA_WINDOWS]
     spans = [(corpus.train.start[i], corpus.train.start[i] + corpus.train.length[i]) for i in np.sort(chosen)]
@@ -364,13 +364,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     results, choices, predicted = {}, {}, {}
     for name in args.rows:
-        begun, note, most = time.time(), "", n_train
+        begun, note = time.time(), ""
+        most = CHOOSING if name in ("scratch", "pretrained") else n_train
         if name == "lsa":
-            unlabelled, note = unlabelled_texts(args.model, train, args.seed)
+            unlabelled, note = unlabelled_texts(args.model, texts[:n_train], args.seed)
             vectors = latent_semantics(unlabelled, texts)
-        elif name != "bag_of_words":
-            most = CHOOSING
-        if name == "pretrained":
+        elif name == "pretrained":
             fresh = new_model(name)
             features = outputs(fresh, rows, np.arange(len(rows)), autocast, fresh.features)
         rng, tried = np.random.default_rng([args.seed, 6]), []

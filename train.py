@@ -74,10 +74,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def default_steps(preset: str, device: torch.device, dtype_name: str) -> tuple[int, str]:
     """(number of steps, the rule that gave it): a number and not a clock, so that runs repeat."""
     share, why = 1.0, f"the default of {preset}"
-    if device.type == "cpu" and not (
-        dtype_name == "bfloat16" and torch.cpu.get_capabilities().get("amx_bf16")
-    ):
-        share = SLOWER_CPUS["bfloat16" if dtype_name == "bfloat16" else "float32"]
+    has_amx = dtype_name == "bfloat16" and torch.cpu.get_capabilities().get("amx_bf16")
+    if device.type == "cpu" and not has_amx:
+        share = SLOWER_CPUS.get(dtype_name, SLOWER_CPUS["float32"])
         why += f" x {share:g}, for a CPU that multiplies in {dtype_name} without AMX"
     n_steps = round(STEPS[preset] * share)
     return n_steps, f"{n_steps} steps: {why}"
