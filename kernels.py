@@ -1,20 +1,31 @@
-"""The fused operations of the model, each as one function with its formula, its source and its written-out
-torch code.
+"""The fused operations of the model, each as one function with its formula, its source, its written-out
+torch code and its Triton kernels.
 
 Axes: T tokens of a whole batch, S sequences, B sequences of one length group, L the padded length of that
 group, H heads, D head size, N rows of the vocabulary head, V vocabulary.
 
 A batch is a flat row of T tokens; `cu_seqlens` (S + 1,) int32 says where each sequence begins, and only
-`attention` looks at it. Three of the operations are autograd functions, because autograd's own graph would
-keep float32 copies of everything that is wide: attention keeps bfloat16 probabilities, the vocabulary head
-keeps no logits at all, GeGLU no activation. All three work in blocks that stay in the caches.
+`attention` looks at it. The operations are autograd functions, because autograd's own graph would keep
+float32 copies of everything that is wide. The torch code works in blocks that stay in a CPU's caches; it
+keeps bfloat16 probabilities of attention, no logits of the vocabulary head and no activation of GeGLU. The
+Triton kernels keep no probabilities either. Nothing in them is atomic, so that a run repeats to the bit.
 """
 
+from __future__ import annotations  # without Triton, `tl.constexpr` is no more than a text
+
 import math
+import os
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # macOS, Windows, and the CPU build of torch
+    triton = None
 
 # A length group ends where its next sequence would waste more than this share of the group's width. A wider
 # tolerance computes more padding, a narrower one more and smaller products.
@@ -28,8 +39,30 @@ BLOCK_TOKENS = 1024
 BLOCK_LOGITS = 2**18
 # Logits that exist at a time in the vocabulary head: enough rows for fast products.
 CHUNK_LOGITS = 2**23
+# Of the Triton kernels: rows of q or k in a block of attention, and what of a row a program has at a time.
+FLASH_BLOCK, FLASH_STEP, FLASH_STAGES = 64, 32, 2
+FLASH_HEAD_DIMS = (32, 64, 128)  # halves that tensor cores multiply; others take the torch code
+ROW_BLOCK = 1024
+NORM_STRIPS = 512  # programs that the rows of a norm's backward pass are dealt to, each a partial d_weight
+
+# "torch" or "triton" forces the one or the other; on a CPU "triton" wants TRITON_INTERPRET=1 at the import.
+FORCED = os.environ.get("CLOZE_KERNELS")
 
 Rope = tuple[Tensor, Tensor]
+
+
+def on_triton(x: Tensor) -> bool:
+    """The one rule of dispatch: Triton's kernels for a GPU's tensors, torch code for all others."""
+    if FORCED not in (None, "torch", "triton"):
+        raise ValueError(f"CLOZE_KERNELS={FORCED}: it must be torch or triton")
+    if FORCED == "triton" and triton is None:
+        raise ValueError("CLOZE_KERNELS=triton, but Triton is not installed")
+    chosen = FORCED == "triton" or (FORCED is None and triton is not None and x.is_cuda)
+    return chosen and x.dtype != torch.float64
+
+
+def jit(kernel):
+    return triton.jit(kernel) if triton else kernel
 
 
 def rope_tables(n_positions: int, head_dim: int, theta: float, device: torch.device | str = "cpu") -> Rope:
@@ -54,6 +87,8 @@ def attention(
     """
     if rope is not None and len(rope[0]) < max_seqlen:
         raise ValueError(f"rope has {len(rope[0])} positions, the longest sequence {max_seqlen}")
+    if on_triton(qkv) and qkv.shape[-1] in FLASH_HEAD_DIMS:
+        return _FlashAttention.apply(qkv, cu_seqlens, max_seqlen, rope, window)
     return _Attention.apply(qkv, cu_seqlens, max_seqlen, rope, window)
 
 
@@ -145,6 +180,225 @@ def _rotate(qk: Tensor, rope: Rope | None, scale: float, inverse: bool = False) 
     return turned.to(qk.dtype)
 
 
+class _FlashAttention(torch.autograd.Function):
+    """Online softmax over blocks of keys; the backward pass computes the probabilities once more from their
+    logsumexp (Dao 2023, arXiv 2307.08691, algorithms 1 and 2). q and k are rotated by a kernel of their own:
+    rotated as they are loaded they would be so once for every block that meets them, and the registers do not
+    hold it."""
+
+    @staticmethod
+    def forward(ctx, qkv, cu_seqlens, max_seqlen, rope, window) -> Tensor:
+        qkv = qkv.contiguous()
+        if rope is not None:
+            qkv = flash_rotate(qkv, cu_seqlens, max_seqlen, *rope, 1.0)
+        out, lse = flash_forward(qkv, cu_seqlens, max_seqlen, window)
+        ctx.save_for_backward(qkv, cu_seqlens, out, lse)
+        ctx.max_seqlen, ctx.rope, ctx.window = max_seqlen, rope, window
+        return out
+
+    @staticmethod
+    def backward(ctx, d_out: Tensor) -> tuple[Tensor, None, None, None, None]:
+        qkv, cu_seqlens, out, lse = ctx.saved_tensors
+        d_qkv = flash_backward(qkv, cu_seqlens, ctx.max_seqlen, ctx.window, out, lse, d_out.contiguous())
+        if ctx.rope is not None:
+            d_qkv = flash_rotate(d_qkv, cu_seqlens, ctx.max_seqlen, *ctx.rope, -1.0)
+        return d_qkv, None, None, None, None
+
+
+def _flash_grid(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, n_heads: int) -> tuple[int, int, int]:
+    """One program a sequence, head and block; sequences come first, since only the first may be many."""
+    return len(cu_seqlens) - 1, n_heads, -(-max_seqlen // FLASH_BLOCK)
+
+
+@triton_op("cloze::flash_rotate", mutates_args=())
+def flash_rotate(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, cos: Tensor, sin: Tensor, sign: float
+) -> Tensor:
+    """qkv with q and k rotated by their positions in float32, backwards where the sign is -1."""
+    out, (n_heads, head_dim) = torch.empty_like(qkv), qkv.shape[2:]
+    grid = _flash_grid(qkv, cu_seqlens, max_seqlen, 3 * n_heads)
+    options = {"HALF": head_dim // 2, "BLOCK": FLASH_BLOCK}
+    wrap_triton(_flash_rotate)[grid](qkv, out, cu_seqlens, cos, sin, sign, n_heads, **options)
+    return out
+
+
+@triton_op("cloze::flash_forward", mutates_args=())
+def flash_forward(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """(out (T, H, D), logsumexp of the scores in base 2, (H, T) float32) of contiguous qkv."""
+    n_tokens, _, n_heads, head_dim = qkv.shape
+    out = qkv.new_empty(n_tokens, n_heads, head_dim)
+    lse = qkv.new_empty(n_heads, n_tokens, dtype=torch.float32)
+    grid = _flash_grid(qkv, cu_seqlens, max_seqlen, n_heads)
+    options = {"WIDTH": head_dim, "BLOCK": FLASH_BLOCK, "STEP": FLASH_STEP, "num_stages": FLASH_STAGES}
+    wrap_triton(_flash_forward)[grid](qkv, cu_seqlens, out, lse, n_tokens, n_heads, window, **options)
+    return out, lse
+
+
+@triton_op("cloze::flash_backward", mutates_args=())
+def flash_backward(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    window: int | None,
+    out: Tensor,
+    lse: Tensor,
+    d_out: Tensor,
+) -> Tensor:
+    """The gradient of qkv: one pass for q, which leaves rowsum(out * d_out) for the other, of k and v."""
+    n_tokens, _, n_heads, head_dim = qkv.shape
+    d_qkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
+    grid = _flash_grid(qkv, cu_seqlens, max_seqlen, n_heads)
+    options = {"WIDTH": head_dim, "BLOCK": FLASH_BLOCK, "STEP": FLASH_STEP, "num_stages": FLASH_STAGES}
+    given = (qkv, cu_seqlens, out, lse, d_out, delta, d_qkv, n_tokens, n_heads, window)
+    wrap_triton(_flash_d_q)[grid](*given, **options)
+    wrap_triton(_flash_d_kv)[grid](*given, **options)
+    return d_qkv
+
+
+@jit
+def _sequence(cu_seqlens, index):
+    """Where a sequence begins, in 64 bits because offsets are multiples of it, and its length."""
+    begin, end = tl.load(cu_seqlens + index), tl.load(cu_seqlens + index + 1)
+    return begin.to(tl.int64), end - begin
+
+
+@jit
+def _load(base, rows, length, stride, WIDTH: tl.constexpr):
+    """Rows (rows, WIDTH) of a sequence, zeros beyond its length."""
+    place = base + (rows[:, None] * stride + tl.arange(0, WIDTH))
+    return tl.load(place, mask=(rows < length)[:, None], other=0.0)
+
+
+@jit
+def _store(base, rows, length, stride, x, WIDTH: tl.constexpr):
+    place = base + (rows[:, None] * stride + tl.arange(0, WIDTH))
+    tl.store(place, x.to(base.dtype.element_ty), mask=(rows < length)[:, None])
+
+
+@jit
+def _flash_rotate(qkv, out, cu_seqlens, cos, sin, sign, n_heads, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    head, block = tl.program_id(1), tl.program_id(2)
+    begin, length = _sequence(cu_seqlens, tl.program_id(0))
+    stride = 3 * n_heads * 2 * HALF
+    rows, place = block * BLOCK + tl.arange(0, BLOCK), begin * stride + head * 2 * HALF
+    a = _load(qkv + place, rows, length, stride, HALF).to(tl.float32)
+    b = _load(qkv + place + HALF, rows, length, stride, HALF).to(tl.float32)
+    if head < 2 * n_heads:  # behind q and k comes v, which is copied
+        c, s = _load(cos, rows, length, HALF, HALF), sign * _load(sin, rows, length, HALF, HALF)
+        a, b = a * c - b * s, b * c + a * s
+    _store(out + place, rows, length, stride, a, HALF)
+    _store(out + place + HALF, rows, length, stride, b, HALF)
+
+
+@jit
+def _scores(x, y, rows, columns, length, window, WIDTH: tl.constexpr):
+    """Scores in base 2 of the rows with the columns, -inf where one does not see the other."""
+    scale = 1.4426950408889634 / tl.sqrt(1.0 * WIDTH)  # log2(e), because exp2 is the faster one
+    seen = (columns < length)[None, :]
+    if window is not None:
+        seen = seen & (tl.abs(rows[:, None] - columns[None, :]) <= window)
+    return tl.where(seen, tl.dot(x, tl.trans(y), input_precision="ieee") * scale, float("-inf"))
+
+
+@jit
+def _span(block, length, window, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    """First and last row of the other side that a block of this side meets."""
+    first, last = 0, length
+    if window is not None:
+        first = tl.maximum(0, block * BLOCK - window) // STEP * STEP
+        last = tl.minimum(length, (block + 1) * BLOCK + window)
+    return first, last
+
+
+@jit
+def _flash_forward(
+    qkv, cu_seqlens, out, lse, n_tokens, n_heads, window,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    head, block = tl.program_id(1), tl.program_id(2)
+    begin, length = _sequence(cu_seqlens, tl.program_id(0))
+    width, i = n_heads * WIDTH, block * BLOCK + tl.arange(0, BLOCK)
+    qkv += begin * 3 * width + head * WIDTH
+    q = _load(qkv, i, length, 3 * width, WIDTH)
+    # finite, so that a block in which a query sees nothing leaves 0 and not NaN
+    largest, total = tl.full((BLOCK,), -1e30, tl.float32), tl.zeros((BLOCK,), tl.float32)
+    heads = tl.zeros((BLOCK, WIDTH), tl.float32)
+    first, last = _span(block, length, window, BLOCK, STEP)
+    for start in range(first, last, STEP):
+        j = start + tl.arange(0, STEP)
+        k = _load(qkv + width, j, length, 3 * width, WIDTH)
+        v = _load(qkv + 2 * width, j, length, 3 * width, WIDTH)
+        scores = _scores(q, k, i, j, length, window, WIDTH)
+        higher = tl.maximum(largest, tl.max(scores, 1))
+        p, fade = tl.exp2(scores - higher[:, None]), tl.exp2(largest - higher)
+        total, largest = total * fade + tl.sum(p, 1), higher
+        heads = tl.dot(p.to(v.dtype), v, heads * fade[:, None], input_precision="ieee")
+    _store(out + begin * width + head * WIDTH, i, length, width, heads / total[:, None], WIDTH)
+    tl.store(lse + head * n_tokens + begin + i, largest + tl.log2(total), mask=i < length)
+
+
+@jit
+def _flash_d_q(
+    qkv, cu_seqlens, out, lse, d_out, delta, d_qkv, n_tokens, n_heads, window,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    head, block = tl.program_id(1), tl.program_id(2)
+    begin, length = _sequence(cu_seqlens, tl.program_id(0))
+    width, i = n_heads * WIDTH, block * BLOCK + tl.arange(0, BLOCK)
+    place, row = begin * width + head * WIDTH, head * n_tokens + begin + i
+    qkv += begin * 3 * width + head * WIDTH
+    q = _load(qkv, i, length, 3 * width, WIDTH)
+    heads, d_heads = (
+        _load(out + place, i, length, width, WIDTH),
+        _load(d_out + place, i, length, width, WIDTH),
+    )
+    d_total = tl.sum(heads.to(tl.float32) * d_heads.to(tl.float32), 1)
+    tl.store(delta + row, d_total, mask=i < length)
+    lse_i = tl.load(lse + row, mask=i < length, other=0.0)
+    d_q = tl.zeros((BLOCK, WIDTH), tl.float32)
+    first, last = _span(block, length, window, BLOCK, STEP)
+    for start in range(first, last, STEP):
+        j = start + tl.arange(0, STEP)
+        k = _load(qkv + width, j, length, 3 * width, WIDTH)
+        v = _load(qkv + 2 * width, j, length, 3 * width, WIDTH)
+        p = tl.exp2(_scores(q, k, i, j, length, window, WIDTH) - lse_i[:, None])
+        d_p = tl.dot(d_heads, tl.trans(v), input_precision="ieee")
+        d_q = tl.dot((p * (d_p - d_total[:, None])).to(k.dtype), k, d_q, input_precision="ieee")
+    d_qkv += begin * 3 * width + head * WIDTH
+    _store(d_qkv, i, length, 3 * width, d_q / tl.sqrt(1.0 * WIDTH), WIDTH)
+
+
+@jit
+def _flash_d_kv(
+    qkv, cu_seqlens, out, lse, d_out, delta, d_qkv, n_tokens, n_heads, window,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    head, block = tl.program_id(1), tl.program_id(2)
+    begin, length = _sequence(cu_seqlens, tl.program_id(0))
+    width, j = n_heads * WIDTH, block * BLOCK + tl.arange(0, BLOCK)
+    qkv += begin * 3 * width + head * WIDTH
+    k = _load(qkv + width, j, length, 3 * width, WIDTH)
+    v = _load(qkv + 2 * width, j, length, 3 * width, WIDTH)
+    d_k, d_v = tl.zeros((BLOCK, WIDTH), tl.float32), tl.zeros((BLOCK, WIDTH), tl.float32)
+    first, last = _span(block, length, window, BLOCK, STEP)
+    for start in range(first, last, STEP):
+        i = start + tl.arange(0, STEP)
+        row = head * n_tokens + begin + i
+        q = _load(qkv, i, length, 3 * width, WIDTH)
+        d_heads = _load(d_out + begin * width + head * WIDTH, i, length, width, WIDTH)
+        lse_i = tl.load(lse + row, mask=i < length, other=0.0)
+        d_total = tl.load(delta + row, mask=i < length, other=0.0)
+        p = tl.exp2(_scores(k, q, j, i, length, window, WIDTH) - lse_i[None, :])  # (keys, queries)
+        d_v = tl.dot(p.to(v.dtype), d_heads, d_v, input_precision="ieee")
+        d_p = tl.dot(v, tl.trans(d_heads), input_precision="ieee")
+        d_k = tl.dot((p * (d_p - d_total[None, :])).to(q.dtype), q, d_k, input_precision="ieee")
+    d_qkv += begin * 3 * width + head * WIDTH
+    _store(d_qkv + width, j, length, 3 * width, d_k / tl.sqrt(1.0 * WIDTH), WIDTH)
+    _store(d_qkv + 2 * width, j, length, 3 * width, d_v, WIDTH)
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -180,11 +434,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if bag_weights is None:
             bag_weights = torch.ones(len(ids), device=device)
         bag_weights = bag_weights.to(exact)
-        row_of_target = torch.repeat_interleave(torch.arange(n_rows, device=device), cu_bags.diff())
-        rows_of_chunk, rows_of_block = (max(1, n // vocab_size) for n in (CHUNK_LOGITS, BLOCK_LOGITS))
-        target_bounds = cu_bags.tolist()
+        rows_of_chunk = max(1, CHUNK_LOGITS // vocab_size)
+        softmax = bag_softmax if on_triton(hidden) else _bag_softmax_by_blocks
 
-        loss = torch.zeros((), dtype=exact, device=device)
+        loss, d_bias = torch.zeros((), dtype=exact, device=device), None
         if wants_gradient:
             d_hidden = torch.empty(hidden.shape, dtype=exact, device=device)
             d_weight = torch.zeros(weight.shape, dtype=exact, device=device)
@@ -192,19 +445,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for first in range(0, n_rows, rows_of_chunk):
             chunk = rows[first : first + rows_of_chunk]
             logits = chunk @ weight_low.T
-            for j, block in enumerate(logits.split(rows_of_block)):
-                i = first + j * rows_of_block
-                targets = slice(target_bounds[i], target_bounds[i + len(block)])
-                place, weights = (row_of_target[targets] - i, ids[targets]), bag_weights[targets]
-                z = block + bias_exact
-                largest, at_targets = z.amax(dim=-1, keepdim=True), z[place]
-                p = z.sub_(largest).exp_()  # several times as fast as log_softmax
-                total = p.sum(dim=-1, keepdim=True)
-                loss += (total.log() + largest).sum() - (at_targets * weights).sum()
-                if wants_gradient:
-                    d_logits = p.div_(total).index_put_(place, -weights, accumulate=True)
-                    d_bias += d_logits.sum(0)
-                    block.copy_(d_logits)  # the chunk's logits turn into their gradient
+            bags = cu_bags[first : first + len(chunk) + 1]
+            loss += softmax(logits, bias_exact, ids, bag_weights, bags, d_bias)
             if wants_gradient:
                 d_hidden[first : first + len(chunk)] = logits @ weight_low
                 d_weight += logits.T @ chunk
@@ -219,11 +461,174 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *gradients, None, None, None, None
 
 
+def _bag_softmax_by_blocks(
+    logits: Tensor, bias: Tensor, ids: Tensor, bag_weights: Tensor, cu_bags: Tensor, d_bias: Tensor | None
+) -> Tensor:
+    """The loss of a chunk's logits, (rows, V) without their bias; cu_bags (rows + 1,) points into ids. Where
+    there is a d_bias, the logits turn into their gradient in place, and it is added to d_bias."""
+    first, last = int(cu_bags[0]), int(cu_bags[-1])
+    row = torch.repeat_interleave(torch.arange(len(logits), device=logits.device), cu_bags.diff())
+    ids, bag_weights = ids[first:last], bag_weights[first:last]
+    bounds, rows_of_block = (cu_bags - first).tolist(), max(1, BLOCK_LOGITS // logits.shape[1])
+    loss = bias.new_zeros(())
+    for i, block in zip(range(0, len(logits), rows_of_block), logits.split(rows_of_block), strict=True):
+        targets = slice(bounds[i], bounds[i + len(block)])
+        place, weights = (row[targets] - i, ids[targets]), bag_weights[targets]
+        z = block + bias
+        largest, at_targets = z.amax(dim=-1, keepdim=True), z[place]
+        p = z.sub_(largest).exp_()  # several times as fast as log_softmax
+        total = p.sum(dim=-1, keepdim=True)
+        loss += (total.log() + largest).sum() - (at_targets * weights).sum()
+        if d_bias is not None:
+            d_logits = p.div_(total).index_put_(place, -weights, accumulate=True)
+            d_bias += d_logits.sum(0)
+            block.copy_(d_logits)
+    return loss
+
+
+@triton_op("cloze::bag_softmax", mutates_args=("logits", "d_bias"))
+def bag_softmax(
+    logits: Tensor, bias: Tensor, ids: Tensor, bag_weights: Tensor, cu_bags: Tensor, d_bias: Tensor | None
+) -> Tensor:
+    """The same by one Triton program a row."""
+    losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    given = (logits, bias, ids, bag_weights, cu_bags, losses, logits.shape[1])
+    wrap_triton(_bag_softmax)[(len(logits),)](*given, WANTS_GRADIENT=d_bias is not None, BLOCK=ROW_BLOCK)
+    if d_bias is not None:
+        d_bias += logits.sum(0, dtype=torch.float32)
+    return losses.sum()
+
+
+@jit
+def _bag_softmax(
+    logits,
+    bias,
+    ids,
+    bag_weights,
+    cu_bags,
+    losses,
+    vocab_size,
+    WANTS_GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    logits += row.to(tl.int64) * vocab_size
+    begin, end = tl.load(cu_bags + row), tl.load(cu_bags + row + 1)
+    largest, total, at_targets = -1e30, 0.0, 0.0
+    for start in range(0, vocab_size, BLOCK):
+        word = start + tl.arange(0, BLOCK)
+        z = tl.load(logits + word, mask=word < vocab_size, other=float("-inf")).to(tl.float32)
+        z += tl.load(bias + word, mask=word < vocab_size, other=0.0)
+        higher = tl.maximum(largest, tl.max(z, 0))
+        total, largest = total * tl.exp(largest - higher) + tl.sum(tl.exp(z - higher), 0), higher
+    for i in range(begin, end):
+        target = tl.load(ids + i)
+        z_target = tl.load(logits + target).to(tl.float32) + tl.load(bias + target)
+        at_targets += tl.load(bag_weights + i) * z_target
+    lse = largest + tl.log(total)
+    tl.store(losses + row, lse - at_targets)
+    if WANTS_GRADIENT:
+        tl.debug_barrier()  # all targets are read before the first logit is overwritten
+        for start in range(0, vocab_size, BLOCK):
+            word = start + tl.arange(0, BLOCK)
+            z = tl.load(logits + word, mask=word < vocab_size, other=0.0).to(tl.float32)
+            d_z = tl.exp(z + tl.load(bias + word, mask=word < vocab_size, other=0.0) - lse)
+            for i in range(begin, end):
+                d_z -= tl.where(word == tl.load(ids + i), tl.load(bag_weights + i), 0.0)
+            tl.store(logits + word, d_z.to(logits.dtype.element_ty), mask=word < vocab_size)
+
+
 def add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(residual + x, LayerNorm(residual + x) * weight), both (T, d_model) (Ba et al. 2016, arXiv
     1607.06450)."""
+    if on_triton(x):
+        return _AddNorm.apply(x, residual, weight, eps)
     total = residual + x
     return total, F.layer_norm(total, weight.shape, weight, None, eps)
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, eps) -> tuple[Tensor, Tensor]:
+        total, normed, mean, inverse_std = add_norm_forward(
+            x.contiguous(), residual.contiguous(), weight, eps
+        )
+        ctx.save_for_backward(total, weight, mean, inverse_std)
+        ctx.dtypes = x.dtype, residual.dtype
+        return total, normed
+
+    @staticmethod
+    def backward(ctx, d_total: Tensor, d_normed: Tensor):
+        given = (d_total.contiguous(), d_normed.contiguous(), *ctx.saved_tensors)
+        d_sum, d_weight = add_norm_backward(*given)
+        return d_sum.to(ctx.dtypes[0]), d_sum.to(ctx.dtypes[1]), d_weight, None
+
+
+@triton_op("cloze::add_norm_forward", mutates_args=())
+def add_norm_forward(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(total, normed, mean (T,), 1 / deviation (T,))."""
+    n_rows, width = x.shape
+    total = torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
+    normed = torch.empty_like(x, dtype=torch.promote_types(total.dtype, weight.dtype))
+    mean, inverse_std = (x.new_empty(n_rows, dtype=torch.float32) for _ in range(2))
+    given = (x, residual, weight, total, normed, mean, inverse_std, width, eps)
+    wrap_triton(_add_norm)[(n_rows,)](*given, BLOCK=triton.next_power_of_2(width))
+    return total, normed, mean, inverse_std
+
+
+@triton_op("cloze::add_norm_backward", mutates_args=())
+def add_norm_backward(
+    d_total: Tensor, d_normed: Tensor, total: Tensor, weight: Tensor, mean: Tensor, inverse_std: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(gradient of residual + x, gradient of the weight)."""
+    n_rows, width = total.shape
+    rows_of_strip = max(1, n_rows // NORM_STRIPS)
+    strips = torch.empty(-(-n_rows // rows_of_strip), width, dtype=torch.float32, device=total.device)
+    d_sum = torch.empty_like(total)
+    given = (d_total, d_normed, total, weight, mean, inverse_std, d_sum, strips, n_rows, rows_of_strip, width)
+    wrap_triton(_add_norm_backward)[(len(strips),)](*given, BLOCK=triton.next_power_of_2(width))
+    return d_sum, strips.sum(0).to(weight.dtype)
+
+
+@jit
+def _add_norm(x, residual, weight, total, normed, mean, inverse_std, width, eps, BLOCK: tl.constexpr):
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    place, inside = row * width + column, column < width
+    stream = tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
+    stream = (stream + tl.load(x + place, mask=inside, other=0.0)).to(total.dtype.element_ty)
+    tl.store(total + place, stream, mask=inside)
+    stream = stream.to(tl.float32)
+    mu = tl.sum(stream, 0) / width
+    centred = tl.where(inside, stream - mu, 0.0)
+    rstd = 1 / tl.sqrt(tl.sum(centred * centred, 0) / width + eps)
+    scaled = centred * rstd * tl.load(weight + column, mask=inside, other=0.0)
+    tl.store(normed + place, scaled.to(normed.dtype.element_ty), mask=inside)
+    tl.store(mean + row, mu)
+    tl.store(inverse_std + row, rstd)
+
+
+@jit
+def _add_norm_backward(
+    d_total, d_normed, total, weight, mean, inverse_std, d_sum, strips, n_rows, rows_of_strip, width,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    strip, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = column < width
+    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    d_weight = tl.zeros((BLOCK,), tl.float32)
+    for row in range(strip * rows_of_strip, tl.minimum(n_rows, (strip + 1) * rows_of_strip)):
+        place, rstd = row * width + column, tl.load(inverse_std + row)
+        stream = tl.load(total + place, mask=inside, other=0.0).to(tl.float32)
+        x_hat = tl.where(inside, stream - tl.load(mean + row), 0.0) * rstd
+        d_y = tl.load(d_normed + place, mask=inside, other=0.0).to(tl.float32)
+        d_weight += d_y * x_hat
+        d_hat = d_y * w
+        along, constant = tl.sum(d_hat * x_hat, 0) / width, tl.sum(d_hat, 0) / width
+        d = tl.load(d_total + place, mask=inside, other=0.0) + rstd * (d_hat - constant - x_hat * along)
+        tl.store(d_sum + place, d.to(d_sum.dtype.element_ty), mask=inside)
+    tl.store(strips + strip * width + column, d_weight, mask=inside)
 
 
 def geglu(x: Tensor) -> Tensor:
@@ -231,7 +636,7 @@ def geglu(x: Tensor) -> Tensor:
 
     The backward pass computes gelu(a) once more, and writes both halves of its gradient where they belong.
     """
-    return _GeGLU.apply(x)
+    return (_FusedGeGLU if on_triton(x) else _GeGLU).apply(x)
 
 
 class _GeGLU(torch.autograd.Function):
@@ -253,3 +658,54 @@ class _GeGLU(torch.autograd.Function):
             torch.mul(d, F.gelu(a), out=d_b)
             torch.ops.aten.gelu_backward.grad_input(d * b, a, grad_input=d_a)
         return d_x
+
+
+class _FusedGeGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x) -> Tensor:
+        x = x.contiguous()
+        ctx.save_for_backward(x)
+        return geglu_forward(x)
+
+    @staticmethod
+    def backward(ctx, d_out: Tensor) -> Tensor:
+        return geglu_backward(*ctx.saved_tensors, d_out.contiguous())
+
+
+@triton_op("cloze::geglu_forward", mutates_args=())
+def geglu_forward(x: Tensor) -> Tensor:
+    n_rows, d_ff = x.shape[0], x.shape[1] // 2
+    out = x.new_empty(n_rows, d_ff)
+    wrap_triton(_geglu)[(n_rows, -(-d_ff // ROW_BLOCK))](x, out, d_ff, BLOCK=ROW_BLOCK)
+    return out
+
+
+@triton_op("cloze::geglu_backward", mutates_args=())
+def geglu_backward(x: Tensor, d_out: Tensor) -> Tensor:
+    n_rows, d_ff = d_out.shape
+    d_x = torch.empty_like(x)
+    wrap_triton(_geglu_backward)[(n_rows, -(-d_ff // ROW_BLOCK))](x, d_out, d_x, d_ff, BLOCK=ROW_BLOCK)
+    return d_x
+
+
+@jit
+def _geglu(x, out, d_ff, BLOCK: tl.constexpr):
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    place, inside = x + row * 2 * d_ff + column, column < d_ff
+    a = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(place + d_ff, mask=inside, other=0.0).to(tl.float32)
+    gelu = 0.5 * a * (1 + tl.erf(a * 0.7071067811865476))
+    tl.store(out + row * d_ff + column, (gelu * b).to(out.dtype.element_ty), mask=inside)
+
+
+@jit
+def _geglu_backward(x, d_out, d_x, d_ff, BLOCK: tl.constexpr):
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    offset, inside = row * 2 * d_ff + column, column < d_ff
+    a = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(x + offset + d_ff, mask=inside, other=0.0).to(tl.float32)
+    d = tl.load(d_out + row * d_ff + column, mask=inside, other=0.0).to(tl.float32)
+    below = 0.5 * (1 + tl.erf(a * 0.7071067811865476))  # the share of a normal distribution below a
+    density = 0.3989422804014327 * tl.exp(-0.5 * a * a)
+    tl.store(d_x + offset, (d * b * (below + a * density)).to(d_x.dtype.element_ty), mask=inside)
+    tl.store(d_x + offset + d_ff, (d * a * below).to(d_x.dtype.element_ty), mask=inside)

@@ -5,9 +5,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-# before any module of the program is imported: it reads the variable once
+# before any module of the program is imported: it reads the variables once
 USERS_CACHE = os.environ.get("CLOZE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "cloze"
 os.environ["CLOZE_CACHE"] = tempfile.mkdtemp(prefix="cloze-tests-")
+os.environ["TRITON_INTERPRET"] = "1"  # kernels.py is tested without a GPU, where it is asked for its kernels
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

@@ -1,0 +1,150 @@
+"""The Triton kernels under Triton's interpreter: values and every gradient against plain torch in float64, at
+most twice as far from it as plain torch is at the same precision."""
+
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_kernels import (
+    as_leaf,
+    attention_inputs,
+    both_attentions,
+    error,
+    head_inputs,
+    loss_and_gradients,
+    plain_cross_entropy,
+    rope_double,
+)
+
+import kernels
+from kernels import add_norm, geglu, linear_cross_entropy
+from model import Config, MaskedLM
+
+PRECISIONS = (torch.float32, torch.float16)  # the interpreter multiplies bfloat16 wrongly
+
+
+@pytest.fixture(autouse=True)
+def on_triton(monkeypatch):
+    if kernels.triton is None:
+        assert sys.platform != "linux", "pip install -r requirements-dev.txt brings Triton"
+        pytest.skip("Triton is not to be had on this system: its kernels stay untested here")
+    monkeypatch.setattr(kernels, "FORCED", "triton")
+
+
+def compare(found, plain, exact):
+    for ours, other, truth in zip(found, plain, exact, strict=True):
+        assert ours.dtype == other.dtype and ours.shape == other.shape
+        slack = torch.finfo(ours.dtype).eps * 1e-1 * float(truth.detach().abs().max())
+        assert error(ours, truth) <= 2 * error(other, truth) + slack
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # rows behind a sequence's end, computed and not stored
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("head_dim, window, rotated", ((32, 7, True), (64, None, True), (128, 1, False),
+                                                       (64, 40, True), (32, None, False)))  # fmt: skip
+def test_attention(monkeypatch, dtype, head_dim, window, rotated):
+    monkeypatch.setattr(kernels, "FLASH_BLOCK", 16)
+    lengths, n_positions = [1, 33, 2, 47, 16, 1, 0, 0], 48
+    qkv, d_out = (x.to(dtype) for x in attention_inputs(lengths, head_dim, seed=head_dim))
+    rope = rope_double(n_positions, head_dim) if rotated else None
+    exact = both_attentions(qkv.double(), lengths, rope, window, n_positions, d_out.double())[1]
+    low_rope = rope and tuple(table.float() for table in rope)
+    compare(*both_attentions(qkv, lengths, low_rope, window, n_positions, d_out), exact)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_attention_in_its_own_blocks():
+    lengths = [65, 3, 130]
+    qkv, d_out = (x.float() for x in attention_inputs(lengths, 64, seed=0, n_heads=1))
+    rope = rope_double(130, 64)
+    exact = both_attentions(qkv.double(), lengths, rope, 30, 130, d_out.double())[1]
+    low_rope = tuple(table.float() for table in rope)
+    compare(*both_attentions(qkv, lengths, low_rope, 30, 130, d_out), exact)
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("bags", (False, True))
+def test_cross_entropy(monkeypatch, dtype, bags):
+    monkeypatch.setattr(kernels, "CHUNK_LOGITS", 9 * 301)  # several chunks of rows,
+    monkeypatch.setattr(kernels, "ROW_BLOCK", 128)  # several blocks of a row, the last one cut
+    parts, targets = head_inputs(31, 32, 301, bags, dtype=dtype)
+    exact = loss_and_gradients(plain_cross_entropy, [part.double() for part in parts], targets)
+    plain = loss_and_gradients(plain_cross_entropy, parts, targets)
+    ours = loss_and_gradients(linear_cross_entropy, parts, targets)
+    assert ours[0].dtype == torch.float32
+    compare(ours[1:], plain[1:], exact[1:])
+    assert error(ours[0], exact[0]) <= 2 * error(plain[0], exact[0]) + 1e-6 * float(exact[0])
+    with torch.no_grad():
+        assert linear_cross_entropy(*map(as_leaf, parts), *targets) == ours[0]
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("d_model", (1, 48, 64))
+def test_add_norm(monkeypatch, dtype, d_model):
+    monkeypatch.setattr(kernels, "NORM_STRIPS", 4)
+    torch.manual_seed(d_model)
+    parts = [(torch.randn(n, d_model) * 3).to(dtype) for n in (19, 19, 1)]
+    directions = [torch.randn(19, d_model).to(dtype) for _ in range(2)]
+
+    def results(function, precision):
+        x, residual, weight = leaves = [as_leaf(part.to(precision)) for part in parts]
+        found = function(x, residual, weight[0])
+        torch.autograd.backward(found, [d.to(precision) for d in directions])
+        return [*found, *(leaf.grad for leaf in leaves)]
+
+    def plain(x, residual, weight):
+        return (total := x + residual), F.layer_norm(total, weight.shape, weight, None, 1e-3)
+
+    ours = results(lambda x, residual, weight: add_norm(x, residual, weight, 1e-3), dtype)
+    compare(ours, results(plain, dtype), results(plain, torch.float64))
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_geglu(monkeypatch, dtype):
+    monkeypatch.setattr(kernels, "ROW_BLOCK", 32)
+    torch.manual_seed(0)
+    x, d_out = (torch.randn(19, n).mul(3).to(dtype) for n in (2 * 45, 45))
+
+    def results(function, precision):
+        leaf = as_leaf(x.to(precision))
+        found = function(leaf)
+        found.backward(d_out.to(precision))
+        return found, leaf.grad
+
+    def plain(x):
+        return F.gelu(x[:, :45]) * x[:, 45:]
+
+    compare(results(geglu, dtype), results(plain, dtype), results(plain, torch.float64))
+
+
+class Batch:
+    """Three sequences and an empty one, as `data.Batch` names their parts."""
+
+    ids = torch.arange(3, 40)
+    cu_seqlens = torch.tensor([0, 11, 12, 37, 37], dtype=torch.int32)
+    max_seqlen = 25
+    masked, targets = torch.tensor([2, 5, 30, 33, 36]), torch.tensor([40, 41, 7, 7, 9])
+    bag_ids, cu_bags = torch.tensor([4, 5, 5, 60, 61, 8]), torch.tensor([0, 2, 3, 5, 6])
+    bag_weights = torch.tensor([0.5, 0.5, 1.0, 0.25, 0.75, 1.0])
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_the_whole_model(monkeypatch):
+    config = Config(vocab_size=64, d_model=64, n_layers=3, n_heads=2, d_ff=72, max_len=32,
+                    local_attention=8, global_attn_every_n_layers=2)  # fmt: skip
+    torch.manual_seed(0)
+    model = MaskedLM(config)
+
+    def results():
+        model.zero_grad()
+        losses = model(Batch)
+        (losses[0] + losses[1]).backward()
+        return [*losses, *(parameter.grad.clone() for parameter in model.parameters())]
+
+    ours, again = results(), results()
+    monkeypatch.setattr(kernels, "FORCED", "torch")
+    reference = results()
+    assert all(map(torch.equal, ours, again))  # to the bit
+    for a, b in zip(ours, reference, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
