@@ -39,10 +39,13 @@ BLOCK_TOKENS = 1024
 BLOCK_LOGITS = 2**18
 # Logits that exist at a time in the vocabulary head: enough rows for fast products.
 CHUNK_LOGITS = 2**23
-# Of the Triton kernels: rows of q or k in a block of attention, and what of a row a program has at a time.
-FLASH_BLOCK, FLASH_STEP, FLASH_STAGES = 64, 32, 2
-FLASH_HEAD_DIMS = (32, 64, 128)  # halves that tensor cores multiply; others take the torch code
-ROW_BLOCK = 1024
+FLASH_HEAD_DIMS = (
+    32,
+    64,
+    128,
+)  # of Triton's attention, whose blocks are powers of 2; others take the torch code
+ROW_BLOCK = 1024  # what of a row a program of Triton's has at a time
+ROTATED = 64  # tokens that a program rotates
 NORM_STRIPS = 512  # programs that the rows of a norm's backward pass are dealt to, each a partial d_weight
 
 # "torch" or "triton" forces the one or the other; on a CPU "triton" wants TRITON_INTERPRET=1 at the import.
@@ -205,9 +208,16 @@ class _FlashAttention(torch.autograd.Function):
         return d_qkv, None, None, None, None
 
 
-def _flash_grid(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, n_heads: int) -> tuple[int, int, int]:
-    """One program a sequence, head and block; sequences come first, since only the first may be many."""
-    return len(cu_seqlens) - 1, n_heads, -(-max_seqlen // FLASH_BLOCK)
+def flash_options(head_dim: int, dtype: torch.dtype, on_hip: bool = torch.version.hip is not None) -> dict:
+    """Rows of a block, rows of the other side in a step, depth of the pipeline: the largest at which no GPU
+    spills registers (bench.py --aot)."""
+    is_low = dtype.itemsize == 2
+    sizes = {
+        "WIDTH": head_dim,
+        "BLOCK": 64 if is_low else 32,
+        "STEP": 32 if is_low and head_dim <= 64 else 16,
+    }
+    return sizes | {"num_stages": 2 if is_low and not on_hip else 1}
 
 
 @triton_op("cloze::flash_rotate", mutates_args=())
@@ -216,8 +226,9 @@ def flash_rotate(
 ) -> Tensor:
     """qkv with q and k rotated by their positions in float32, backwards where the sign is -1."""
     out, (n_heads, head_dim) = torch.empty_like(qkv), qkv.shape[2:]
-    grid = _flash_grid(qkv, cu_seqlens, max_seqlen, 3 * n_heads)
-    options = {"HALF": head_dim // 2, "BLOCK": FLASH_BLOCK}
+    # sequences come first: of the three only the first size may exceed 65,535
+    grid = (len(cu_seqlens) - 1, 3 * n_heads, -(-max_seqlen // ROTATED))
+    options = {"HALF": head_dim // 2, "BLOCK": ROTATED}
     wrap_triton(_flash_rotate)[grid](qkv, out, cu_seqlens, cos, sin, sign, n_heads, **options)
     return out
 
@@ -230,8 +241,8 @@ def flash_forward(
     n_tokens, _, n_heads, head_dim = qkv.shape
     out = qkv.new_empty(n_tokens, n_heads, head_dim)
     lse = qkv.new_empty(n_heads, n_tokens, dtype=torch.float32)
-    grid = _flash_grid(qkv, cu_seqlens, max_seqlen, n_heads)
-    options = {"WIDTH": head_dim, "BLOCK": FLASH_BLOCK, "STEP": FLASH_STEP, "num_stages": FLASH_STAGES}
+    options = flash_options(head_dim, qkv.dtype)
+    grid = (len(cu_seqlens) - 1, n_heads, -(-max_seqlen // options["BLOCK"]))
     wrap_triton(_flash_forward)[grid](qkv, cu_seqlens, out, lse, n_tokens, n_heads, window, **options)
     return out, lse
 
@@ -249,8 +260,8 @@ def flash_backward(
     """The gradient of qkv: one pass for q, which leaves rowsum(out * d_out) for the other, of k and v."""
     n_tokens, _, n_heads, head_dim = qkv.shape
     d_qkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
-    grid = _flash_grid(qkv, cu_seqlens, max_seqlen, n_heads)
-    options = {"WIDTH": head_dim, "BLOCK": FLASH_BLOCK, "STEP": FLASH_STEP, "num_stages": FLASH_STAGES}
+    options = flash_options(head_dim, qkv.dtype)
+    grid = (len(cu_seqlens) - 1, n_heads, -(-max_seqlen // options["BLOCK"]))
     given = (qkv, cu_seqlens, out, lse, d_out, delta, d_qkv, n_tokens, n_heads, window)
     wrap_triton(_flash_d_q)[grid](*given, **options)
     wrap_triton(_flash_d_kv)[grid](*given, **options)
@@ -379,17 +390,17 @@ def _flash_d_kv(
     begin, length = _sequence(cu_seqlens, tl.program_id(0))
     width, j = n_heads * WIDTH, block * BLOCK + tl.arange(0, BLOCK)
     qkv += begin * 3 * width + head * WIDTH
+    d_out, lse = d_out + begin * width + head * WIDTH, lse + head * n_tokens + begin
+    delta += head * n_tokens + begin
     k = _load(qkv + width, j, length, 3 * width, WIDTH)
     v = _load(qkv + 2 * width, j, length, 3 * width, WIDTH)
     d_k, d_v = tl.zeros((BLOCK, WIDTH), tl.float32), tl.zeros((BLOCK, WIDTH), tl.float32)
     first, last = _span(block, length, window, BLOCK, STEP)
     for start in range(first, last, STEP):
         i = start + tl.arange(0, STEP)
-        row = head * n_tokens + begin + i
-        q = _load(qkv, i, length, 3 * width, WIDTH)
-        d_heads = _load(d_out + begin * width + head * WIDTH, i, length, width, WIDTH)
-        lse_i = tl.load(lse + row, mask=i < length, other=0.0)
-        d_total = tl.load(delta + row, mask=i < length, other=0.0)
+        q, d_heads = _load(qkv, i, length, 3 * width, WIDTH), _load(d_out, i, length, width, WIDTH)
+        lse_i = tl.load(lse + i, mask=i < length, other=0.0)
+        d_total = tl.load(delta + i, mask=i < length, other=0.0)
         p = tl.exp2(_scores(k, q, j, i, length, window, WIDTH) - lse_i[None, :])  # (keys, queries)
         d_v = tl.dot(p.to(v.dtype), d_heads, d_v, input_precision="ieee")
         d_p = tl.dot(v, tl.trans(d_heads), input_precision="ieee")

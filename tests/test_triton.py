@@ -44,7 +44,9 @@ def compare(found, plain, exact):
 @pytest.mark.parametrize("head_dim, window, rotated", ((32, 7, True), (64, None, True), (128, 1, False),
                                                        (64, 40, True), (32, None, False)))  # fmt: skip
 def test_attention(monkeypatch, dtype, head_dim, window, rotated):
-    monkeypatch.setattr(kernels, "FLASH_BLOCK", 16)
+    blocks = {"WIDTH": head_dim, "BLOCK": 16, "STEP": 32 if head_dim == 64 else 16}  # several of each
+    monkeypatch.setattr(kernels, "flash_options", lambda *_: blocks)
+    monkeypatch.setattr(kernels, "ROTATED", 16)
     lengths, n_positions = [1, 33, 2, 47, 16, 1, 0, 0], 48
     qkv, d_out = (x.to(dtype) for x in attention_inputs(lengths, head_dim, seed=head_dim))
     rope = rope_double(n_positions, head_dim) if rotated else None
