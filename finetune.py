@@ -47,7 +47,7 @@ GRIDS = {
     "bag_of_words": ((0.3,), (1.0,), (3.0,), (10.0,), (30.0,), (100.0,)),
     "lsa": tuple((width, c) for width in (100, 256, 512) for c in (1.0, 10.0)),
     "scratch": ((5e-4,), (1e-3,), (2e-3,)),
-    "pretrained": ((0.0,), (2e-4,), (5e-4,)),
+    "pretrained": ((0.0,), (1e-4,), (3e-4,)),
 }
 ROWS = tuple(GRIDS)
 HEAD_C = 1e-3  # a weak head under pretrained states: fine-tuning that starts from a stronger one ends lower
@@ -75,7 +75,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--task", choices=("classify", "regress"), help="guessed where not given: few integers are classes")
     add("--labels", type=positive, help="label budget: so many training examples are drawn; by default all")
     add("--rows", default=",".join(ROWS), help="which of the four to run")
-    add("--epochs", type=positive, help="passes over the labels; by default 8 over few to 2 over many")
+    add("--epochs", type=positive, help="passes over the labels; by default 8 for few a class to 2 for many")
     add("--batch-size", type=positive, default=32, help="examples of a step")
     add("--accumulate", type=positive, default=1, help="pieces a step is computed in, where memory is short")
     add("--max-len", type=number(int, 8), default=512, help="tokens of an example: RoPE reaches that far")
@@ -319,7 +319,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     all_train, all_test = np.arange(n_train), n_train + np.arange(len(test))
     n_folds = N_FOLDS if n_train <= CROSS_VALIDATED else 1
     splits = folds(train, n_folds, HOLD_OUT)
-    args.epochs = args.epochs or max(2, min(8, round(40 / n_train**0.35)))
+    args.epochs = args.epochs or max(2, min(8, round(31 / (n_train / max(2, n_labels)) ** 0.35)))
     how = f"{n_folds}-fold cross-validation" if n_folds > 1 else "a hold-out of a tenth"
     print(f"{n_train:,} labels, {len(test):,} examples to test on; choices by {how}; {args.epochs} epochs")
     cut = f"{n_cut + n_cut_test:,} texts cut to head and tail of together {config.max_len} tokens"
