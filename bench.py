@@ -6,13 +6,10 @@ theirs, as [least, median, greatest]. Flags, then the parts in the order of the 
 """
 
 import argparse
-import contextlib
 import functools
-import io
 import itertools
 import json
 import multiprocessing
-import os
 import platform
 import re
 import resource
@@ -26,12 +23,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import aot
 import checkpoint
 import kernels
 import labels
@@ -47,32 +46,6 @@ VOCAB_SIZE, MASKED, ROW_TOKENS, MAX_LEN = 8192, 0.22, 8192, 256
 WIDE_VOCAB = 32_768  # of the comparison of memory
 BATCH_SIZE = 32  # examples of a fine-tuning step
 
-# How GPUs are named to Triton: backend, architecture, threads of a warp.
-TARGETS = {
-    "sm_80": ("cuda", 80, 32),
-    "sm_90": ("cuda", 90, 32),
-    "sm_100": ("cuda", 100, 32),
-    "gfx942": ("hip", "gfx942", 64),
-}
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Instructions of tensor cores, in the assembly of each kind of GPU.
-TENSOR_CORES = {
-    "mma": r"\bmma\.sync",
-    "wgmma": r"wgmma\.mma_async",
-    "tcgen05": r"tcgen05\.mma",
-    "mfma": r"v_mfma",
-}
-# Arguments of kernels by their type; all others point to numbers of the kernel's precision.
-ARGUMENTS = {
-    "i32": "n_tokens n_heads window vocab_size width d_ff n_rows rows_of_strip",
-    "fp32": "eps sign",
-    "*i32": "cu_seqlens",
-    "*i64": "ids cu_bags",
-    "*fp32": "cos sin lse delta bias bag_weights losses weight mean inverse_std strips "
-    "residual total normed d_total d_normed d_sum",
-}
-TYPES = {name: kind for kind, names in ARGUMENTS.items() for name in names.split()}
-
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     flags = checkpoint.Flags("Measure speed and memory, or compile the kernels ahead of time.")
@@ -82,12 +55,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--parts", default=",".join(PARTS), help="what to measure")
     add("--rounds", type=number(int, 1), default=5, help="alternations of each comparison")
     add("--aot", action="store_true", help="instead compile every Triton kernel for GPUs that are not here")
-    add("--targets", default=",".join(TARGETS), help="of --aot")
+    add("--targets", default=",".join(aot.TARGETS), help="of --aot")
     add("--json", action="store_true", help="print one object")
     add("--device", help="cuda, cuda:1, mps or cpu; by default the fastest that is there")
     add("--out", type=Path, default=Path("runs/bench"), help="folder of the bar chart and of bench.json")
     args = flags.parse_args(argv)
-    for name, known in (("against", ("hf", "torch")), ("parts", PARTS), ("targets", tuple(TARGETS))):
+    for name, known in (("against", ("hf", "torch")), ("parts", PARTS), ("targets", tuple(aot.TARGETS))):
         setattr(args, name, getattr(args, name).split(","))
         for chosen in getattr(args, name):
             if chosen not in known:
@@ -136,23 +109,40 @@ def config_of(shape: str, vocab_size: int = VOCAB_SIZE) -> Config:
     return Config(vocab_size, d_model, n_layers, d_model // 64, d_ff, MAX_LEN)
 
 
-def our_step(corpus: Corpus, config: Config, place: SimpleNamespace) -> Callable[[], None]:
-    """The whole step of the default recipe, batch making included."""
-    torch.manual_seed(0)
-    model, counter = MaskedLM(config).to(place.device), itertools.count()
-    optimizers = make_optimizers(model, 1e-3, 1e-4, 0.0, place.dtype)
+def training_step(
+    model: nn.Module, optimizers: list, place: SimpleNamespace, next_loss: Callable[[], Tensor]
+) -> Callable[[], None]:
+    """The step that ours, its peers and fine-tuning take alike; `next_loss` makes a batch and its loss."""
+    model.train()
 
     def step() -> None:
-        batch = corpus.batch(next(counter), 0, 1, MASKED).to(place.device)
         with torch.autocast(place.device.type, place.dtype, enabled=place.dtype != torch.float32):
-            token_loss, bag_loss = model(batch)
-        (token_loss / len(batch.targets) + bag_loss / (len(batch.cu_seqlens) - 1)).backward()
+            loss = next_loss()
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
     return step
+
+
+def adamw(model: nn.Module) -> list[torch.optim.Optimizer]:
+    return [torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)]
+
+
+def our_step(corpus: Corpus, config: Config, place: SimpleNamespace) -> Callable[[], None]:
+    """The whole step of the default recipe, batch making included."""
+    torch.manual_seed(0)
+    model, counter = MaskedLM(config).to(place.device), itertools.count()
+    optimizers = make_optimizers(model, 1e-3, 1e-4, 0.0, place.dtype)
+
+    def next_loss() -> Tensor:
+        batch = corpus.batch(next(counter), 0, 1, MASKED).to(place.device)
+        token_loss, bag_loss = model(batch)
+        return token_loss / len(batch.targets) + bag_loss / (len(batch.cu_seqlens) - 1)
+
+    return training_step(model, optimizers, place, next_loss)
 
 
 def padded(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -214,19 +204,13 @@ def peer_model(name: str, config: Config, attention: str, n_labels: int = 0) -> 
 
 def peer_step(corpus: Corpus, model: nn.Module, place: SimpleNamespace) -> Callable[[], None]:
     """A peer's step on the same text, padded to the longest of the batch, with fused AdamW."""
-    model, counter = model.to(place.device).train(), itertools.count()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    model, counter = model.to(place.device), itertools.count()
 
-    def step() -> None:
+    def next_loss() -> Tensor:
         ids, mask, targets = padded(corpus.batch(next(counter), 0, 1, MASKED).to(place.device))
-        with torch.autocast(place.device.type, place.dtype, enabled=place.dtype != torch.float32):
-            loss = model(input_ids=ids, attention_mask=mask, labels=targets).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        return model(input_ids=ids, attention_mask=mask, labels=targets).loss
 
-    return step
+    return training_step(model, adamw(model), place, next_loss)
 
 
 def measure_step(corpus: Corpus, shape: str, args: argparse.Namespace, place: SimpleNamespace, say) -> dict:
@@ -397,23 +381,16 @@ def measure_finetuning(
     targets = torch.from_numpy(examples.targets)
 
     def make(model: nn.Module, logits_of: Callable) -> Callable[[], None]:
-        optimizer, counter = (
-            torch.optim.AdamW(model.train().parameters(), lr=1e-4, fused=True),
-            itertools.count(),
-        )
+        counter = itertools.count()
 
-        def step() -> None:
+        def next_loss() -> Tensor:
             first = next(counter) * BATCH_SIZE % (len(rows) - BATCH_SIZE)
-            which, ids, cu_seqlens, longest = next(
-                labels.batches(rows, range(first, first + BATCH_SIZE), BATCH_SIZE)
-            )
-            with torch.autocast(place.device.type, place.dtype, enabled=place.dtype != torch.float32):
-                logits = logits_of(model, ids, cu_seqlens, longest)
-            F.cross_entropy(logits[:BATCH_SIZE].float(), targets[list(which)]).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            order = np.arange(first, first + BATCH_SIZE)
+            which, *batch = next(labels.batches(rows, order, BATCH_SIZE))
+            logits = logits_of(model, *batch)[:BATCH_SIZE]
+            return F.cross_entropy(logits.float(), targets[which])
 
-        return step
+        return training_step(model, adamw(model), place, next_loss)
 
     def theirs(width: int | None) -> Callable:
         def logits_of(model: nn.Module, ids: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
@@ -434,24 +411,17 @@ def measure_finetuning(
     return found
 
 
-def first_step_seconds(rounds: int, say) -> list[float]:
+def first_step_seconds(rounds: int, out: Path, say) -> list[float]:
     """From the start of `python train.py` to its first step, the tokens and the spectral matrix cached."""
     found = []
+    script = str(Path(__file__).with_name("train.py"))
+    flags = ["--steps=2", "--log-every=1", "--validate-batches=1", f"--out={out}"]
+    command = [sys.executable, "-u", script, *flags]
     for _ in range(rounds + 1):  # the first one fills the caches
-        command = [
-            sys.executable,
-            "-u",
-            "train.py",
-            "--steps",
-            "2",
-            "--log-every",
-            "1",
-            "--validate-batches",
-            "1",
-        ]
         started = time.perf_counter()
-        with subprocess.Popen([*command, "--out", "runs/bench/start"], stdout=subprocess.PIPE,
-                              stderr=subprocess.DEVNULL, text=True) as process:  # fmt: skip
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ) as process:
             for line in process.stdout:
                 if line.startswith("step 1:"):
                     found.append(time.perf_counter() - started)
@@ -487,74 +457,6 @@ def draw(result: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-# ------------------------------------------------------------------------------------------ ahead of time
-
-
-def kernel_table(dtype: torch.dtype, on_hip: bool) -> list[tuple[Any, dict[str, Any], bool]]:
-    """(kernel, its constants, whether it has a dot) of every kernel at the sizes of the presets."""
-    attention = kernels.flash_options(64, dtype, on_hip)  # the head size of all presets
-    rows = {"BLOCK": kernels.ROW_BLOCK}
-    table = [(kernels._flash_rotate, {"HALF": 32, "BLOCK": kernels.ROTATED}, False)]
-    for window in ({"window": None}, {}):  # None is compiled in, a number is an argument
-        for kernel in (kernels._flash_forward, kernels._flash_d_q, kernels._flash_d_kv):
-            table.append((kernel, attention | window, True))
-    for wants_gradient in (False, True):
-        table.append((kernels._bag_softmax, rows | {"WANTS_GRADIENT": wants_gradient}, False))
-    for width in sorted({preset["d_model"] for preset in PRESETS.values()}):
-        block = {"BLOCK": kernels.triton.next_power_of_2(width)}
-        table += [(kernels._add_norm, block, False), (kernels._add_norm_backward, block, False)]
-    return [*table, (kernels._geglu, rows, False), (kernels._geglu_backward, rows, False)]
-
-
-def compile_for(target: str, kernel: Any, constants: dict[str, Any], dtype_name: str) -> dict[str, Any]:
-    """One row of the report: registers, bytes of shared memory, spills and instructions of tensor cores.
-
-    Spills are bytes that ptxas stores and loads, or registers that AMD's compiler lists.
-    """
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    options = {key: constants[key] for key in ("num_stages",) if key in constants}
-    constants = {key: value for key, value in constants.items() if key not in options}
-    low = "*" + dtype_name
-    types = {n: "constexpr" if n in constants else TYPES.get(n, low) for n in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(types) if types[n].startswith("*")}
-    source = ASTSource(kernel, types, constants, aligned)
-    with contextlib.redirect_stdout(io.StringIO()) as said:  # ptxas's own words
-        compiled = kernels.triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
-    assembly = compiled.asm["ptx" if "ptx" in compiled.asm else "amdgcn"]
-    if "ptx" in compiled.asm:
-        registers = int(re.search(r"Used (\d+) registers", said.getvalue())[1])
-        spills = sum(map(int, re.findall(r"(\d+) bytes spill", said.getvalue())))
-    else:
-        registers = int(re.search(r"\.vgpr_count:\s+(\d+)", assembly)[1])
-        spills = sum(map(int, re.findall(r"\.[vs]gpr_spill_count:\s+(\d+)", assembly)))
-    found = {name: len(re.findall(pattern, assembly)) for name, pattern in TENSOR_CORES.items()}
-    row = {"kernel": kernel.fn.__name__.lstrip("_"), "target": target, "dtype": dtype_name}
-    row |= {"constants": constants, "registers": registers, "shared": compiled.metadata.shared}
-    return row | {"spills": spills, "tensor_cores": {name: n for name, n in found.items() if n}}
-
-
-def report_ahead_of_time(targets: list[str], say) -> list[dict[str, Any]]:
-    """Every kernel for every target and precision."""
-    if kernels.triton is None:
-        raise UserError("--aot: Triton is not installed; on Linux, pip install triton")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        raise UserError("--aot: nothing is compiled where TRITON_INTERPRET=1 is set; unset it")
-    knobs, rows = kernels.triton.knobs, []
-    knobs.nvidia.dump_ptxas_log, knobs.compilation.always_compile = True, True  # no log of what is cached
-    say(f"{'kernel':20}{'target':8}{'dtype':6}{'registers':>10}{'shared':>8}{'spills':>7}  tensor cores")
-    for target in targets:
-        for dtype_name, dtype in DTYPES.items():
-            for kernel, constants, has_dot in kernel_table(dtype, TARGETS[target][0] == "hip"):
-                row = compile_for(target, kernel, constants, dtype_name) | {"has_dot": has_dot}
-                rows.append(row)
-                used = " ".join(f"{name} {n}" for name, n in row["tensor_cores"].items())
-                sizes = f"{row['registers']:10}{row['shared']:8}{row['spills']:7}"
-                say(f"{row['kernel']:20}{target:8}{dtype_name:6}{sizes}  {used}")
-    return rows
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Measure, and return what OUT/bench.json says."""
     args = parse(argv)
@@ -570,7 +472,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     say(f"{result['hardware']}, {result['dtype']}")
     checkpoint.make_folder(args.out)
     if args.aot:
-        result["aot"] = report_ahead_of_time(args.targets, say)
+        result["aot"] = aot.report(args.targets, say)
         args.parts = []
     corpus = open_corpus() if args.parts else None
     if "step" in args.parts:
@@ -591,7 +493,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             found = measure_finetuning(data, corpus, args.rounds, place, say)
             result |= {f"finetune_vs_{name}{suffix}": r for name, r in found.items()}
     if "start" in args.parts:
-        result["first_step_seconds"] = first_step_seconds(args.rounds, say)
+        result["first_step_seconds"] = first_step_seconds(args.rounds, args.out / "start", say)
     checkpoint.write(args.out / "bench.json", checkpoint.to_json(result))
     if args.json:
         print(json.dumps(result))

@@ -39,11 +39,8 @@ BLOCK_TOKENS = 1024
 BLOCK_LOGITS = 2**18
 # Logits that exist at a time in the vocabulary head: enough rows for fast products.
 CHUNK_LOGITS = 2**23
-FLASH_HEAD_DIMS = (
-    32,
-    64,
-    128,
-)  # of Triton's attention, whose blocks are powers of 2; others take the torch code
+# Head sizes of Triton's attention, whose blocks are powers of 2; others take the torch code.
+FLASH_HEAD_DIMS = (32, 64, 128)
 ROW_BLOCK = 1024  # what of a row a program of Triton's has at a time
 ROTATED = 64  # tokens that a program rotates
 NORM_STRIPS = 512  # programs that the rows of a norm's backward pass are dealt to, each a partial d_weight
@@ -66,6 +63,11 @@ def on_triton(x: Tensor) -> bool:
 
 def jit(kernel):
     return triton.jit(kernel) if triton else kernel
+
+
+def launches(name: str, mutates_args: tuple[str, ...] = ()):
+    """Make a function that launches kernels an operator that torch.compile sees through."""
+    return triton_op(name, mutates_args=mutates_args) if triton else lambda function: function
 
 
 def rope_tables(n_positions: int, head_dim: int, theta: float, device: torch.device | str = "cpu") -> Rope:
@@ -220,7 +222,7 @@ def flash_options(head_dim: int, dtype: torch.dtype, on_hip: bool = torch.versio
     return sizes | {"num_stages": 2 if is_low and not on_hip else 1}
 
 
-@triton_op("cloze::flash_rotate", mutates_args=())
+@launches("cloze::flash_rotate")
 def flash_rotate(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, cos: Tensor, sin: Tensor, sign: float
 ) -> Tensor:
@@ -233,7 +235,7 @@ def flash_rotate(
     return out
 
 
-@triton_op("cloze::flash_forward", mutates_args=())
+@launches("cloze::flash_forward")
 def flash_forward(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None
 ) -> tuple[Tensor, Tensor]:
@@ -247,7 +249,7 @@ def flash_forward(
     return out, lse
 
 
-@triton_op("cloze::flash_backward", mutates_args=())
+@launches("cloze::flash_backward")
 def flash_backward(
     qkv: Tensor,
     cu_seqlens: Tensor,
@@ -477,14 +479,13 @@ def _bag_softmax_by_blocks(
 ) -> Tensor:
     """The loss of a chunk's logits, (rows, V) without their bias; cu_bags (rows + 1,) points into ids. Where
     there is a d_bias, the logits turn into their gradient in place, and it is added to d_bias."""
-    first, last = int(cu_bags[0]), int(cu_bags[-1])
     row = torch.repeat_interleave(torch.arange(len(logits), device=logits.device), cu_bags.diff())
-    ids, bag_weights = ids[first:last], bag_weights[first:last]
-    bounds, rows_of_block = (cu_bags - first).tolist(), max(1, BLOCK_LOGITS // logits.shape[1])
+    bounds, rows_of_block = cu_bags.tolist(), max(1, BLOCK_LOGITS // logits.shape[1])
     loss = bias.new_zeros(())
     for i, block in zip(range(0, len(logits), rows_of_block), logits.split(rows_of_block), strict=True):
-        targets = slice(bounds[i], bounds[i + len(block)])
-        place, weights = (row[targets] - i, ids[targets]), bag_weights[targets]
+        first, last = bounds[i], bounds[i + len(block)]
+        place = (row[first - bounds[0] : last - bounds[0]] - i, ids[first:last])
+        weights = bag_weights[first:last]
         z = block + bias
         largest, at_targets = z.amax(dim=-1, keepdim=True), z[place]
         p = z.sub_(largest).exp_()  # several times as fast as log_softmax
@@ -497,7 +498,7 @@ def _bag_softmax_by_blocks(
     return loss
 
 
-@triton_op("cloze::bag_softmax", mutates_args=("logits", "d_bias"))
+@launches("cloze::bag_softmax", mutates_args=("logits", "d_bias"))
 def bag_softmax(
     logits: Tensor, bias: Tensor, ids: Tensor, bag_weights: Tensor, cu_bags: Tensor, d_bias: Tensor | None
 ) -> Tensor:
@@ -512,16 +513,9 @@ def bag_softmax(
 
 @jit
 def _bag_softmax(
-    logits,
-    bias,
-    ids,
-    bag_weights,
-    cu_bags,
-    losses,
-    vocab_size,
-    WANTS_GRADIENT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    logits, bias, ids, bag_weights, cu_bags, losses, vocab_size,
+    WANTS_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0)
     logits += row.to(tl.int64) * vocab_size
     begin, end = tl.load(cu_bags + row), tl.load(cu_bags + row + 1)
@@ -575,7 +569,7 @@ class _AddNorm(torch.autograd.Function):
         return d_sum.to(ctx.dtypes[0]), d_sum.to(ctx.dtypes[1]), d_weight, None
 
 
-@triton_op("cloze::add_norm_forward", mutates_args=())
+@launches("cloze::add_norm_forward")
 def add_norm_forward(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -589,7 +583,7 @@ def add_norm_forward(
     return total, normed, mean, inverse_std
 
 
-@triton_op("cloze::add_norm_backward", mutates_args=())
+@launches("cloze::add_norm_backward")
 def add_norm_backward(
     d_total: Tensor, d_normed: Tensor, total: Tensor, weight: Tensor, mean: Tensor, inverse_std: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -683,7 +677,7 @@ class _FusedGeGLU(torch.autograd.Function):
         return geglu_backward(*ctx.saved_tensors, d_out.contiguous())
 
 
-@triton_op("cloze::geglu_forward", mutates_args=())
+@launches("cloze::geglu_forward")
 def geglu_forward(x: Tensor) -> Tensor:
     n_rows, d_ff = x.shape[0], x.shape[1] // 2
     out = x.new_empty(n_rows, d_ff)
@@ -691,7 +685,7 @@ def geglu_forward(x: Tensor) -> Tensor:
     return out
 
 
-@triton_op("cloze::geglu_backward", mutates_args=())
+@launches("cloze::geglu_backward")
 def geglu_backward(x: Tensor, d_out: Tensor) -> Tensor:
     n_rows, d_ff = d_out.shape
     d_x = torch.empty_like(x)
