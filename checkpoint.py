@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import nn
 
+import kernels
 from data import SPECIAL_TOKENS
 from model import Config
 from text import UserError
@@ -81,6 +82,7 @@ def choose_hardware(device_name: str | None, dtype_name: str) -> tuple[torch.dev
     """The device, and the dtype of its matrix products; None and "auto" look for the fastest that is there.
 
     bfloat16 is chosen only where the hardware multiplies it natively: elsewhere it is the slower of the two.
+    Raises UserError where the one or the other, or what CLOZE_KERNELS asks for, is not to be had.
     """
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = device_name or next(name for name, is_there in found.items() if is_there)
@@ -93,6 +95,10 @@ def choose_hardware(device_name: str | None, dtype_name: str) -> tuple[torch.dev
         device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
     ):
         raise UserError(f"--device {name}: not on this machine; there is {there}")
+    try:
+        kernels.check_forced(device)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     if dtype_name != "auto":
         return device, getattr(torch, dtype_name)
     capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}

@@ -51,12 +51,18 @@ FORCED = os.environ.get("CLOZE_KERNELS")
 Rope = tuple[Tensor, Tensor]
 
 
-def on_triton(x: Tensor) -> bool:
-    """The one rule of dispatch: Triton's kernels for a GPU's tensors, torch code for all others."""
+def check_forced(device: torch.device) -> None:
+    """Raises ValueError where CLOZE_KERNELS asks for what this machine cannot do on that device."""
     if FORCED not in (None, "torch", "triton"):
         raise ValueError(f"CLOZE_KERNELS={FORCED}: it must be torch or triton")
     if FORCED == "triton" and triton is None:
-        raise ValueError("CLOZE_KERNELS=triton, but Triton is not installed")
+        raise ValueError("CLOZE_KERNELS=triton: Triton is not installed; on Linux, pip install triton")
+    if FORCED == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError("CLOZE_KERNELS=triton: on a CPU this takes the interpreter, TRITON_INTERPRET=1")
+
+
+def on_triton(x: Tensor) -> bool:
+    """The one rule of dispatch: Triton's kernels for a GPU's tensors, torch code for all others."""
     chosen = FORCED == "triton" or (FORCED is None and triton is not None and x.is_cuda)
     return chosen and x.dtype != torch.float64
 

@@ -11,7 +11,9 @@ import pytest
 import torch
 from conftest import SMALL, sentences
 
+import checkpoint
 import finetune
+import kernels
 import train
 from text import UserError
 
@@ -242,3 +244,11 @@ def test_the_command_line_ends_with_one_line_and_2(folder, script, flags, words)
     [line] = done.stderr.splitlines()
     assert line.startswith(f"{script}: ") and words.format(folder) in line
     assert "Traceback" not in done.stdout
+
+
+@pytest.mark.parametrize("forced", ["cuda", "Triton", "triton"])
+def test_refuses_kernels_that_are_not_to_be_had(forced, monkeypatch):
+    monkeypatch.setattr(kernels, "FORCED", forced)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(UserError, match=f"^CLOZE_KERNELS={forced}: "):
+        checkpoint.choose_hardware("cpu", "float32")
