@@ -100,7 +100,12 @@ def attention(
         raise ValueError(f"rope has {len(rope[0])} positions, the longest sequence {max_seqlen}")
     if on_triton(qkv) and qkv.shape[-1] in FLASH_HEAD_DIMS:
         return _FlashAttention.apply(qkv, cu_seqlens, max_seqlen, rope, window)
-    return _Attention.apply(qkv, cu_seqlens, max_seqlen, rope, window)
+    return _attention(qkv, cu_seqlens, max_seqlen, rope, window)
+
+
+@torch.compiler.disable  # the groups follow from the lengths of the sequences, which a graph does not know
+def _attention(*given) -> Tensor:
+    return _Attention.apply(*given)
 
 
 class _Attention(torch.autograd.Function):
@@ -647,6 +652,9 @@ def geglu(x: Tensor) -> Tensor:
 
     The backward pass computes gelu(a) once more, and writes both halves of its gradient where they belong.
     """
+    if torch.compiler.is_compiling() and not on_triton(x):  # the compiler fuses better than blocks do
+        a, b = x.chunk(2, dim=-1)
+        return F.gelu(a) * b
     return (_FusedGeGLU if on_triton(x) else _GeGLU).apply(x)
 
 

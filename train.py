@@ -63,6 +63,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--device", help="cuda, cuda:1, mps or cpu; by default the fastest that is there")
     products = "of matrix products; auto is bfloat16 where the hardware multiplies it natively"
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help=products)
+    add("--compile", action="store_true", help="compile the blocks: some seconds first, then faster steps")
     add("--log-every", type=positive, default=20, help="steps between points of the curve")
     add("--validate-every", type=positive, default=200, help="steps between validations")
     add("--validate-batches", type=positive, default=8, help="micro-batches of a validation")
@@ -117,6 +118,17 @@ def global_sums(sums: torch.Tensor, n_ranks: int) -> list[float]:
     if n_ranks > 1:
         dist.all_reduce(sums)
     return sums.tolist()
+
+
+def compile_blocks(model: MaskedLM, device: torch.device) -> str:
+    """Compile the blocks in place, under their names; returns why not where torch.compile does not work."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
+    except Exception as error:  # whatever it is that is wanting: a C++ compiler, Python's headers, Triton
+        return str(error).strip().splitlines()[0]
+    for layer in model.model.layers:
+        layer.compile()
+    return ""
 
 
 @torch.no_grad()
@@ -198,6 +210,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         scaler.load_state_dict(state["scaler"])
         start, points = state["step"], state["points"]
         say(f"resuming after step {start}")
+    if args.compile and (problem := compile_blocks(model, device)):
+        say(f"--compile: {problem}: going on without")
     ddp = nn.parallel.DistributedDataParallel(model) if n_ranks > 1 else model
     n_weights, step_tokens = sum(p.numel() for p in model.parameters()), n_micro * args.micro_batch_tokens
     say(f"{n_weights:,} weights on {device}, products in {dtype_name}")

@@ -189,6 +189,27 @@ def test_the_loss_divides_by_what_all_micro_batches_mask(corpus_file, tmp_path):
     assert point["loss"] == pytest.approx(total / sum(len(batch.targets) for batch in batches), rel=1e-5)
 
 
+def test_compiled_blocks_learn_the_same(corpus_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(train.PRESETS, "tiny", train.PRESETS["tiny"] | {"n_layers": 1})
+    torch._dynamo.utils.counters.clear()
+    eager = train.main(run(corpus_file, tmp_path / "eager", steps=4))
+    assert not torch._dynamo.utils.counters["stats"]
+    compiled = train.main(run(corpus_file, tmp_path / "compiled", "--compile", steps=4))
+    assert torch._dynamo.utils.counters["stats"] or "going on without" in capsys.readouterr().out
+    for name in ("validation_loss", "validation_bag_loss"):
+        assert compiled[name] == pytest.approx(eager[name], rel=1e-5)
+    assert weights(tmp_path / "compiled").keys() == weights(tmp_path / "eager").keys()
+
+
+def test_without_a_compiler_it_goes_on_and_says_so(corpus_file, tmp_path, monkeypatch, capsys):
+    def refuse(function):
+        raise RuntimeError("No working C++ compiler found\nhere is a list of them")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    train.main(run(corpus_file, tmp_path, "--compile", steps=2))
+    assert "--compile: No working C++ compiler found: going on without\n" in capsys.readouterr().out
+
+
 def test_standard_input_is_a_corpus(corpus_file, tmp_path):
     command = [sys.executable, "train.py", *run("-", tmp_path, steps=1)]
     with open(corpus_file) as text:
