@@ -120,14 +120,12 @@ def global_sums(sums: torch.Tensor, n_ranks: int) -> list[float]:
     return sums.tolist()
 
 
-def compile_blocks(model: MaskedLM, device: torch.device) -> str:
-    """Compile the blocks in place, under their names; returns why not where torch.compile does not work."""
+def no_compiler(device: torch.device) -> str:
+    """Why torch.compile does not work here, and nothing where it does."""
     try:
         torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
     except Exception as error:  # whatever it is that is wanting: a C++ compiler, Python's headers, Triton
         return str(error).strip().splitlines()[0]
-    for layer in model.model.layers:
-        layer.compile()
     return ""
 
 
@@ -210,8 +208,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         scaler.load_state_dict(state["scaler"])
         start, points = state["step"], state["points"]
         say(f"resuming after step {start}")
-    if args.compile and (problem := compile_blocks(model, device)):
+    if args.compile and (problem := no_compiler(device)):
         say(f"--compile: {problem}: going on without")
+    elif args.compile:
+        for layer in model.model.layers:  # in place, so that all names stay
+            layer.compile()
     ddp = nn.parallel.DistributedDataParallel(model) if n_ranks > 1 else model
     n_weights, step_tokens = sum(p.numel() for p in model.parameters()), n_micro * args.micro_batch_tokens
     say(f"{n_weights:,} weights on {device}, products in {dtype_name}")

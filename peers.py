@@ -1,0 +1,178 @@
+"""What bench.py measures ours against: BERT and ModernBERT of `transformers` and nn.TransformerEncoder of
+torch, on padded batches; and each fused operation of kernels.py in plain torch, eager and compiled, and for
+attention on a GPU torch's own kernels for sequences of unequal length.
+
+Axes: T tokens, S sequences, L the longest, H heads, D head size.
+"""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+import kernels
+from data import Batch
+from model import Config
+from text import UserError
+
+
+def padded(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids, attention mask, labels) of a batch, (S, longest): what peers are given."""
+    lengths, targets = batch.cu_seqlens.diff().tolist(), torch.full_like(batch.ids, -100)
+    targets[batch.masked] = batch.targets
+    parts = ((batch.ids, 0), (torch.ones_like(batch.ids), 0), (targets, -100))
+    return tuple(pad_sequence(x.split(lengths), batch_first=True, padding_value=value) for x, value in parts)
+
+
+class TorchEncoder(nn.Module):
+    """The same task with torch's own nn.TransformerEncoder."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        d_model = config.d_model
+        self.words = nn.Embedding(config.vocab_size, d_model)
+        self.positions = nn.Embedding(config.max_len, d_model)
+        layer = nn.TransformerEncoderLayer(
+            d_model, config.n_heads, 4 * d_model, 0.0, "gelu", batch_first=True, norm_first=True
+        )
+        self.encoder = nn.TransformerEncoder(layer, config.n_layers, enable_nested_tensor=False)
+        self.decoder = nn.Linear(d_model, config.vocab_size)
+        self.decoder.weight = self.words.weight
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> SimpleNamespace:
+        x = self.words(input_ids) + self.positions.weight[: input_ids.shape[1]]
+        logits = self.decoder(self.encoder(x, src_key_padding_mask=attention_mask == 0))
+        return SimpleNamespace(loss=F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten()))
+
+
+def build(name: str, config: Config, attention: str, n_labels: int = 0) -> nn.Module:
+    """A peer of the same shape: BERT or ModernBERT of transformers (a classifier, where there are labels), or
+    torch's own encoder."""
+    if name == "torch":
+        return TorchEncoder(config)
+    try:
+        import transformers
+    except ImportError:
+        raise UserError(
+            "--against hf: transformers is not installed; pip install -r requirements-dev.txt"
+        ) from None
+    sizes = {"vocab_size": config.vocab_size, "hidden_size": config.d_model, "attn_implementation": attention}
+    sizes |= {"num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads, "pad_token_id": 0}
+    if name == "bert":
+        theirs = transformers.BertConfig(**sizes, intermediate_size=4 * config.d_model)
+        return transformers.BertForMaskedLM(theirs)
+    tokens = dict.fromkeys(("bos_token_id", "cls_token_id", "eos_token_id", "sep_token_id"), 1)
+    if n_labels:
+        sizes |= {"num_labels": n_labels, "classifier_pooling": "mean"}
+    theirs = transformers.ModernBertConfig(
+        **sizes, **tokens, intermediate_size=config.d_ff, global_attn_every_n_layers=1
+    )
+    kind = (
+        transformers.ModernBertForSequenceClassification if n_labels else transformers.ModernBertForMaskedLM
+    )
+    return kind(theirs)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE in plain torch; the tables (..., D / 2) stand at the positions of x (..., D)."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+def attention_of_gpus(batch: Batch, rope: kernels.Rope) -> dict[str, Callable[[Tensor], Tensor]]:
+    """torch's own: the varlen kernel and FlexAttention, each on qkv (T, 3, H, D)."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.varlen import varlen_attn
+
+    cu_seqlens, longest, n_tokens = batch.cu_seqlens, batch.max_seqlen, len(batch.ids)
+    lengths = cu_seqlens.diff()
+    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+    position = torch.arange(n_tokens, device=lengths.device) - cu_seqlens[sequence]
+    cos, sin = (table[position, None] for table in rope)  # (T, 1, D / 2)
+    is_seen = create_block_mask(
+        lambda b, h, i, j: sequence[i] == sequence[j], None, None, n_tokens, n_tokens, lengths.device
+    )
+    compiled_flex = torch.compile(flex_attention)
+
+    def turned(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = qkv.unbind(1)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def varlen(qkv: Tensor) -> Tensor:
+        return varlen_attn(*turned(qkv), cu_seqlens, cu_seqlens, longest, longest)
+
+    def flex(qkv: Tensor) -> Tensor:
+        q, k, v = (x.transpose(0, 1)[None] for x in turned(qkv))  # (1, H, T, D)
+        return compiled_flex(q, k, v, block_mask=is_seen)[0].transpose(0, 1)
+
+    return {"varlen": varlen, "flex": flex}
+
+
+def operations(
+    batch: Batch, config: Config, place: SimpleNamespace, compiles: bool
+) -> dict[str, dict[str, Callable[[], None]]]:
+    """{operation: {"ours", "eager", "compiled": one call of it, forward and backward}} at these sizes."""
+    torch.manual_seed(0)
+    low, exact = {"dtype": place.dtype, "device": place.device}, {"device": place.device}
+    n_tokens, d_model, vocab_size = len(batch.ids), config.d_model, config.vocab_size
+    lengths = batch.cu_seqlens.diff()
+    longest = int(lengths.max())
+    rope = kernels.rope_tables(longest, config.head_dim, 1e4, place.device)
+    is_token = torch.arange(longest, **exact) < lengths[:, None]  # (S, L)
+    bias, weight = torch.zeros(vocab_size, **exact), torch.ones(d_model, **exact)
+    words = 0.1 * torch.randn(vocab_size, d_model, **exact)  # exp of logits of noise would underflow
+
+    def attention(qkv: Tensor) -> Tensor:
+        q, k, v = pad_sequence(qkv.split(lengths.tolist()), batch_first=True).permute(2, 0, 3, 1, 4)
+        q, k = rotate(q, *rope), rotate(k, *rope)  # (S, H, L, D)
+        out = F.scaled_dot_product_attention(q, k, v, is_token[:, None, None])
+        return out.transpose(1, 2)[is_token]
+
+    def head(hidden: Tensor, embedding: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(hidden, embedding, bias).float(), batch.targets, reduction="sum")
+
+    def add_norm(x: Tensor, residual: Tensor) -> Tensor:
+        return F.layer_norm(x + residual, weight.shape, weight)
+
+    def geglu(x: Tensor) -> Tensor:
+        return F.gelu(x[:, : config.d_ff]) * x[:, config.d_ff :]
+
+    def both_ways(function: Callable, inputs: list[Tensor]) -> Callable[[], None]:
+        def call() -> None:
+            leaves = [x.detach().requires_grad_() for x in inputs]
+            with torch.autocast(place.device.type, place.dtype, enabled=place.dtype != torch.float32):
+                out = function(*leaves)
+            out.backward(out.detach())
+
+        return call
+
+    table = {
+        "attention": (
+            lambda qkv: kernels.attention(qkv, batch.cu_seqlens, longest, rope),
+            attention,
+            [torch.randn(n_tokens, 3, config.n_heads, config.head_dim, **low)],
+        ),
+        "head": (
+            lambda hidden, embedding: kernels.linear_cross_entropy(hidden, embedding, bias, batch.targets),
+            head,
+            [torch.randn(len(batch.targets), d_model, **exact), words],
+        ),
+        "add_norm": (
+            lambda x, residual: kernels.add_norm(x, residual, weight, 1e-5)[1],
+            add_norm,
+            [torch.randn(n_tokens, d_model, **low), torch.randn(n_tokens, d_model, **exact)],
+        ),
+        "geglu": (kernels.geglu, geglu, [torch.randn(n_tokens, 2 * config.d_ff, **low)]),
+    }
+    found = {}
+    for name, (ours, plain, inputs) in table.items():
+        functions = {"ours": ours, "eager": plain}
+        if compiles:
+            functions["compiled"] = torch.compile(plain)
+        if name == "attention" and place.device.type == "cuda":
+            functions |= attention_of_gpus(batch, rope)
+        found[name] = {key: both_ways(function, inputs) for key, function in functions.items()}
+    return found
