@@ -67,9 +67,8 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], in
             raise argparse.ArgumentTypeError(f"{text}: it must be at least {low:g}{limit}")
         return value
 
-    convert.__name__ = {int: "whole number", float: "number"}[
-        kind
-    ]  # argparse names it where kind(text) fails
+    # argparse names it where kind(text) fails
+    convert.__name__ = {int: "whole number", float: "number"}[kind]
     return convert
 
 

@@ -166,14 +166,11 @@ def fit_head(model: Classifier, features: np.ndarray, targets: np.ndarray, is_cl
     fitted = linear(features, targets, is_classes, HEAD_C)
     coefficients, intercepts = np.atleast_2d(fitted.coef_), np.atleast_1d(fitted.intercept_)
     if is_classes and len(coefficients) == 1:  # one row that tells two classes apart: two that differ by it
-        coefficients, intercepts = (
-            np.outer([-0.5, 0.5], coefficients),
-            np.outer([-0.5, 0.5], intercepts)[:, 0],
-        )
+        coefficients = np.outer([-0.5, 0.5], coefficients)
+        intercepts = np.outer([-0.5, 0.5], intercepts)[:, 0]
+    # a class that these examples lack keeps the bias of -10
     weight, bias = model.classifier.weight.data.zero_(), model.classifier.bias.data.fill_(-10.0)
-    present = (
-        torch.from_numpy(fitted.classes_) if is_classes else torch.tensor([0])
-    )  # -10: a class no fold has
+    present = torch.from_numpy(fitted.classes_) if is_classes else torch.tensor([0])
     weight[present] = torch.from_numpy(coefficients).to(weight)
     bias[present] = torch.from_numpy(intercepts).to(bias)
 
