@@ -232,6 +232,11 @@ class Products(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
+def like(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    size = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+    return torch.randn(size, dtype=dtype, device=device).as_strided(shape, stride)
+
+
 def product_seconds(step: Callable[[], None], repeats: int = 5) -> tuple[float, int]:
     """Seconds that the matrix products of a step take by themselves, at its precision; and their FLOPs.
 
@@ -243,10 +248,7 @@ def product_seconds(step: Callable[[], None], repeats: int = 5) -> tuple[float, 
     kernels.FORCED = chosen
     seconds, flops = 0.0, 0
     for factors, count in products.found.items():
-        a, b = (
-            torch.empty_strided(shape, stride, dtype=dtype, device=device).normal_()
-            for shape, stride, dtype, device in factors
-        )
+        a, b = (like(*factor) for factor in factors)
         seconds += count * min(alternate({"product": lambda a=a, b=b: a @ b}, repeats, warm_up=1)["product"])
         flops += count * 2 * a.numel() * b.shape[-1]
     return seconds, flops

@@ -113,8 +113,9 @@ def attention_of_gpus(batch: Batch, rope: kernels.Rope) -> dict[str, Callable[[T
 
 def operations(
     batch: Batch, config: Config, place: SimpleNamespace, compiles: bool
-) -> dict[str, dict[str, Callable[[], None]]]:
-    """{operation: {"ours", "eager", "compiled": one call of it, forward and backward}} at these sizes."""
+) -> dict[str, dict[str, Callable[[], tuple[Tensor, ...]]]]:
+    """{operation: {"ours", "eager", "compiled": a call of it, forward and backward}} at these sizes; a call
+    returns output and gradients."""
     torch.manual_seed(0)
     low, exact = {"dtype": place.dtype, "device": place.device}, {"device": place.device}
     n_tokens, d_model, vocab_size = len(batch.ids), config.d_model, config.vocab_size
@@ -140,12 +141,13 @@ def operations(
     def geglu(x: Tensor) -> Tensor:
         return F.gelu(x[:, : config.d_ff]) * x[:, config.d_ff :]
 
-    def both_ways(function: Callable, inputs: list[Tensor]) -> Callable[[], None]:
-        def call() -> None:
+    def both_ways(function: Callable, inputs: list[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+        def call() -> tuple[Tensor, ...]:
             leaves = [x.detach().requires_grad_() for x in inputs]
             with torch.autocast(place.device.type, place.dtype, enabled=place.dtype != torch.float32):
                 out = function(*leaves)
             out.backward(out.detach())
+            return out, *(x.grad for x in leaves)
 
         return call
 

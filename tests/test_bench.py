@@ -1,4 +1,5 @@
-"""The report of ahead-of-time compilation, for one GPU that is not here; its other figures are no tests."""
+"""The report of ahead-of-time compilation, for one GPU that is not here; and that what bench.py times is the
+same work on both sides. Its figures are no tests."""
 
 import json
 import os
@@ -6,11 +7,16 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import kernels
+import peers
+from data import Batch
 from text import UserError
 
 
@@ -37,3 +43,40 @@ def test_refuses_what_it_cannot_do(capsys):
     with pytest.raises(SystemExit) as stopped:
         bench.main(["--aot", "--targets", "sm_1"])
     assert stopped.value.code == 2 and "sm_80" in capsys.readouterr().err
+
+
+def test_products_are_counted_as_torch_counts_them():
+    a, b, c = torch.randn(5, 7), torch.randn(7, 9), torch.randn(3, 4, 7)
+
+    def step():
+        torch.addmm(torch.randn(9), a, b)
+        torch.baddbmm(torch.randn(3, 4, 9), c, b.expand(3, 7, 9))
+        return c @ c.transpose(1, 2), a.T @ a
+
+    with FlopCounterMode(display=False) as counted:
+        step()
+    seconds, flops = bench.product_seconds(step)
+    assert flops == counted.get_total_flops() and seconds > 0
+
+
+def test_what_is_compared_computes_the_same():
+    starts = torch.tensor([0, 20, 21, 50, 64], dtype=torch.int32)
+    ids = torch.arange(64)
+    bags = (torch.zeros(4, dtype=torch.long), torch.ones(4), torch.arange(5))
+    batch = Batch(ids, starts, 29, torch.arange(10), ids[:10], *bags)
+    place = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+    for name, calls in peers.operations(batch, bench.config_of("1x64"), place, compiles=False).items():
+        for ours, plain in zip(calls["ours"](), calls["eager"](), strict=True):
+            torch.testing.assert_close(
+                ours, plain, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
+            )
+
+
+def test_a_peer_learns_from_the_same_tokens():
+    starts, ids = torch.tensor([0, 3, 8], dtype=torch.int32), torch.arange(10, 18)
+    bags = (torch.zeros(2, dtype=torch.long), torch.ones(2), torch.arange(3))
+    batch = Batch(ids, starts, 5, torch.tensor([1, 6]), torch.tensor([77, 88]), *bags)
+    x, mask, targets = peers.padded(batch)
+    assert x.tolist() == [[10, 11, 12, 0, 0], [13, 14, 15, 16, 17]]
+    assert mask.sum(1).tolist() == [3, 5]
+    assert targets.tolist() == [[-100, 77, -100, -100, -100], [-100, -100, -100, 88, -100]]
