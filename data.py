@@ -24,7 +24,6 @@ from typing import NamedTuple
 import numpy as np
 import scipy.sparse
 import torch
-from sklearn.utils.extmath import randomized_svd
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 from tqdm import tqdm
@@ -356,6 +355,8 @@ class Corpus:
         """
         path = self.folder / f"spectral-{d_model}.npy"
         if not path.exists():
+            from sklearn.utils.extmath import randomized_svd  # takes a second to import, needed once a corpus
+
             print("counting co-occurrences for the spectral start", flush=True)
             counts = self.cooccurrence().tocoo()
             words, contexts = (np.asarray(counts.sum(axis)).ravel() for axis in (1, 0))
