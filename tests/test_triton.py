@@ -1,7 +1,10 @@
 """The Triton kernels under Triton's interpreter: values and every gradient against plain torch in float64, at
 most twice as far from it as plain torch is at the same precision."""
 
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,3 +153,33 @@ def test_the_whole_model(monkeypatch):
     assert all(map(torch.equal, ours, again))  # to the bit
     for a, b in zip(ours, reference, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+CAPTURE = """
+import contextlib, torch, kernels
+from model import Block, Config
+
+found = set()
+
+def backend(module, inputs):
+    graphs = [part.graph for part in module.modules() if hasattr(part, "graph")]
+    found.update(str(node.target) for graph in graphs for node in graph.nodes)
+    return module.forward
+
+block = torch.compile(Block(Config(100, 64, 1, 2, 96, 32), 1), backend=backend, fullgraph=True)
+x, cu_seqlens = torch.randn(40, 64, requires_grad=True), torch.tensor([0, 10, 40], dtype=torch.int32)
+with contextlib.suppress(RuntimeError, ValueError):  # the graph is whole; to run it would take a GPU
+    block(x, cu_seqlens, 32, kernels.rope_tables(32, 32, 1e4), torch.nn.Identity())
+print(*found, sep="\\n")
+"""
+
+
+def test_a_compiler_sees_one_graph_with_the_kernels_of_a_block_in_it():
+    # in a process of its own: what the interpreter runs is not what is compiled
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {"CLOZE_KERNELS": "triton", "PYTHONPATH": str(Path(kernels.__file__).parent)}
+    command = [sys.executable, "-c", CAPTURE]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    names = ("flash_rotate", "flash_forward", "flash_backward", "add_norm_forward", "add_norm_backward")
+    for name in (*names, "geglu_forward", "geglu_backward"):
+        assert f"cloze.{name}.default" in done.stdout.split(), done.stderr
