@@ -186,7 +186,7 @@ def best_of_peer(corpus: Corpus, name: str, config: Config, place: SimpleNamespa
 def measure_step(
     corpus: Corpus, shape: str, compiles: bool, args: argparse.Namespace, place: SimpleNamespace, say
 ) -> dict[str, Any]:
-    """Ours against each peer, both eager and both compiled, and against our own products."""
+    """Ours, eager and compiled, against each peer, eager and compiled, and against our own products."""
     config = config_of(shape)
     steps = {"ours": our_step(corpus, config, place)}
     if compiles:
@@ -205,11 +205,14 @@ def measure_step(
     if place.device.type == "cuda":
         fastest = next((rate for gpu, rate in PEAKS.items() if gpu in args.hardware), math.nan)
         found["mfu"] = spread([flops / s / fastest for s in seconds[best]])
-    theirs = {name: s for name, s in seconds.items() if name.startswith(("bert", "modernbert"))}
-    for ours, key in (("ours", "ratio_eager"), (best, "ratio_compile")):
-        rivals = [s for name, s in theirs.items() if key == "ratio_compile" or "compiled" not in name]
-        if rivals:
-            found[key] = ratio(min(rivals, key=statistics.median), seconds[ours])
+
+    def against_hf(ours: str, is_compiled: bool) -> list[float]:
+        names = [n for n in seconds if n.startswith(("bert", "modern")) and ("compiled" in n) == is_compiled]
+        return ratio(min((seconds[name] for name in names), key=statistics.median), seconds[ours])
+
+    if "hf" in args.against:
+        found |= {"ratio_eager": against_hf("ours", False), "ratio_compile": against_hf(best, False)}
+        found |= {"ratio_both_compiled": against_hf(best, True)} if compiles else {}
     for name, speed in speeds.items():
         say(f"{shape:8}{name:36}{speed[1]:10,.0f} tokens/s")
     say(f"{shape:8}{'products alone':36}{found['matmul_share'][1]:10.2f} of the step of {best}")
