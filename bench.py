@@ -264,16 +264,17 @@ def peak(device: torch.device) -> int:
     """Bytes in use at most so far, of the GPU or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+    status = Path("/proc/self/status")
+    if status.exists():  # of Linux, where ru_maxrss begins at what the parent process had
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def peak_memory(name: str, place: SimpleNamespace) -> int:
     """Bytes that three steps add at most to a fresh process, at the wide vocabulary."""
     config, corpus = config_of("2x256", WIDE_VOCAB), open_corpus()
-    if name == "ours":
-        step = our_step(corpus, config, place)
-    else:
-        step = peer_step(corpus, name, config, place, "sdpa")
+    is_ours, given = name == "ours", (config, place)
+    step = our_step(corpus, *given) if is_ours else peer_step(corpus, name, *given, "sdpa")
     before = peak(place.device)
     for _ in range(3):
         step()
@@ -381,10 +382,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     say = (lambda text: None) if args.json else functools.partial(print, flush=True)
     device, dtype = checkpoint.choose_hardware(args.device, "auto")
     place = SimpleNamespace(device=device, dtype=dtype)
-    capability = torch.backends.cpu.get_cpu_capability()
-    args.hardware = f"{platform.machine()}, {torch.get_num_threads()} threads, {capability}"
-    if device.type == "cuda":
-        args.hardware = torch.cuda.get_device_name(device)
+    cpu = (
+        f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    )
+    args.hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     result: dict[str, Any] = {"hardware": args.hardware, "dtype": str(dtype).removeprefix("torch.")}
     say(f"{args.hardware}, {result['dtype']}")
     checkpoint.make_folder(args.out)
