@@ -272,9 +272,8 @@ def peak(device: torch.device) -> int:
 
 def peak_memory(name: str, place: SimpleNamespace) -> int:
     """Bytes that three steps add at most to a fresh process, at the wide vocabulary."""
-    config, corpus = config_of("2x256", WIDE_VOCAB), open_corpus()
-    is_ours, given = name == "ours", (config, place)
-    step = our_step(corpus, *given) if is_ours else peer_step(corpus, name, *given, "sdpa")
+    corpus, given = open_corpus(), (config_of("2x256", WIDE_VOCAB), place)
+    step = our_step(corpus, *given) if name == "ours" else peer_step(corpus, name, *given, "sdpa")
     before = peak(place.device)
     for _ in range(3):
         step()
