@@ -83,18 +83,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def alternate(steps: dict[str, Callable[[], Any]], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
     """Seconds of each step in each round; the steps take turns, so that they share the machine's moods."""
-    for step in steps.values():
-        for _ in range(warm_up):
-            step()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
+    for _ in range(warm_up + rounds):
         for name, step in steps.items():
             started = time.perf_counter()
             step()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - started)
-    return seconds
+    return {name: found[warm_up:] for name, found in seconds.items()}
 
 
 def spread(values: list[float]) -> list[float]:
@@ -391,7 +388,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.aot:
         result["aot"] = aot.report(args.targets, say)
         args.parts = []
-    corpus, problem = (open_corpus(), train.no_compiler(device)) if args.parts else (None, "")
+    corpus = open_corpus() if args.parts else None
+    problem = train.no_compiler(device) if {"step", "operations"} & set(args.parts) else ""
     if problem:
         say(f"torch.compile: {problem}: eager alone is measured")
     if "step" in args.parts:

@@ -49,7 +49,8 @@ def run(n_ranks: int, steps: int, out: Path) -> list[dict[str, float]]:
         command, env=os.environ | {"OMP_NUM_THREADS": threads}, capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise UserError(f"train.py with {n_ranks} ranks: {done.stderr.strip().splitlines()[-1]}")
+        said = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]  # not torchrun's
+        raise UserError(said[0] if said else f"train.py with {n_ranks} ranks ended with {done.returncode}")
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
