@@ -31,8 +31,13 @@ from text import UserError
 
 # For tiny, steps that end within 10 minutes on 2 CPU cores; for the others, which want a GPU, a first guess.
 STEPS = {"tiny": 1500, "small": 20_000, "base": 100_000}
-# CPUs that multiply slower than AMX does bfloat16 take so much longer a step, and by default so fewer steps.
-SLOWER_CPUS = {"bfloat16": 0.6, "float32": 0.28}
+# (precision, what the CPU must have for it, share of these steps that takes it as long as AMX takes for all)
+CPU_SHARES = (
+    ("bfloat16", "amx_bf16", 1.0),
+    ("bfloat16", "avx512_bf16", 0.6),
+    ("float32", "avx512_f", 0.28),
+)
+LEAST_SHARE = 0.18  # of all other CPUs
 EXTRA = {"architectures": ["ModernBertForMaskedLM"]}  # of config.json
 
 
@@ -45,8 +50,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--preset", choices=PRESETS, default="tiny", help="size of the model; tiny suits 2 CPU cores")
     add("--vocab-size", type=number(int, 100), help="word pieces; else the preset's, or what the text fills")
     add("--max-len", type=number(int, 8), help="tokens of a window; by default the preset's")
-    slower = f"without AMX {SLOWER_CPUS['bfloat16']} of that in bfloat16, {SLOWER_CPUS['float32']} in float32"
-    add("--steps", type=positive, help=f"optimizer steps; by default {STEPS}, on a CPU {slower}")
+    add("--steps", type=positive, help=f"by default {STEPS}, of which a CPU without AMX does a share")
     add("--micro-batch-tokens", type=number(int, 64), default=8192, help="tokens computed at a time")
     add("--accumulate", type=positive, help="micro-batches a step, over all ranks; by default one a rank")
     add("--lr-muon", type=rate, default=0.02, help="peak rate of the matrices: Muon's usual one")
@@ -75,10 +79,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def default_steps(preset: str, device: torch.device, dtype_name: str) -> tuple[int, str]:
     """(number of steps, the rule that gave it): a number and not a clock, so that runs repeat."""
     share, why = 1.0, f"the default of {preset}"
-    has_amx = dtype_name == "bfloat16" and torch.cpu.get_capabilities().get("amx_bf16")
-    if device.type == "cpu" and not has_amx:
-        share = SLOWER_CPUS.get(dtype_name, SLOWER_CPUS["float32"])
-        why += f" x {share:g}, for a CPU that multiplies in {dtype_name} without AMX"
+    if device.type == "cpu":
+        has = torch.cpu.get_capabilities()
+        fitting = [(s, kind) for name, kind, s in CPU_SHARES if name == dtype_name and has.get(kind)]
+        share, kind = fitting[0] if fitting else (LEAST_SHARE, "no AVX-512 or AMX for it")
+        why += f" x {share:g}, for a CPU that multiplies in {dtype_name} with {kind}" if share < 1 else ""
     n_steps = round(STEPS[preset] * share)
     return n_steps, f"{n_steps} steps: {why}"
 

@@ -69,8 +69,10 @@ def test_transformers_reads_what_a_run_leaves(pretrained):
     (
         ("cpu", {"amx_bf16": True, "avx512_bf16": True}, "bfloat16", 1500),
         ("cpu", {"amx_bf16": False, "avx512_bf16": True}, "bfloat16", 900),
-        ("cpu", {"amx_bf16": True, "avx512_bf16": True}, "float32", 420),
-        ("cpu", {}, "float32", 420),
+        ("cpu", {"avx512_f": True, "amx_bf16": True, "avx512_bf16": True}, "float32", 420),
+        ("cpu", {"avx2": True, "avx512_f": False}, "float32", 270),
+        ("cpu", {"avx2": True, "avx512_f": False}, "bfloat16", 270),
+        ("cpu", {}, "float32", 270),
         ("cuda", {}, "float32", 1500),
     ),
 )
