@@ -116,20 +116,21 @@ class _Attention(torch.autograd.Function):
         n_tokens, _, n_heads, head_dim = qkv.shape
         out = qkv.new_empty(n_tokens + 1, n_heads, head_dim)  # the extra row takes what the padding computes
         ctx.rope, ctx.shape, ctx.groups, saved = rope, qkv.shape, [], []
-        for index, is_pad in _length_groups(cu_seqlens, n_tokens, max_seqlen):
+        for index, is_pad, shortest in _length_groups(cu_seqlens, n_tokens, max_seqlen):
             size, width = index.shape
             padded = qkv.index_select(0, index.where(~is_pad, 0).view(-1))
             padded = padded.view(size, width, 3, n_heads, head_dim).permute(2, 0, 3, 1, 4)  # (3, B, H, L, D)
             q, k = _rotate(padded[:2], rope, head_dim**-0.5)
             v = padded[2].contiguous()
             scores = q @ k.transpose(-1, -2)  # (B, H, L, L)
-            hidden_keys = is_pad[:, None, None, :]
-            if window is not None and width > window + 1:
+            if window is None or width <= window + 1:  # only keys past the shortest sequence are padding
+                scores[..., shortest:].masked_fill_(is_pad[:, None, None, shortest:], -math.inf)
+            else:
                 position = torch.arange(width, device=qkv.device)
-                hidden_keys = hidden_keys | ((position[:, None] - position).abs() > window)
+                hidden_keys = is_pad[:, None, None, :] | ((position[:, None] - position).abs() > window)
                 # a padded query whose whole window is padding would be a row of -inf, and so of NaN
-                hidden_keys = hidden_keys & ~is_pad[:, None, :, None]
-            probabilities = torch.softmax(scores.masked_fill_(hidden_keys, -math.inf), dim=-1).to(v.dtype)
+                scores.masked_fill_(hidden_keys & ~is_pad[:, None, :, None], -math.inf)
+            probabilities = torch.softmax(scores, dim=-1).to(v.dtype)
             heads = (probabilities @ v).transpose(1, 2)  # (B, L, H, D)
             out.index_copy_(0, index.view(-1), heads.reshape(-1, n_heads, head_dim))
             ctx.groups.append((index, is_pad))
@@ -159,9 +160,9 @@ class _Attention(torch.autograd.Function):
         return d_qkv[:n_tokens], None, None, None, None
 
 
-def _length_groups(cu_seqlens: Tensor, n_tokens: int, max_seqlen: int) -> list[tuple[Tensor, Tensor]]:
-    """Sequences sorted into groups of similar length: per group the token of each place (B, L) and whether it
-    is padding; padding points at row `n_tokens`. Empty sequences are in no group."""
+def _length_groups(cu_seqlens: Tensor, n_tokens: int, max_seqlen: int) -> list[tuple[Tensor, Tensor, int]]:
+    """Sequences sorted into groups of similar length: per group the token of each place (B, L), whether it is
+    padding, and the shortest length; padding points at row `n_tokens`. Empty sequences are in no group."""
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
     order = torch.argsort(lengths, descending=True, stable=True)
     by_length = lengths[order].tolist()
@@ -175,7 +176,8 @@ def _length_groups(cu_seqlens: Tensor, n_tokens: int, max_seqlen: int) -> list[t
         width = min(max_seqlen, -(-by_length[first] // GROUP_MULTIPLE) * GROUP_MULTIPLE)
         members, position = order[first:last], torch.arange(width, device=cu_seqlens.device)
         is_pad = position >= lengths[members, None]
-        groups.append(((starts[members, None] + position).masked_fill(is_pad, n_tokens), is_pad))
+        index = (starts[members, None] + position).masked_fill(is_pad, n_tokens)
+        groups.append((index, is_pad, by_length[last - 1]))
         first = last
     return groups
 
@@ -190,7 +192,8 @@ def _rotate(qk: Tensor, rope: Rope | None, scale: float, inverse: bool = False) 
     cos, sin = (table[: qk.shape[-2]] * scales for table in rope)  # (2, 1, 1, L, D / 2)
     half = qk.shape[-1] // 2
     first, second = (qk32 := qk.to(cos.dtype))[..., :half], qk32[..., half:]
-    turned = qk32 * torch.cat((cos, cos), dim=-1)
+    turned = torch.empty(qk.shape, dtype=cos.dtype, device=qk.device)  # contiguous, whatever qk is
+    torch.mul(qk32, torch.cat((cos, cos), dim=-1), out=turned)
     turned[..., :half].addcmul_(second, sin, value=1 if inverse else -1)
     turned[..., half:].addcmul_(first, sin, value=-1 if inverse else 1)
     return turned.to(qk.dtype)

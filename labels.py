@@ -340,7 +340,10 @@ def batches(
     for first in range(0, len(order), size):
         which = order[first : first + size]
         sequences = [rows[i] for i in which]
-        if filler := -sum(map(len, sequences)) % T_MULTIPLE:
+        n_tokens = sum(map(len, sequences))
+        if filler := -n_tokens % min(
+            T_MULTIPLE, 2 ** max(0, n_tokens.bit_length() - 6)
+        ):  # at most 3% of them
             sequences.append(np.zeros(filler, dtype=np.int64))
         lengths = [len(sequence) for sequence in sequences]
         cu_seqlens = torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32))
