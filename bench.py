@@ -168,10 +168,11 @@ def peer_step(
 
 
 def best_of_peer(corpus: Corpus, name: str, config: Config, place: SimpleNamespace) -> tuple[str, dict]:
-    """A peer in the better of its precisions and attentions: its full name, and what `peer_step` takes."""
+    """A peer in the better of its precisions and attentions: its full name, and what `peer_step` takes.
+    Where the hardware does not multiply in bfloat16, that is not tried: emulated, a step takes a minute."""
     found = {}
     for attention in ("eager", "sdpa") if name != "torch" else ("sdpa",):
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in {torch.float32, place.dtype}:
             there = SimpleNamespace(device=place.device, dtype=dtype)
             given = {"name": name, "config": config, "place": there, "attention": attention}
             step = peer_step(corpus, **given)
