@@ -72,8 +72,12 @@ def jit(kernel):
 
 
 def launches(name: str, mutates_args: tuple[str, ...] = ()):
-    """Make a function that launches kernels an operator that torch.compile sees through."""
-    return triton_op(name, mutates_args=mutates_args) if triton else lambda function: function
+    """Make a function that launches kernels an operator that torch.compile sees through; where nothing can
+    launch them, not: the operator imports the compiler, seconds at every start."""
+    asked_for = FORCED == "triton" or os.environ.get("TRITON_INTERPRET") == "1"
+    if triton and (asked_for or torch.cuda.is_available()):
+        return triton_op(name, mutates_args=mutates_args)
+    return lambda function: function
 
 
 def rope_tables(n_positions: int, head_dim: int, theta: float, device: torch.device | str = "cpu") -> Rope:
@@ -100,12 +104,10 @@ def attention(
         raise ValueError(f"rope has {len(rope[0])} positions, the longest sequence {max_seqlen}")
     if on_triton(qkv) and qkv.shape[-1] in FLASH_HEAD_DIMS:
         return _FlashAttention.apply(qkv, cu_seqlens, max_seqlen, rope, window)
-    return _attention(qkv, cu_seqlens, max_seqlen, rope, window)
-
-
-@torch.compiler.disable  # the groups follow from the lengths of the sequences, which a graph does not know
-def _attention(*given) -> Tensor:
-    return _Attention.apply(*given)
+    # Groups follow from the lengths of the sequences, which a graph does not know. The decorator would import
+    # the compiler, seconds at every start.
+    apply = torch.compiler.disable(_Attention.apply) if torch.compiler.is_compiling() else _Attention.apply
+    return apply(qkv, cu_seqlens, max_seqlen, rope, window)
 
 
 class _Attention(torch.autograd.Function):

@@ -35,11 +35,16 @@ def on_triton(monkeypatch):
     monkeypatch.setattr(kernels, "FORCED", "triton")
 
 
+def deviation(x, exact):
+    """Root mean square: which rounding error is the greatest depends on the BLAS of the machine."""
+    return float((x.detach().double() - exact.detach()).square().mean().sqrt())
+
+
 def compare(found, plain, exact):
     for ours, other, truth in zip(found, plain, exact, strict=True):
         assert ours.dtype == other.dtype and ours.shape == other.shape
-        slack = torch.finfo(ours.dtype).eps * 1e-1 * float(truth.detach().abs().max())
-        assert error(ours, truth) <= 2 * error(other, truth) + slack
+        slack = torch.finfo(ours.dtype).eps * 1e-1 * float(truth.detach().square().mean().sqrt())
+        assert deviation(ours, truth) <= 2 * deviation(other, truth) + slack
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # rows behind a sequence's end, computed and not stored
