@@ -65,22 +65,26 @@ def test_transformers_reads_what_a_run_leaves(pretrained):
 
 
 @pytest.mark.parametrize(
-    "name, capabilities, dtype, steps",
+    "name, capabilities, dtype, steps, tokens",
     (
-        ("cpu", {"amx_bf16": True, "avx512_bf16": True}, "bfloat16", 1500),
-        ("cpu", {"amx_bf16": False, "avx512_bf16": True}, "bfloat16", 900),
-        ("cpu", {"avx512_f": True, "amx_bf16": True, "avx512_bf16": True}, "float32", 420),
-        ("cpu", {"avx2": True, "avx512_f": False}, "float32", 270),
-        ("cpu", {"avx2": True, "avx512_f": False}, "bfloat16", 270),
-        ("cpu", {}, "float32", 270),
-        ("cuda", {}, "float32", 1500),
+        ("cpu", {"amx_bf16": True, "avx512_bf16": True}, "bfloat16", 1500, 8192),
+        ("cpu", {"amx_bf16": False, "avx512_bf16": True}, "bfloat16", 900, 8192),
+        ("cpu", {"avx512_f": True, "amx_bf16": True, "avx512_bf16": True}, "float32", 840, 4096),
+        ("cpu", {"avx2": True, "avx512_f": False}, "float32", 480, 4096),
+        ("cpu", {"avx2": True, "avx512_f": False}, "bfloat16", 480, 4096),
+        ("cpu", {}, "float32", 480, 4096),
+        ("cuda", {}, "float32", 1500, 8192),
     ),
 )
-def test_slower_machines_do_fewer_steps_and_say_why(monkeypatch, name, capabilities, dtype, steps):
+def test_slower_machines_compute_fewer_tokens_and_say_why(
+    monkeypatch, name, capabilities, dtype, steps, tokens
+):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    n_steps, why = train.default_steps("tiny", torch.device(name), dtype)
-    assert n_steps == steps and why.startswith(f"{steps} steps")
-    assert (" x " in why) == (steps < 1500)
+    n_steps, row_tokens, why = train.default_steps("tiny", torch.device(name), dtype)
+    assert (n_steps, row_tokens) == (steps, tokens) and why.startswith(f"{steps} steps")
+    assert (" x " in why) == (steps < 1500) and ("4,096" in why) == (tokens == 4096)
+    asked_for = train.default_steps("tiny", torch.device(name), dtype, row_tokens=2048)
+    assert asked_for[0] * 2048 <= steps * tokens and asked_for[1] == 2048
 
 
 def test_resume_equals_a_straight_run(corpus_file, tmp_path, monkeypatch):
