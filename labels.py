@@ -45,7 +45,7 @@ LABEL_NAMES = ("label", "labels", "class", "category", "target", "sentiment", "s
 # predict.
 MOST_INTEGER_CLASSES = 20
 TEST_SHARE = 0.2
-T_MULTIPLE = 128
+T_MULTIPLE = 128  # at most, see `batches`
 
 
 @dataclass(frozen=True)
@@ -341,9 +341,8 @@ def batches(
         which = order[first : first + size]
         sequences = [rows[i] for i in which]
         n_tokens = sum(map(len, sequences))
-        if filler := -n_tokens % min(
-            T_MULTIPLE, 2 ** max(0, n_tokens.bit_length() - 6)
-        ):  # at most 3% of them
+        multiple = min(T_MULTIPLE, 2 ** max(0, n_tokens.bit_length() - 6))  # a filler of 3% at most
+        if filler := -n_tokens % multiple:
             sequences.append(np.zeros(filler, dtype=np.int64))
         lengths = [len(sequence) for sequence in sequences]
         cu_seqlens = torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32))
