@@ -37,7 +37,7 @@ CPU_SHARES = (
     ("bfloat16", "avx512_bf16", 0.6),
     ("float32", "avx512_f", 0.28),
 )
-LEAST_SHARE = 0.16  # of all other CPUs
+LEAST_SHARE = 0.14  # of all other CPUs
 ROW_TOKENS = 8192
 FEW_STEPS = 500  # where fewer are left, twice as many of half the tokens learn more
 EXTRA = {"architectures": ["ModernBertForMaskedLM"]}  # of config.json

@@ -70,9 +70,9 @@ def test_transformers_reads_what_a_run_leaves(pretrained):
         ("cpu", {"amx_bf16": True, "avx512_bf16": True}, "bfloat16", 1500, 8192),
         ("cpu", {"amx_bf16": False, "avx512_bf16": True}, "bfloat16", 900, 8192),
         ("cpu", {"avx512_f": True, "amx_bf16": True, "avx512_bf16": True}, "float32", 840, 4096),
-        ("cpu", {"avx2": True, "avx512_f": False}, "float32", 480, 4096),
-        ("cpu", {"avx2": True, "avx512_f": False}, "bfloat16", 480, 4096),
-        ("cpu", {}, "float32", 480, 4096),
+        ("cpu", {"avx2": True, "avx512_f": False}, "float32", 420, 4096),
+        ("cpu", {"avx2": True, "avx512_f": False}, "bfloat16", 420, 4096),
+        ("cpu", {}, "float32", 420, 4096),
         ("cuda", {}, "float32", 1500, 8192),
     ),
 )
