@@ -146,16 +146,28 @@ def _choose_columns(path: Path, rows: list, text: str | None, pair: str | None, 
     """The named columns, or a guess by name and then by shape."""
     first = rows[0][1]
     there = ", ".join(map(repr, first))
-    for flag, name in (("--text-column", text), ("--pair-column", pair), ("--label-column", label)):
-        if name is not None and name not in first:
-            raise UserError(f"{path}: {flag} {name}: no such column; there are {there}")
-    lower = {name.lower(): name for name in reversed(first)}
     if label is None:
+        lower = {name.lower(): name for name in reversed(first)}
         known = [lower[name] for name in LABEL_NAMES if name in lower and lower[name] not in (text, pair)]
         if not known:
             raise UserError(f"{path}: no label column found among {there}; name it with --label-column")
         label = known[0]
+    elif label not in first:
+        raise UserError(f"{path}: --label-column {label}: no such column; there are {there}")
+    return Columns(*choose_texts(path, rows, text, pair, label), label)
+
+
+def choose_texts(
+    path: Path, rows: list, text: str | None, pair: str | None, label: str | None
+) -> tuple[str, str | None]:
+    """The columns of text and second text: the named ones, or a guess among those that are not the label."""
+    first = rows[0][1]
+    there = ", ".join(map(repr, first))
+    for flag, name in (("--text-column", text), ("--pair-column", pair)):
+        if name is not None and name not in first:
+            raise UserError(f"{path}: {flag} {name}: no such column; there are {there}")
     if text is None:
+        lower = {name.lower(): name for name in reversed(first)}
         both = [
             (lower[a], lower[b]) for a, b in PAIR_NAMES if a in lower and b in lower and label not in (a, b)
         ]
@@ -169,7 +181,7 @@ def _choose_columns(path: Path, rows: list, text: str | None, pair: str | None, 
             if not others:
                 raise UserError(f"{path}: no text column beside {label!r}; name it with --text-column")
             text = max(others, key=lambda name: sum(len(str(row.get(name, ""))) for _, row in rows[:200]))
-    return Columns(text, pair, label)
+    return text, pair
 
 
 def _pick(

@@ -5,6 +5,7 @@ UserError that names the file and the line.
 """
 
 import codecs
+import contextlib
 import csv
 import gzip
 import hashlib
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,26 +35,48 @@ class UserError(Exception):
     """The user's mistake, told in one line that names the file, the line or the flag; scripts exit with 2."""
 
 
-def read_lines(path: Path, limit: int = -1) -> Iterator[tuple[int, str]]:
-    """(line number, line with its end); with a limit in bytes, a longer line comes in pieces of the same
-    number.
+Report = Callable[[UserError], None] | None
 
-    Raises UserError for what cannot be read and for what is not UTF-8 text.
+
+def read_lines(path: Path, limit: int = -1, report: Report = None) -> Iterator[tuple[int, str]]:
+    """(line number, line with its end) of a file, or of standard input where path is "-"; with a limit in
+    bytes, a longer line comes in pieces of the same number.
+
+    A line that is not UTF-8 text goes to `report` as a UserError and is left out; without `report` the error
+    is raised, as it always is for a file that cannot be read.
     """
-    decode, number = codecs.getincrementaldecoder("utf-8-sig")().decode, 1
+    decoder, number = codecs.getincrementaldecoder("utf-8-sig")(), 1
     try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as handle:
-            while raw := handle.readline(limit):
-                text = decode(raw)
-                if "\0" in text:
-                    raise UserError(f"{path}:{number}: a NUL byte; this is no text file in UTF-8")
-                yield number, text
+        with _open(path) as handle:
+            while True:
+                raw, problem, text = handle.readline(limit), "", ""
+                try:
+                    text = decoder.decode(raw, final=not raw)
+                    problem = "a NUL byte; this is no text file in UTF-8" if "\0" in text else ""
+                except UnicodeDecodeError:
+                    problem = "not UTF-8 text; convert it, for example with iconv"
+                    decoder.reset()
+                if problem:
+                    _complain(f"{path}:{number}: {problem}", report)
+                elif raw:
+                    yield number, text
+                if not raw:
+                    return
                 number += raw.endswith(b"\n")
-            decode(b"", final=True)
-    except UnicodeDecodeError:
-        raise UserError(f"{path}:{number}: not UTF-8 text; convert it, for example with iconv") from None
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _open(path: Path) -> contextlib.AbstractContextManager:
+    if str(path) == "-":
+        return contextlib.nullcontext(sys.stdin.buffer)
+    return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
+
+
+def _complain(problem: str, report: Report) -> None:
+    if report is None:
+        raise UserError(problem) from None
+    report(UserError(problem))
 
 
 def text_suffix(path: Path) -> str:
@@ -61,44 +84,56 @@ def text_suffix(path: Path) -> str:
     return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
 
 
-def read_table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_table(path: Path, report: Report = None) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, {column: value}) of a .jsonl, .csv or .tsv file, each perhaps .gz.
 
     A .csv or .tsv begins with a line of column names. In a .tsv a tab always parts fields and quotes are
-    text.
+    text. A broken line goes to `report`, as in `read_lines`.
     """
     if text_suffix(path) == ".jsonl":
-        for number, line in read_lines(path):
+        for number, line in read_lines(path, report=report):
             if line.strip():
                 try:
                     record = json.loads(line)
                     if "\\ud" in line.lower():  # half a character has no UTF-8
                         json.dumps(record, ensure_ascii=False).encode()
                 except (ValueError, RecursionError) as error:
-                    raise UserError(f"{path}:{number}: broken JSON: {error}") from None
-                if not isinstance(record, dict):
-                    raise UserError(
-                        f'{path}:{number}: each line must be a JSON object such as {{"text": "..."}}'
-                    )
-                yield number, record
+                    _complain(f"{path}:{number}: broken JSON: {error}", report)
+                    continue
+                if isinstance(record, dict):
+                    yield number, record
+                else:
+                    wanted = 'each line must be a JSON object such as {"text": "..."}'
+                    _complain(f"{path}:{number}: {wanted}", report)
         return
     csv.field_size_limit(2**31 - 1)
     dialect = (
         {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if text_suffix(path) == ".tsv" else {"strict": True}
     )
-    reader = csv.reader((text for _, text in read_lines(path)), **dialect)
-    try:
-        header = next(reader, [])
-        if not header or len(set(header)) < len(header):
-            raise UserError(f"{path}:1: the first line must name the columns, each once")
-        for row in filter(None, reader):
-            if len(row) != len(header):
-                raise UserError(
-                    f"{path}:{reader.line_num}: {len(row)} fields, but the first line names {len(header)}"
-                )
-            yield reader.line_num, dict(zip(header, row, strict=True))
-    except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: {error}") from None
+    at = 0  # the last line read: csv's own count misses those that were left out
+
+    def lines() -> Iterator[str]:
+        nonlocal at
+        for at, line in read_lines(path, report=report):  # noqa: B007
+            yield line
+
+    reader = csv.reader(lines(), **dialect)
+
+    def next_row(report: Report) -> list[str] | None:
+        while True:
+            try:
+                return next(reader, None)
+            except csv.Error as error:
+                _complain(f"{path}:{at}: {error}", report)
+
+    header = next_row(None)
+    if not header or len(set(header)) < len(header):
+        raise UserError(f"{path}:1: the first line must name the columns, each once")
+    while (row := next_row(report)) is not None:
+        if row and len(row) != len(header):
+            _complain(f"{path}:{at}: {len(row)} fields, but the first line names {len(header)}", report)
+        elif row:
+            yield at, dict(zip(header, row, strict=True))
 
 
 def read_documents(path: Path) -> Iterator[str]:

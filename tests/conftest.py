@@ -1,4 +1,4 @@
-"""What tests share: a cache of their own, and one small pretrained model."""
+"""What tests share: a cache of their own, one small pretrained model and one classifier."""
 
 import os
 import shutil
@@ -13,6 +13,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # kernels.py is tested without a GPU, wher
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
+import finetune  # noqa: E402
 import text  # noqa: E402
 import train  # noqa: E402
 
@@ -60,3 +61,34 @@ def pretrained(tmp_path_factory, corpus_file) -> Path:
         ["--corpus", str(corpus_file), "--out", str(out), "--steps", "20", "--dtype", "float32", *SMALL]
     )
     return out
+
+
+FAST = ["--epochs", "2", "--dtype", "float32", "--max-len", "32"]
+
+
+def write_csv(path, rows, header="text,label"):
+    path.write_text("\n".join([header, *(f'"{text}",{label}' for text, label in rows)]) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def topics(tmp_path_factory):
+    """(train.csv, test.csv) of three classes that prefer different words."""
+    folder = tmp_path_factory.mktemp("topics")
+    names = ("Birds & bees", "кошки", "2")
+    parts = []
+    for part, n, seed in (("train", 40, 100), ("test", 20, 200)):
+        rows = [(s, name) for i, name in enumerate(names) for s in sentences(n, seed + i, i)]
+        order = np.random.default_rng(seed).permutation(len(rows))
+        parts.append(write_csv(folder / f"{part}.csv", [rows[i] for i in order]))
+    return parts
+
+
+@pytest.fixture(scope="session")
+def finetuned(topics, pretrained, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finetuned")
+    train, test = map(str, topics)
+    metrics = finetune.main(
+        ["--model", str(pretrained), "--train", train, "--test", test, "--out", str(out), *FAST]
+    )
+    return out, metrics

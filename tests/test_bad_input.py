@@ -14,6 +14,7 @@ from conftest import SMALL, sentences
 import checkpoint
 import finetune
 import kernels
+import predict
 import train
 from text import UserError
 
@@ -94,6 +95,20 @@ FINETUNE = {
     "--train {}/good.csv --out {}/good.txt/below": "--out {}/good.txt/below: cannot be written",
 }
 
+PREDICT = {
+    "": "give texts",
+    "text --file {}/good.txt": "give texts",
+    "text -": "stands alone",
+    "text --top 0": "0: it must be at least 1",
+    "text --text-column body": "--text-column",
+    "text --model {}/nothing": "{}/nothing: no checkpoint",
+    "--file {}/missing.csv": "{}/missing.csv: cannot be read",
+    "--file {}/empty.txt": "{}/empty.txt: no texts",
+    "--file {}/blank.txt": "{}/blank.txt: no texts",
+    "--file {}/cut.txt.gz": "{}/cut.txt.gz: cannot be read",
+    "--file {}/other.jsonl --text-column text": "--text-column text: no such column; there are 'body'",
+}
+
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
@@ -150,6 +165,12 @@ def test_train_says_what_is_wrong(folder, capsys, flags):
 def test_finetune_says_what_is_wrong(folder, pretrained, capsys, flags):
     given = finetune_flags(flags, folder, pretrained)
     assert FINETUNE[flags].format(folder) in complaint(finetune, given, capsys)
+
+
+@pytest.mark.parametrize("flags", PREDICT)
+def test_predict_says_what_is_wrong(folder, pretrained, capsys, flags):
+    given = ["--model", str(pretrained), *flags.format(*[folder] * 2).split()]
+    assert PREDICT[flags].format(folder) in complaint(predict, given, capsys)
 
 
 def double_width(config: bytes) -> bytes:

@@ -5,42 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import sentences
+from conftest import FAST, sentences, write_csv
 
 import checkpoint
 import finetune
 import labels
 from model import Classifier
-
-FAST = ["--epochs", "2", "--dtype", "float32", "--max-len", "32"]
-
-
-def write_csv(path, rows, header="text,label"):
-    path.write_text("\n".join([header, *(f'"{text}",{label}' for text, label in rows)]) + "\n")
-    return path
-
-
-@pytest.fixture(scope="module")
-def topics(tmp_path_factory):
-    """(train.csv, test.csv) of three classes that prefer different words."""
-    folder = tmp_path_factory.mktemp("topics")
-    names = ("Birds & bees", "кошки", "2")
-    parts = []
-    for part, n, seed in (("train", 40, 100), ("test", 20, 200)):
-        rows = [(s, name) for i, name in enumerate(names) for s in sentences(n, seed + i, i)]
-        order = np.random.default_rng(seed).permutation(len(rows))
-        parts.append(write_csv(folder / f"{part}.csv", [rows[i] for i in order]))
-    return parts
-
-
-@pytest.fixture(scope="module")
-def finetuned(topics, pretrained, tmp_path_factory):
-    out = tmp_path_factory.mktemp("finetuned")
-    train, test = map(str, topics)
-    metrics = finetune.main(
-        ["--model", str(pretrained), "--train", train, "--test", test, "--out", str(out), *FAST]
-    )
-    return out, metrics
 
 
 def test_four_rows_stand_side_by_side(finetuned):

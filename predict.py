@@ -1,0 +1,244 @@
+"""Use a model: python predict.py "A film to remember." One line of output a text, in their order.
+
+A folder of finetune.py tells the class of a text, or its number; a folder of train.py fills each [MASK].
+Texts are arguments, the lines of a file or of standard input, or the rows of a table, read and answered as a
+stream.
+
+Axes: T tokens of a batch, S texts of it, M masks.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+import checkpoint
+from checkpoint import number
+from data import SPECIAL_TOKENS
+from labels import LABEL_NAMES, Labelled, batches, choose_texts, encode
+from model import Classifier, MaskedLM
+from text import TABLE_SUFFIXES, Report, UserError, read_lines, read_table, text_suffix
+
+GUESSED_ON = 200  # rows of a table in which the column of the text is looked for
+
+
+class Item(NamedTuple):
+    """A text to answer, with its second text if it is a pair; `place` is where it stood."""
+
+    place: str
+    text: str
+    pair: str | None
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    flags = checkpoint.Flags("Classify texts, or fill their [MASK]s.")
+    add, positive = flags.add_argument, number(int, 1)
+    add("texts", nargs="*", metavar="TEXT", help="a text; or - alone for the lines of standard input")
+    add("--model", type=Path, default=Path("runs/finetune"), help="folder of finetune.py or train.py")
+    add(
+        "--file", type=Path, help="lines of text, or .csv, .tsv, .jsonl with a column of texts; or .gz of one"
+    )
+    add("--text-column", help="guessed where it is not given")
+    add("--pair-column", help="column of a second text, for pairs")
+    add("--top", type=positive, metavar="K", help="best answers of each text; by default 1 class, 5 words")
+    add("--json", action="store_true", help="one JSON object a line, with every class unless --top is given")
+    add("--batch-size", type=positive, default=32, help="texts at a time")
+    add("--device", help="cuda, cuda:1, mps or cpu; by default the fastest that is there")
+    products = "of matrix products; auto is bfloat16 where the hardware multiplies it natively"
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help=products)
+    args = flags.parse_args(argv)
+    if bool(args.texts) == bool(args.file):
+        flags.error("give texts, or --file FILE, or - for standard input")
+    if "-" in args.texts:
+        if len(args.texts) > 1:
+            flags.error("-: standard input stands alone, without other texts")
+        args.file = Path("-")
+    if (args.text_column or args.pair_column) and (
+        not args.file or text_suffix(args.file) not in TABLE_SUFFIXES
+    ):
+        flags.error(
+            f"--text-column and --pair-column belong to --file with one of {', '.join(TABLE_SUFFIXES)}"
+        )
+    return args
+
+
+# ------------------------------------------------------------------------------------------------- texts
+
+
+def read_items(args: argparse.Namespace, report: Report) -> Iterator[Item]:
+    """The texts in their order. What is broken goes to `report`, and the rest is still served."""
+    for item in _all_items(args, report):
+        whole = [item.text, *([] if item.pair is None else [item.pair])]
+        if not all(isinstance(part, str) and part.strip() for part in whole):
+            report(UserError(f"{item.place}: no text"))
+        elif any("\ud800" <= character <= "\udfff" for part in whole for character in part):
+            report(UserError(f"{item.place}: not UTF-8 text"))
+        else:
+            yield item
+
+
+def _all_items(args: argparse.Namespace, report: Report) -> Iterator[Item]:
+    path = args.file
+    if path is None:
+        for i, text in enumerate(args.texts, 1):
+            yield Item(f"text {i}", text, None)
+    elif text_suffix(path) not in TABLE_SUFFIXES:
+        for line, text in read_lines(path, report=report):
+            if text.strip():
+                yield Item(f"{path}:{line}", text.strip(), None)
+    else:
+        rows = read_table(path, report)
+        first = list(itertools.islice(rows, GUESSED_ON))
+        if not first:
+            return
+        label = next((name for name in first[0][1] if name.lower() in LABEL_NAMES), None)
+        text, pair = choose_texts(path, first, args.text_column, args.pair_column, label)
+        second = f" with {pair!r}" if pair else ""
+        print(f"{path}: text {text!r}{second}", file=sys.stderr)
+        for line, row in itertools.chain(first, rows):
+            yield Item(f"{path}:{line}", row.get(text), (row.get(pair) or "") if pair else None)
+
+
+# ----------------------------------------------------------------------------------------------- answers
+
+Answer = list[tuple[str, float]]  # the best first: class or word, probability
+
+
+def best(probabilities: torch.Tensor, names: Callable[[int], str], k: int) -> Answer:
+    values, which = probabilities.topk(min(k, len(probabilities)))
+    return [(names(i), p) for i, p in zip(which.tolist(), values.tolist(), strict=True)]
+
+
+def load_classifier(
+    folder: Path, config, weights: dict[str, torch.Tensor], raw: dict[str, Any]
+) -> tuple[Classifier, list[str] | None]:
+    """(model, names of the classes, or None where it predicts a number)."""
+    if (pooling := raw.get("classifier_pooling")) != "mean":
+        raise UserError(f"{folder}: classifier_pooling {pooling!r} is not supported, only 'mean' is")
+    if (task := raw.get("problem_type")) not in (None, "single_label_classification", "regression"):
+        raise UserError(f"{folder}: problem_type {task!r} is not supported")
+    if "classifier.weight" not in weights:
+        raise UserError(f"{folder}/model.safetensors: no weight classifier.weight")
+    n_labels, given = len(weights["classifier.weight"]), raw.get("id2label") or {}
+    names = [str(given.get(str(i), f"LABEL_{i}")) for i in range(n_labels)]
+    return Classifier(config, n_labels), None if task == "regression" else names
+
+
+@torch.no_grad()
+def fill_masks(
+    model: MaskedLM, tokenizer: Tokenizer, ids: torch.Tensor, cu_seqlens: torch.Tensor, longest: int, k: int
+) -> list[list[Answer]]:
+    """For each sequence the answers for each of its masks."""
+    masks = (ids == tokenizer.token_to_id(SPECIAL_TOKENS["mask"])).nonzero()[:, 0]  # (M,)
+    states = model.model(ids, cu_seqlens, longest).index_select(0, masks)
+    logits = model.decoder(model.head(states)).float()  # (M, vocab_size)
+    sequences = torch.bucketize(masks, cu_seqlens[1:], right=True).tolist()
+    found: list[list[Answer]] = [[] for _ in range(len(cu_seqlens) - 1)]
+    for sequence, probabilities in zip(sequences, logits.softmax(-1), strict=True):
+        found[sequence].append(best(probabilities, tokenizer.id_to_token, k))
+    return found
+
+
+def as_line(item: Item, answer: Any) -> str:
+    """Tabs between answers and text: cut and awk part them."""
+    if isinstance(answer, float):
+        shown = f"{answer:.4g}"
+    else:
+        groups = answer if isinstance(answer[0], list) else [answer]
+        shown = "\t/\t".join("\t".join(f"{name} {p:.3f}" for name, p in group) for group in groups)
+    return "\t".join([shown, *(" ".join(part.split()) for part in item[1:] if part is not None)])
+
+
+def as_json(item: Item, answer: Any) -> str:
+    record: dict[str, Any] = {"place": item.place, "text": item.text}
+    if item.pair is not None:
+        record["pair"] = item.pair
+    if isinstance(answer, float):
+        record["value"] = answer
+    elif isinstance(answer[0], list):
+        record["masks"] = [[{"token": name, "probability": p} for name, p in group] for group in answer]
+    else:
+        record["answers"] = [{"label": name, "probability": p} for name, p in answer]
+    return json.dumps(record, ensure_ascii=False)
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> dict[str, int]:
+    """Print the answers, and return how many there were and how many texts were broken."""
+    args = parse(argv)
+    device, dtype = checkpoint.choose_hardware(args.device, args.dtype)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    config, weights, tokenizer, raw = checkpoint.load_model(args.model)
+    kind = next(iter(raw.get("architectures") or [""]))
+    names = None
+    if kind.endswith("ForMaskedLM"):
+        model = MaskedLM(config)
+    elif kind.endswith("ForSequenceClassification"):
+        model, names = load_classifier(args.model, config, weights, raw)
+    else:
+        raise UserError(
+            f"{args.model}/config.json: architectures is {kind!r}: train.py and finetune.py leave others"
+        )
+    checkpoint.load_weights(model, weights, args.model)
+    model.to(device).eval()
+    fills, mask_id = isinstance(model, MaskedLM), tokenizer.token_to_id(SPECIAL_TOKENS["mask"])
+    k = args.top or (5 if fills else len(names or [""]) if args.json else 1)
+    counts = {"answered": 0, "broken": 0, "cut": 0}
+
+    def report(error: UserError) -> None:
+        counts["broken"] += 1
+        print(f"predict.py: {error}", file=sys.stderr)
+
+    items = read_items(args, report)
+    while some := list(itertools.islice(items, args.batch_size)):
+        pairs = [item.pair for item in some] if some[0].pair is not None else None
+        examples = Labelled([item.text for item in some], pairs, np.zeros(len(some)), None)
+        rows, n_cut = encode(examples, tokenizer, config.max_len)
+        counts["cut"] += n_cut
+        if fills:
+            for item, row in zip(some, rows, strict=True):
+                if mask_id not in row:
+                    report(UserError(f"{item.place}: no [MASK] among the tokens of it that are read"))
+            kept = [i for i, row in enumerate(rows) if mask_id in row]
+            some, rows = [some[i] for i in kept], [rows[i] for i in kept]
+        for _, ids, cu_seqlens, longest in batches(rows, np.arange(len(rows)), args.batch_size):
+            ids, cu_seqlens = ids.to(device), cu_seqlens.to(device)
+            with autocast:
+                if fills:
+                    found = fill_masks(model, tokenizer, ids, cu_seqlens, longest, k)
+                else:
+                    logits = model(ids, cu_seqlens, longest).float()  # (S, n_labels)
+                    found = logits[:, 0].tolist()
+                    if names is not None:
+                        found = [best(p, names.__getitem__, k) for p in logits.softmax(-1)]
+            for item, answer in zip(some, found, strict=False):  # the last sequence may be a filler
+                print(as_json(item, answer) if args.json else as_line(item, answer))
+        sys.stdout.flush()
+        counts["answered"] += len(some)
+    if not counts["answered"] + counts["broken"]:
+        raise UserError(f"{args.file}: no texts in it")
+    if counts["cut"]:
+        print(
+            f"{counts['cut']:,} texts cut to head and tail of together {config.max_len} tokens",
+            file=sys.stderr,
+        )
+    return counts
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(2 if main()["broken"] else 0)
+    except UserError as error:
+        print(f"predict.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader, `head` perhaps, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
