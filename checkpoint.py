@@ -132,9 +132,8 @@ def save_model(folder: Path, model: nn.Module, tokenizer: Tokenizer, extra: dict
         "model_max_length": model.config.max_len,
         **{f"{name}_token": token for name, token in SPECIAL_TOKENS.items()},
     }
-    weights = {
-        k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if k not in NOT_EXPORTED
-    }
+    exported = {name: weight for name, weight in model.state_dict().items() if name not in NOT_EXPORTED}
+    weights = {name: weight.detach().cpu().contiguous() for name, weight in exported.items()}
     write(folder / "model.safetensors", safetensors.torch.save(weights, metadata={"format": "pt"}))
     write(folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
     write(folder / "tokenizer_config.json", to_json(tokenizer_config))
@@ -155,6 +154,8 @@ def load_model(folder: Path) -> tuple[Config, dict[str, torch.Tensor], Tokenizer
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # tokenizers raises nothing more special
         raise UserError(f"{folder}/tokenizer.json: {error}") from None
+    if missing := [token for token in SPECIAL_TOKENS.values() if tokenizer.token_to_id(token) is None]:
+        raise UserError(f"{folder}/tokenizer.json: no token {missing[0]}")
     if tokenizer.get_vocab_size() != config.vocab_size:
         sizes = f"{tokenizer.get_vocab_size()} word pieces, the model {config.vocab_size}"
         raise UserError(f"{folder}: the tokenizer has {sizes}")
@@ -184,9 +185,8 @@ def load_weights(
     try:
         missing, _ = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
-        raise UserError(
-            f"{folder}: weights do not fit config.json: {str(error).splitlines()[1].strip()}"
-        ) from None
+        reason = str(error).splitlines()[1].strip()
+        raise UserError(f"{folder}: weights do not fit config.json: {reason}") from None
     if missing := [name for name in missing if name not in NOT_EXPORTED and not name.startswith(fresh)]:
         raise UserError(f"{folder}/model.safetensors: no weight {missing[0]}")
 

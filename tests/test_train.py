@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import SMALL
+from conftest import SMALL, sentences
 
 import checkpoint
 import train
@@ -108,6 +108,23 @@ def test_resume_equals_a_straight_run(corpus_file, tmp_path, monkeypatch):
         for lines in ((f / "metrics.jsonl").read_text().splitlines() for f in (straight, broken))
     ]
     assert timeless[0] == timeless[1]
+
+
+def test_a_model_goes_on_on_new_text_with_its_own_words(pretrained, finetuned, tmp_path):
+    new = tmp_path / "new.txt"
+    new.write_text("\n".join(s + " zzz" for topic in (1, 4) for s in sentences(200, 50 + topic, topic)))
+    reached = json.loads((pretrained / "metrics.json").read_text())["validation_loss"]
+    for model in (pretrained, finetuned[0]):  # a classifier's folder lacks the bias of the decoder
+        train.main(run(new, tmp_path / "out", "--model", str(model), "--micro-batch-tokens", "500", steps=2))
+        for name in ("tokenizer.json", "config.json"):
+            raw = json.loads((tmp_path / "out" / name).read_text())
+            before = json.loads((model / name).read_text())
+            changed = {"architectures", "id2label", "label2id", "problem_type"}
+            assert {k: v for k, v in before.items() if k not in changed} == {
+                k: v for k, v in raw.items() if k not in changed
+            }
+        point = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])
+        assert point["loss"] == pytest.approx(reached, abs=0.3) and point["loss"] < GOLDEN[0] - 0.5
 
 
 def test_resume_without_a_checkpoint_starts_afresh_and_says_so(corpus_file, tmp_path, capsys):
