@@ -1,6 +1,6 @@
 """Measure: python bench.py. The speed and memory of the pretraining step against its peers (peers.py) and the
-machine's own limit, of each fused operation, of fine-tuning; with --aot, what compilers make of the Triton
-kernels for GPUs that are not here (aot.py).
+machine's own limit, of each fused operation, of fine-tuning and of predicting; with --aot, what compilers
+make of the Triton kernels for GPUs that are not here (aot.py).
 
 Every comparison alternates in one run, and is a ratio: of speeds ours over theirs, of memory ours over
 theirs, as [least, median, greatest]. Flags, then the parts in the order of the report, then `main`.
@@ -18,8 +18,8 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,11 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import aot
 import checkpoint
-import kernels
 import labels
 import peers
 import train
@@ -44,7 +42,7 @@ from model import PRESETS, Classifier, Config, MaskedLM
 from optim import make_optimizers
 from text import UserError
 
-PARTS = ("step", "memory", "operations", "finetune", "start")
+PARTS = ("step", "memory", "operations", "finetune", "predict", "start")
 # The comparison is fixed, whatever the presets become.
 VOCAB_SIZE, MASKED, ROW_TOKENS, MAX_LEN = 8192, 0.22, 8192, 256
 WIDE_VOCAB = 32_768  # of the comparison of memory
@@ -86,11 +84,7 @@ def alternate(steps: dict[str, Callable[[], Any]], rounds: int, warm_up: int = 2
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(warm_up + rounds):
         for name, step in steps.items():
-            started = time.perf_counter()
-            step()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(peers.seconds_of(step))
     return {name: found[warm_up:] for name, found in seconds.items()}
 
 
@@ -195,7 +189,7 @@ def measure_step(
             steps[full_name] = peer_step(corpus, **given)
             if compiles and name == "hf":
                 steps[full_name + ", compiled"] = peer_step(corpus, **given, compiled=True)
-    seconds, (products, flops) = alternate(steps, args.rounds), product_seconds(steps["ours"])
+    seconds, (products, flops) = alternate(steps, args.rounds), peers.product_seconds(steps["ours"])
     speeds = {name: spread([ROW_TOKENS / x for x in s]) for name, s in seconds.items()}
     found: dict[str, Any] = {"tokens_per_second": speeds}
     best = "ours, compiled" if compiles else "ours"
@@ -215,44 +209,6 @@ def measure_step(
         say(f"{shape:8}{name:36}{speed[1]:10,.0f} tokens/s")
     say(f"{shape:8}{'products alone':36}{found['matmul_share'][1]:10.2f} of the step of {best}")
     return found
-
-
-class Products(TorchDispatchMode):
-    """Counts the matrix products of what runs under it, by the shapes and strides of their factors."""
-
-    NAMES = ("mm", "bmm", "addmm", "baddbmm")
-
-    def __init__(self):
-        super().__init__()
-        self.found: Counter = Counter()
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        if operation.overloadpacket.__name__ in self.NAMES:
-            factors = [x for x in args if isinstance(x, Tensor)][-2:]  # addmm and baddbmm add a tensor before
-            self.found[tuple((x.shape, x.stride(), x.dtype, x.device) for x in factors)] += 1
-        return operation(*args, **(kwargs or {}))
-
-
-def like(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    size = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
-    return torch.randn(size, dtype=dtype, device=device).as_strided(shape, stride)
-
-
-def product_seconds(step: Callable[[], None], repeats: int = 5) -> tuple[float, int]:
-    """Seconds that the matrix products of a step take by themselves, at its precision; and their FLOPs.
-
-    Those of attention are counted as the torch code has them, since Triton's are inside its kernels.
-    """
-    chosen, kernels.FORCED = kernels.FORCED, "torch"
-    with Products() as products:
-        step()
-    kernels.FORCED = chosen
-    seconds, flops = 0.0, 0
-    for factors, count in products.found.items():
-        a, b = (like(*factor) for factor in factors)
-        seconds += count * min(alternate({"product": lambda a=a, b=b: a @ b}, repeats, warm_up=1)["product"])
-        flops += count * 2 * a.numel() * b.shape[-1]
-    return seconds, flops
 
 
 # ------------------------------------------------------------------------------------------- other figures
@@ -335,6 +291,16 @@ def measure_finetuning(
     return {name: ratio(s, seconds["ours"]) for name, s in seconds.items() if name != "ours"}
 
 
+def measure_predictions(corpus: Corpus, rounds: int, place: SimpleNamespace, say) -> list[float]:
+    """Texts a second of predict.py against pipeline() of transformers, with the same weights."""
+    texts = labels.load("mr")[1].texts
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = alternate(peers.predictions(Path(folder), texts, corpus.tokenizer, place.device), rounds)
+    for name, s in seconds.items():
+        say(f"predict mr     {name:29}{len(texts) / statistics.median(s):10,.0f} texts/s")
+    return ratio(seconds["pipeline"], seconds["ours"])
+
+
 def first_step_seconds(rounds: int, out: Path, say) -> list[float]:
     """From the start of `python train.py` to its first step, the tokens and the spectral matrix cached."""
     found, script = [], str(Path(__file__).with_name("train.py"))
@@ -410,6 +376,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         for data, suffix in (("mr", ""), ("imdb", "_imdb")):
             found = measure_finetuning(data, corpus, args.rounds, place, say)
             result |= {f"finetune_vs_{name}{suffix}": r for name, r in found.items()}
+    if "predict" in args.parts:
+        result["predict_vs_pipeline"] = measure_predictions(corpus, args.rounds, place, say)
     if "start" in args.parts:
         result["first_step_seconds"] = first_step_seconds(args.rounds, args.out / "start", say)
     checkpoint.write(args.out / "bench.json", checkpoint.to_json(result))

@@ -1,21 +1,32 @@
 """What bench.py measures ours against: BERT and ModernBERT of `transformers` and nn.TransformerEncoder of
-torch, on padded batches; and each fused operation of kernels.py in plain torch, eager and compiled, and for
-attention on a GPU torch's own kernels for sequences of unequal length.
+torch, on padded batches; its pipeline() for predictions; each fused operation of kernels.py in plain torch,
+eager and compiled, and for attention on a GPU torch's own kernels for sequences of unequal length; and the
+machine's limit, the matrix products of a step alone.
 
 Axes: T tokens, S sequences, L the longest, H heads, D head size.
 """
 
+import contextlib
+import io
+import time
+from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import checkpoint
 import kernels
+import predict
 from data import Batch
-from model import Config
+from model import PRESETS, Classifier, Config
 from text import UserError
 
 
@@ -74,6 +85,28 @@ def build(name: str, config: Config, attention: str, n_labels: int = 0) -> nn.Mo
         transformers.ModernBertForSequenceClassification if n_labels else transformers.ModernBertForMaskedLM
     )
     return kind(theirs)
+
+
+def predictions(
+    folder: Path, texts: list[str], tokenizer: Tokenizer, device: torch.device
+) -> dict[str, Callable[[], None]]:
+    """{"ours", "pipeline": a call that classifies the texts} with one small classifier, left in `folder`;
+    ours is the whole of predict.py, from loading the model to writing the answers."""
+    import transformers
+
+    extra = {"architectures": ["ModernBertForSequenceClassification"]}
+    model = Classifier(Config(**PRESETS["tiny"] | {"vocab_size": tokenizer.get_vocab_size()}), 2)
+    checkpoint.save_model(folder, model, tokenizer, extra)
+    (folder / "texts.txt").write_text("\n".join(texts), "utf-8")
+    pipeline = transformers.pipeline("text-classification", str(folder), device=device, batch_size=32)
+
+    def ours() -> None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            predict.main(
+                ["--model", str(folder), "--file", str(folder / "texts.txt"), "--device", str(device)]
+            )
+
+    return {"ours": ours, "pipeline": lambda: pipeline(texts)}
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -178,3 +211,52 @@ def operations(
             functions |= attention_of_gpus(batch, rope)
         found[name] = {key: both_ways(function, inputs) for key, function in functions.items()}
     return found
+
+
+# ------------------------------------------------------------------------------------ the machine's limit
+
+
+def seconds_of(call: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+class Products(TorchDispatchMode):
+    """Counts the matrix products of what runs under it, by the shapes and strides of their factors."""
+
+    NAMES = ("mm", "bmm", "addmm", "baddbmm")
+
+    def __init__(self):
+        super().__init__()
+        self.found: Counter = Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation.overloadpacket.__name__ in self.NAMES:
+            factors = [x for x in args if isinstance(x, Tensor)][-2:]  # addmm and baddbmm add a tensor before
+            self.found[tuple((x.shape, x.stride(), x.dtype, x.device) for x in factors)] += 1
+        return operation(*args, **(kwargs or {}))
+
+
+def like(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    size = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+    return torch.randn(size, dtype=dtype, device=device).as_strided(shape, stride)
+
+
+def product_seconds(step: Callable[[], None], repeats: int = 5) -> tuple[float, int]:
+    """Seconds that the matrix products of a step take by themselves, at its precision; and their FLOPs.
+
+    Those of attention are counted as the torch code has them, since Triton's are inside its kernels.
+    """
+    chosen, kernels.FORCED = kernels.FORCED, "torch"
+    with Products() as products:
+        step()
+    kernels.FORCED = chosen
+    seconds, flops = 0.0, 0
+    for factors, count in products.found.items():
+        a, b = (like(*factor) for factor in factors)
+        seconds += count * min(seconds_of(lambda a=a, b=b: a @ b) for _ in range(1 + repeats))
+        flops += count * 2 * a.numel() * b.shape[-1]
+    return seconds, flops

@@ -55,7 +55,7 @@ def test_products_are_counted_as_torch_counts_them():
 
     with FlopCounterMode(display=False) as counted:
         step()
-    seconds, flops = bench.product_seconds(step)
+    seconds, flops = peers.product_seconds(step)
     assert flops == counted.get_total_flops() and seconds > 0
 
 
