@@ -79,15 +79,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def read_items(args: argparse.Namespace, report: Report) -> Iterator[Item]:
-    """The texts in their order. What is broken goes to `report`, and the rest is still served."""
-    for item in _all_items(args, report):
-        whole = [item.text, *([] if item.pair is None else [item.pair])]
-        if not all(isinstance(part, str) and part.strip() for part in whole):
-            report(UserError(f"{item.place}: no text"))
-        elif any("\ud800" <= character <= "\udfff" for part in whole for character in part):
-            report(UserError(f"{item.place}: not UTF-8 text"))
-        else:
-            yield item
+    """The texts in their order. What is broken goes to `report`, and the rest is still served, also of a file
+    that breaks off; raises UserError where not even one can be read."""
+    n_read = 0
+    try:
+        for item in _all_items(args, report):
+            n_read += 1
+            whole = [item.text, *([] if item.pair is None else [item.pair])]
+            if not all(isinstance(part, str) and part.strip() for part in whole):
+                report(UserError(f"{item.place}: no text"))
+            elif any("\ud800" <= character <= "\udfff" for part in whole for character in part):
+                report(UserError(f"{item.place}: not UTF-8 text"))
+            else:
+                yield item
+    except UserError as error:
+        if not n_read:
+            raise
+        report(error)
 
 
 def _all_items(args: argparse.Namespace, report: Report) -> Iterator[Item]:
@@ -189,9 +197,8 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     elif kind.endswith("ForSequenceClassification"):
         model, names = load_classifier(args.model, config, weights, raw)
     else:
-        raise UserError(
-            f"{args.model}/config.json: architectures is {kind!r}: train.py and finetune.py leave others"
-        )
+        known = "ModernBertForMaskedLM and ModernBertForSequenceClassification"
+        raise UserError(f"{args.model}/config.json: architectures {kind!r}: known are {known}")
     checkpoint.load_weights(model, weights, args.model)
     model.to(device).eval()
     fills, mask_id = isinstance(model, MaskedLM), tokenizer.token_to_id(SPECIAL_TOKENS["mask"])

@@ -5,9 +5,10 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
-from conftest import sentences
+from conftest import WORDS, sentences
 
 import checkpoint
 import predict
@@ -90,6 +91,17 @@ def test_what_is_broken_is_named_and_the_rest_is_served(finetuned, tmp_path, cap
     assert counts["broken"] == len(broken) and counts["answered"] == len(said.out.splitlines()) > 1
     places = [int(json.loads(line)["place"].rpartition(":")[2]) for line in said.out.splitlines()]
     assert places == sorted(places) and not set(places) & set(broken)
+
+
+def test_of_a_file_that_breaks_off_the_whole_lines_are_served(finetuned, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    lines = [" ".join(rng.permutation(WORDS)) for _ in range(300)]
+    path = tmp_path / "cut.txt.gz"
+    path.write_bytes(gzip.compress("\n".join(lines).encode())[:-2000])
+    counts = predict.main(["--model", str(finetuned[0]), "--file", str(path)])
+    assert counts["answered"] > 100 and counts["broken"] == 1
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == counts["answered"] and f"{path}: cannot be read" in said.err
 
 
 def test_both_texts_of_a_pair_count(finetuned, tmp_path, capsys):
