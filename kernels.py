@@ -235,7 +235,7 @@ def flash_options(head_dim: int, dtype: torch.dtype, on_hip: bool = torch.versio
         "BLOCK": 64 if is_low else 32,
         "STEP": 32 if is_low and head_dim <= 64 else 16,
     }
-    return sizes | {"num_stages": 2 if is_low and not on_hip else 1}
+    return sizes | {"num_stages": 1 if on_hip else 2 if is_low else 3}
 
 
 @launches("cloze::flash_rotate")
