@@ -10,6 +10,7 @@ Axes: T tokens of a batch, S texts of it, M masks.
 import argparse
 import itertools
 import json
+import operator
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ import checkpoint
 from checkpoint import number
 from data import SPECIAL_TOKENS
 from labels import LABEL_NAMES, Labelled, batches, choose_texts, encode
-from model import Classifier, MaskedLM
+from model import Classifier, Config, MaskedLM
 from text import TABLE_SUFFIXES, Report, UserError, read_lines, read_table, text_suffix
 
 GUESSED_ON = 200  # rows of a table in which the column of the text is looked for
@@ -131,7 +132,7 @@ def best(probabilities: torch.Tensor, names: Callable[[int], str], k: int) -> An
 
 
 def load_classifier(
-    folder: Path, config, weights: dict[str, torch.Tensor], raw: dict[str, Any]
+    folder: Path, config: Config, weights: dict[str, torch.Tensor], raw: dict[str, Any]
 ) -> tuple[Classifier, list[str] | None]:
     """(model, names of the classes, or None where it predicts a number)."""
     if (pooling := raw.get("classifier_pooling")) != "mean":
@@ -145,7 +146,6 @@ def load_classifier(
     return Classifier(config, n_labels), None if task == "regression" else names
 
 
-@torch.no_grad()
 def fill_masks(
     model: MaskedLM, tokenizer: Tokenizer, ids: torch.Tensor, cu_seqlens: torch.Tensor, longest: int, k: int
 ) -> list[list[Answer]]:
@@ -216,11 +216,10 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
         rows, n_cut = encode(examples, tokenizer, config.max_len)
         counts["cut"] += n_cut
         if fills:
-            for item, row in zip(some, rows, strict=True):
-                if mask_id not in row:
-                    report(UserError(f"{item.place}: no [MASK] among the tokens of it that are read"))
-            kept = [i for i, row in enumerate(rows) if mask_id in row]
-            some, rows = [some[i] for i in kept], [rows[i] for i in kept]
+            has_mask = [mask_id in row for row in rows]
+            for item in itertools.compress(some, map(operator.not_, has_mask)):
+                report(UserError(f"{item.place}: no [MASK] among the tokens of it that are read"))
+            some, rows = (list(itertools.compress(x, has_mask)) for x in (some, rows))
         for _, ids, cu_seqlens, longest in batches(rows, np.arange(len(rows)), args.batch_size):
             ids, cu_seqlens = ids.to(device), cu_seqlens.to(device)
             with autocast:
