@@ -111,8 +111,7 @@ def choose_hardware(device_name: str | None, dtype_name: str) -> tuple[torch.dev
 
 
 def save_model(folder: Path, model: nn.Module, tokenizer: Tokenizer, extra: dict[str, Any]) -> None:
-    """Write the four files; `extra` goes into config.json, which comes last, so that a folder with one is
-    whole."""
+    """Write the four files; config.json, with `extra` in it, comes last: a folder with one is whole."""
     folder.mkdir(parents=True, exist_ok=True)
     ids = {name: tokenizer.token_to_id(token) for name, token in SPECIAL_TOKENS.items()}
     config = {
@@ -180,8 +179,7 @@ def read_config(raw: dict[str, Any]) -> Config:
 def load_weights(
     model: nn.Module, weights: dict[str, torch.Tensor], folder: Path, fresh: tuple[str, ...] = ()
 ) -> None:
-    """Fill a model; parameters whose names begin with one of `fresh` may be missing. Raises UserError
-    otherwise."""
+    """Fill a model; where others than those named `fresh...` are missing, or misfit, UserError is raised."""
     try:
         missing, _ = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
@@ -210,8 +208,10 @@ def write(path: Path, content: bytes) -> None:
 # ---------------------------------------------------------------------------------------------------- runs
 
 
-def make_folder(out: Path) -> None:
-    """Make the folder of a run. Raises UserError where it cannot be written."""
+def make_folder(out: Path, model: Path | None = None) -> None:
+    """Make the folder of a run. Raises UserError where it cannot be written, or is that of the model read."""
+    if model and out.resolve() == model.resolve():
+        raise UserError(f"--out {out}: this is the folder of --model, which would be overwritten")
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / ".try").touch()

@@ -298,9 +298,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the rows, and return what OUT/metrics.json says."""
     args = parse(argv)
     device, dtype = checkpoint.choose_hardware(args.device, args.dtype)
-    if args.out.resolve() == args.model.resolve():
-        raise UserError(f"--out {args.out}: this is the folder of --model, which would be overwritten")
-    checkpoint.make_folder(args.out)
+    checkpoint.make_folder(args.out, args.model)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     dtype_name = str(dtype).removeprefix("torch.")
     config, weights, tokenizer, _ = checkpoint.load_model(args.model)

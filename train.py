@@ -183,9 +183,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     device, dtype = checkpoint.choose_hardware(args.device, args.dtype)
     dtype_name = str(dtype).removeprefix("torch.")
     say = functools.partial(print, flush=True) if rank == 0 else lambda text: None
-    preset = PRESETS[args.preset]
+    if rank == 0:
+        checkpoint.make_folder(args.out, args.model)
     begun = checkpoint.load_model(args.model) if args.model else None  # (config, weights, tokenizer, ...)
-    shape = dataclasses.asdict(begun[0]) if begun else preset
+    shape = dataclasses.asdict(begun[0]) if begun else PRESETS[args.preset]
     vocab = (args.vocab_size or shape["vocab_size"], args.vocab_size is not None, begun and begun[2])
     max_len, n_micro = args.max_len or shape["max_len"], args.accumulate or n_ranks
     n_steps, row_tokens = args.steps, args.micro_batch_tokens or ROW_TOKENS
@@ -198,8 +199,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     flags |= {"steps": n_steps, "accumulate": n_micro, "max_len": max_len, "dtype": dtype_name}
     flags["micro_batch_tokens"] = row_tokens
 
-    if rank == 0:
-        checkpoint.make_folder(args.out)
     resumed = checkpoint.load_run(args.out, flags) if args.resume else None
     if args.resume and not resumed:
         say(f"no checkpoint in {args.out} yet: starting afresh")

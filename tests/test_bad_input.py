@@ -50,6 +50,7 @@ TRAIN = {  # flags -> what the message says at least; {} is the folder of FILES
     "--mask-rate 0.3 1.5": "at most 0.9",
     "--preset huge": "huge",
     "--model {}/nothing": "{}/nothing: no checkpoint",
+    "--model {}/model --out {}/model": "--out {}/model: this is the folder of --model",
     "--model {}/model --preset tiny": "--preset and --vocab-size are of a new model",
     "--device abacus": "abacus: no such device",
     "--device cuda": "cuda: not on this machine",
