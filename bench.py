@@ -270,11 +270,11 @@ def measure_finetuning(
 
         def next_loss() -> Tensor:
             order = next(counter) * BATCH_SIZE % (len(rows) - BATCH_SIZE) + np.arange(BATCH_SIZE)
-            which, ids, cu_seqlens, longest = next(labels.batches(rows, order, BATCH_SIZE))
-            ids, cu_seqlens = ids.to(place.device), cu_seqlens.to(place.device)
+            which, inputs = next(labels.batches(rows, order, BATCH_SIZE, place.device))
             if padded_to is None:
-                logits = model(ids, cu_seqlens, longest)[:BATCH_SIZE]
+                logits = model(*inputs)[:BATCH_SIZE]
             else:
+                ids, cu_seqlens, *_ = inputs
                 x = pad_sequence(ids.split(cu_seqlens.diff().tolist())[:BATCH_SIZE], batch_first=True)
                 x = F.pad(x, (0, max(0, padded_to - x.shape[1])))
                 logits = model(input_ids=x, attention_mask=x != 0).logits

@@ -1,7 +1,8 @@
 """Save and load: the folder of a model, the checkpoints of a run, its flags and its hardware.
 
 A model's folder is the layout that `transformers` reads: config.json, model.safetensors, tokenizer.json,
-tokenizer_config.json. A checkpoint of a run is such a folder with training.pt beside (optimizers, step).
+tokenizer_config.json; convert.py has the names in them. A checkpoint of a run is such a folder with
+training.pt beside (optimizers, step).
 Every file is written under another name and renamed into place, so that a reader never sees half of one.
 """
 
@@ -11,6 +12,8 @@ import io
 import json
 import math
 import os
+import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,31 +22,16 @@ from typing import Any
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from tokenizers import Tokenizer
+from tokenizers import BertWordPieceTokenizer, Tokenizer
 from torch import nn
 
+import convert
 import kernels
-from data import SPECIAL_TOKENS
+from data import special_ids, special_tokens
 from model import Config
 from text import UserError
 
-# Our name of each field of Config, and ModernBERT's in config.json.
-CONFIG_NAMES = {
-    "vocab_size": "vocab_size",
-    "d_model": "hidden_size",
-    "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads",
-    "d_ff": "intermediate_size",
-    "max_len": "max_position_embeddings",
-    "local_attention": "local_attention",
-    "global_attn_every_n_layers": "global_attn_every_n_layers",
-    "global_rope_theta": "global_rope_theta",
-    "local_rope_theta": "local_rope_theta",
-    "norm_eps": "norm_eps",
-    "init_std": "initializer_range",
-}
-# Not exported: the decoder's weight is the embedding's, the bias of the pooled loss serves pretraining alone.
-NOT_EXPORTED = ("decoder.weight", "bag_bias")
+MODEL_FILES = ("config.json", "*.safetensors", "pytorch_model.bin", "tokenizer*.json", "vocab.txt")
 
 
 class Flags(argparse.ArgumentParser):
@@ -110,28 +98,16 @@ def choose_hardware(device_name: str | None, dtype_name: str) -> tuple[torch.dev
 # -------------------------------------------------------------------------------------------------- models
 
 
-def save_model(folder: Path, model: nn.Module, tokenizer: Tokenizer, extra: dict[str, Any]) -> None:
+def save_model(
+    folder: Path, model: nn.Module, tokenizer: Tokenizer, extra: dict[str, Any] | None = None
+) -> None:
     """Write the four files; config.json, with `extra` in it, comes last: a folder with one is whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    ids = {name: tokenizer.token_to_id(token) for name, token in SPECIAL_TOKENS.items()}
-    config = {
-        "model_type": "modernbert",
-        **{theirs: getattr(model.config, ours) for ours, theirs in CONFIG_NAMES.items()},
-        "pad_token_id": ids["pad"],
-        "cls_token_id": ids["cls"],
-        "sep_token_id": ids["sep"],
-        "bos_token_id": ids["cls"],
-        "eos_token_id": ids["sep"],
-        "classifier_pooling": "mean",
-        "tie_word_embeddings": True,
-        **extra,
-    }
-    tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": model.config.max_len,
-        **{f"{name}_token": token for name, token in SPECIAL_TOKENS.items()},
-    }
-    exported = {name: weight for name, weight in model.state_dict().items() if name not in NOT_EXPORTED}
+    config = convert.write_config(model.config, model.task, special_ids(tokenizer)) | (extra or {})
+    tokenizer_config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    tokenizer_config["model_max_length"] = model.config.max_len
+    tokenizer_config |= {f"{name}_token": token for name, token in special_tokens(tokenizer).items()}
+    exported = convert.export_weights(model.state_dict(), model.config, model.task)
     weights = {name: weight.detach().cpu().contiguous() for name, weight in exported.items()}
     write(folder / "model.safetensors", safetensors.torch.save(weights, metadata={"format": "pt"}))
     write(folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
@@ -139,54 +115,82 @@ def save_model(folder: Path, model: nn.Module, tokenizer: Tokenizer, extra: dict
     write(folder / "config.json", to_json(config))
 
 
-def load_model(folder: Path) -> tuple[Config, dict[str, torch.Tensor], Tokenizer, dict[str, Any]]:
-    """(config, weights, tokenizer, the whole of config.json). Raises UserError where it is no such folder."""
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: no checkpoint: it has no config.json; train.py leaves one in its --out")
+def find_model(name: Path) -> Path:
+    """The folder of a model: the one of that name, or where there is none, the Hugging Face hub's, fetched
+    into its cache. Raises UserError where there is neither."""
+    here = UserError(f"{name}: no checkpoint: it has no config.json; train.py leaves one in its --out")
+    if (name / "config.json").is_file():
+        return name
+    # what looks like a folder of a run that is not there yet is not asked for elsewhere
+    is_folder = name.exists() or name.parts[0] == "runs" or (len(name.parts) > 1 and name.parent.exists())
+    if is_folder or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(name)):
+        raise here
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=MODEL_FILES))
+    except Exception as error:  # of the network, of the hub, of its cache: each library has its own
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{name}: no such folder, and not to be had from the hub: {reason}") from None
+
+
+def load_model(name: Path) -> tuple[Config, dict[str, torch.Tensor], Tokenizer, dict[str, Any]]:
+    """(config, weights in our names, tokenizer, the whole of config.json) of a folder, or of a model of the
+    hub. Raises UserError where it is none of the three families."""
+    folder = find_model(name)
     try:
         raw = json.loads((folder / "config.json").read_text())
-        config = read_config(raw)
-        weights = safetensors.torch.load_file(folder / "model.safetensors")
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, SafetensorError) as error:
+        config = convert.read_config(raw)
+        if (folder / "model.safetensors").is_file() or not (folder / "pytorch_model.bin").is_file():
+            weights = safetensors.torch.load_file(folder / "model.safetensors")
+        else:
+            weights = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+        task = next(iter(raw.get("architectures") or [""])).partition("For")[2]
+        weights = convert.import_weights(weights, config, task)
+        convert.check_shapes(config, weights)
+    except pickle.UnpicklingError:
+        raise UserError(f"{folder}/pytorch_model.bin: not weights alone: it would run code") from None
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder}: no checkpoint of this program: {error}") from None
-    try:
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # tokenizers raises nothing more special
-        raise UserError(f"{folder}/tokenizer.json: {error}") from None
-    if missing := [token for token in SPECIAL_TOKENS.values() if tokenizer.token_to_id(token) is None]:
-        raise UserError(f"{folder}/tokenizer.json: no token {missing[0]}")
+    tokenizer = load_tokenizer(folder)
     if tokenizer.get_vocab_size() != config.vocab_size:
         sizes = f"{tokenizer.get_vocab_size()} word pieces, the model {config.vocab_size}"
         raise UserError(f"{folder}: the tokenizer has {sizes}")
     return config, weights, tokenizer, raw
 
 
-def read_config(raw: dict[str, Any]) -> Config:
-    """The Config of a config.json, ours or as transformers 5 writes it, with the kind of each layer and its
-    rotation by name. Raises ValueError or KeyError where it is no ModernBERT's."""
-    ours = {name: raw[theirs] for name, theirs in CONFIG_NAMES.items() if theirs in raw}
-    ropes = raw.get("rope_parameters") or {}
-    for name, kind in (("global_rope_theta", "full_attention"), ("local_rope_theta", "sliding_attention")):
-        if kind in ropes:
-            ours[name] = ropes[kind]["rope_theta"]
-    if layers := raw.get("layer_types"):
-        every = ours["global_attn_every_n_layers"] = (*layers, "full_attention").index("full_attention", 1)
-        if any((kind == "full_attention") != (layer % every == 0) for layer, kind in enumerate(layers)):
-            raise ValueError("layer_types without a period are not supported")
-    return Config(**ours)
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """From tokenizer.json, or BERT's from vocab.txt. Raises UserError where it cannot be used."""
+    path = folder / "tokenizer.json"
+    try:
+        if path.is_file() or not (folder / "vocab.txt").is_file():
+            tokenizer = Tokenizer.from_file(str(path))
+        else:
+            path, about = folder / "vocab.txt", folder / "tokenizer_config.json"
+            lower = not about.is_file() or json.loads(about.read_text()).get("do_lower_case", True)
+            tokenizer = Tokenizer.from_str(BertWordPieceTokenizer(str(path), lowercase=lower).to_str())
+        special_ids(tokenizer)
+    except Exception as error:  # tokenizers raises nothing more special
+        raise UserError(f"{path}: {error}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def load_weights(
     model: nn.Module, weights: dict[str, torch.Tensor], folder: Path, fresh: tuple[str, ...] = ()
-) -> None:
-    """Fill a model; where others than those named `fresh...` are missing, or misfit, UserError is raised."""
+) -> list[str]:
+    """Fill a model; returns the names of those weights that stay as they are, which may be those named
+    `fresh...`. Raises UserError where others are missing, or any misfits."""
     try:
         missing, _ = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
         raise UserError(f"{folder}: weights do not fit config.json: {reason}") from None
-    if missing := [name for name in missing if name not in NOT_EXPORTED and not name.startswith(fresh)]:
-        raise UserError(f"{folder}/model.safetensors: no weight {missing[0]}")
+    missing = [name for name in missing if name not in convert.NOT_EXPORTED]
+    if wanted := [name for name in missing if not name.startswith(fresh)]:
+        raise UserError(f"{folder}/model.safetensors: no weight {wanted[0]}")
+    return missing
 
 
 def to_json(value: Any) -> bytes:
@@ -226,11 +230,11 @@ def begin_run(out: Path, flags: dict[str, Any]) -> None:
     write(out / "flags.json", to_json(flags))
 
 
-def save_step(out: Path, model: nn.Module, tokenizer: Tokenizer, extra: dict, state: dict[str, Any]) -> None:
+def save_step(out: Path, model: nn.Module, tokenizer: Tokenizer, state: dict[str, Any]) -> None:
     """A whole checkpoint in OUT/checkpoints/step-N; the ones before it go once it is in its place."""
     folder, work = out / "checkpoints" / f"step-{state['step']}", out / "checkpoints" / ".new"
     shutil.rmtree(work, ignore_errors=True)
-    save_model(work, model, tokenizer, extra)
+    save_model(work, model, tokenizer)
     try:
         torch.save(state, buffer := io.BytesIO())
         (work / "training.pt").write_bytes(buffer.getbuffer())

@@ -40,6 +40,7 @@ from text import (
 )
 
 SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+ROBERTA_TOKENS = {"pad": "<pad>", "unk": "<unk>", "cls": "<s>", "sep": "</s>", "mask": "<mask>"}
 TOKENIZER_SAMPLE = 10**8  # bytes of text that the tokenizer is trained on; more does not change its pieces
 COOCCURRENCE_SAMPLE = 2 * 10**7  # tokens that the spectral start is counted on
 COOCCURRENCE_REACH = 8  # tokens to each side
@@ -77,6 +78,20 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     ends = [(token, tokenizer.token_to_id(token)) for token in (SPECIAL_TOKENS["cls"], SPECIAL_TOKENS["sep"])]
     tokenizer.post_processor = processors.BertProcessing(ends[1], ends[0])
     return tokenizer
+
+
+def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
+    """The names of the special tokens, BERT's or RoBERTa's. Raises ValueError where one is missing."""
+    is_roberta = tokenizer.token_to_id(ROBERTA_TOKENS["cls"]) is not None
+    names = ROBERTA_TOKENS if is_roberta else SPECIAL_TOKENS
+    if missing := [token for token in names.values() if tokenizer.token_to_id(token) is None]:
+        raise ValueError(f"no token {missing[0]}")
+    return names
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """The ids of pad, unk, cls, sep and mask. Raises ValueError where the tokenizer lacks one."""
+    return {name: tokenizer.token_to_id(token) for name, token in special_tokens(tokenizer).items()}
 
 
 # ----------------------------------------------------------------------------------------- the token cache
@@ -122,7 +137,7 @@ def prepare(
         raise UserError(
             f"--vocab-size {vocab_size}: this text fills only {size}; ask for that, or leave it out"
         )
-    if size < vocab_size:
+    if size < vocab_size and tokenizer is None:
         print(f"vocabulary: {size:,} word pieces, all that this text fills of {vocab_size:,}", flush=True)
     return folder
 
@@ -230,7 +245,7 @@ class Corpus:
         self.folder, self.max_len, self.row_tokens, self.seed = folder, max_len, row_tokens, seed
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.vocab_size = self.tokenizer.get_vocab_size()
-        self.special = {name: self.tokenizer.token_to_id(token) for name, token in SPECIAL_TOKENS.items()}
+        self.special = special_ids(self.tokenizer)
         self.is_special = np.isin(np.arange(self.vocab_size), list(self.special.values()))
         self.tokens = np.memmap(folder / "tokens.bin", dtype=token_dtype(self.vocab_size), mode="r")
         self.document_ends = np.cumsum(np.fromfile(folder / "lengths.bin", dtype=np.int32), dtype=np.int64)

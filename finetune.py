@@ -55,6 +55,7 @@ CROSS_VALIDATED = 1000  # up to so many labels choices are made by cross-validat
 N_FOLDS, HOLD_OUT = 3, 0.1
 CHOOSING = 2000  # examples that networks are trained on while choices are made; the final fit takes all
 LSA_WINDOWS = 50_000
+MAX_LEN = 512
 FEATURE_BATCH = 64
 
 CORRELATIONS = (stats.pearsonr, stats.spearmanr)
@@ -65,7 +66,8 @@ Fit = dict[Any, np.ndarray]  # choice: predictions
 def parse(argv: list[str] | None) -> argparse.Namespace:
     flags = checkpoint.Flags("Fine-tune a pretrained model, and compare it with three rivals.")
     add, positive, rate = flags.add_argument, number(int, 1), number(float, 0)
-    add("--model", type=Path, default=Path("runs/pretrain"), help="folder that train.py left")
+    models = "folder that train.py left, or a BERT, RoBERTa or ModernBERT: its folder or its name on the hub"
+    add("--model", type=Path, default=Path("runs/pretrain"), help=models)
     add("--data", choices=("mr", "imdb"), default="mr", help="sentences of MR or reviews of IMDb, built in")
     add("--train", type=Path, metavar="FILE", help="your own labels: .csv, .tsv, .jsonl, or .gz of one")
     add("--test", type=Path, metavar="FILE", help="without it, the last fifth of each class of --train")
@@ -75,10 +77,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--task", choices=("classify", "regress"), help="guessed where not given: few integers are classes")
     add("--labels", type=positive, help="label budget: so many training examples are drawn; by default all")
     add("--rows", default=",".join(ROWS), help="which of the four to run")
+    head = "what the classes are read from: BERT's pooler, or head(mean); each family has its own"
+    add("--head", choices=("pooler", "mean"), help=head)
+    add("--lr", type=rate, help="peak rate of the networks; by default the best of a few on held-out labels")
     add("--epochs", type=positive, help="passes over the labels; by default 8 for few a class to 2 for many")
     add("--batch-size", type=positive, default=32, help="examples of a step")
     add("--accumulate", type=positive, default=1, help="pieces a step is computed in, where memory is short")
-    add("--max-len", type=number(int, 8), default=512, help="tokens of an example: RoPE reaches that far")
+    add("--max-len", type=number(int, 8), help="tokens of an example; by default 512, or a BERT's positions")
     add("--dropout", type=number(float, 0, 0.9), default=0.1, help="on hidden states: BERT's")
     add("--weight-decay", type=rate, default=0.01, help="of matrices: BERT's")
     add("--warmup", type=number(float, 0, 0.9), default=0.1, help="share of steps in which the rate rises")
@@ -181,13 +186,13 @@ def fit_head(model: Classifier, features: np.ndarray, targets: np.ndarray, is_cl
 def outputs(
     model: Classifier, rows: list[np.ndarray], which: np.ndarray, autocast, part: Callable
 ) -> np.ndarray:
-    """part(ids, cu_seqlens, longest) of the chosen rows, (len(which), ...), float32, in their order."""
+    """part(ids, cu_seqlens, longest, token_types) of the chosen rows, (len(which), ...), in float32."""
     model.eval()
     by_length = which[np.argsort([len(rows[i]) for i in which], kind="stable")]
     device, found = next(model.parameters()).device, {}
-    for members, ids, cu_seqlens, longest in batches(rows, by_length, FEATURE_BATCH):
+    for members, inputs in batches(rows, by_length, FEATURE_BATCH, device):
         with autocast:
-            computed = part(ids.to(device), cu_seqlens.to(device), longest)[: len(members)]
+            computed = part(*inputs)[: len(members)]
         found.update(zip(members.tolist(), computed.float().cpu().numpy(), strict=True))
     return np.array([found[i] for i in which.tolist()])
 
@@ -219,10 +224,10 @@ def fit_network(
         examples = order[step * args.batch_size : (step + 1) * args.batch_size]
         set_learning_rates([optimizer], step, n_steps, args.warmup)
         piece = -(-len(examples) // args.accumulate)
-        for members, ids, cu_seqlens, longest in batches(rows, examples, piece):
+        for members, inputs in batches(rows, examples, piece, device):
             wanted = torch.from_numpy(targets[members]).to(device)
             with autocast:
-                logits = model(ids.to(device), cu_seqlens.to(device), longest).float()[: len(members)]
+                logits = model(*inputs).float()[: len(members)]
             if wanted.is_floating_point():
                 loss = F.mse_loss(logits[:, 0], wanted, reduction="sum")
             else:
@@ -287,8 +292,8 @@ def save_classifier(
     if names is None:
         model.classifier.weight.data *= spread
         model.classifier.bias.data = model.classifier.bias.data * spread + center
-    extra: dict[str, Any] = {"architectures": ["ModernBertForSequenceClassification"]}
-    extra["problem_type"] = "regression" if names is None else "single_label_classification"
+    task = "regression" if names is None else "single_label_classification"
+    extra: dict[str, Any] = {"problem_type": task}
     extra["id2label"] = dict(enumerate(names or ["value"]))
     extra["label2id"] = {name: i for i, name in extra["id2label"].items()}
     checkpoint.save_model(out, model, tokenizer, extra)
@@ -302,16 +307,22 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     dtype_name = str(dtype).removeprefix("torch.")
     config, weights, tokenizer, _ = checkpoint.load_model(args.model)
+    heads = ("mean", "head(mean)") if config.is_modern else ("pooler", "its pooler")
+    if args.head not in (None, heads[0]):
+        raise UserError(f"--head {args.head}: {args.model} is a {config.family} model, which has {heads[1]}")
+    if not config.is_modern and (args.max_len or 0) > config.max_len:
+        raise UserError(f"--max-len {args.max_len}: {args.model} has {config.max_len} positions")
     columns = (args.text_column, args.pair_column, args.label_column)
     train, test = load(args.data, args.train, args.test, columns, args.task)
     train = draw(train, args.labels, args.seed)
     checkpoint.write(args.out / "flags.json", checkpoint.to_json(checkpoint.to_record(args)))
 
+    grids = GRIDS | (dict.fromkeys(("scratch", "pretrained"), ((args.lr,),)) if args.lr is not None else {})
     is_classes, n_labels, n_train = train.names is not None, len(train.names or ["value"]), len(train)
-    config = replace(config, max_len=args.max_len)
-    (train_rows, n_cut), (test_rows, n_cut_test) = (
-        encode(x, tokenizer, config.max_len) for x in (train, test)
-    )
+    if config.is_modern:  # RoPE reaches beyond the windows of pretraining
+        config = replace(config, max_len=args.max_len or MAX_LEN)
+    max_len = min(args.max_len or MAX_LEN, config.max_len)
+    (train_rows, n_cut), (test_rows, n_cut_test) = (encode(x, tokenizer, max_len) for x in (train, test))
     rows, texts = train_rows + test_rows, joined(train) + joined(test)
     all_train, all_test = np.arange(n_train), n_train + np.arange(len(test))
     n_folds = N_FOLDS if n_train <= CROSS_VALIDATED else 1
@@ -319,7 +330,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args.epochs = args.epochs or max(2, min(8, round(31 / (n_train / max(2, n_labels)) ** 0.35)))
     how = f"{n_folds}-fold cross-validation" if n_folds > 1 else "a hold-out of a tenth"
     print(f"{n_train:,} labels, {len(test):,} examples to test on; choices by {how}; {args.epochs} epochs")
-    cut = f"{n_cut + n_cut_test:,} texts cut to head and tail of together {config.max_len} tokens"
+    cut = f"{n_cut + n_cut_test:,} texts cut to head and tail of together {max_len} tokens"
     print(f"{cut}; products in {dtype_name} on {device}", flush=True)
 
     # networks learn numbers in units of their deviation; `decide`, and the saved classifier, turn them back
@@ -334,7 +345,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         model = Classifier(config, n_labels).to(device)
         model.dropout.p = args.dropout
         if start == "pretrained":
-            checkpoint.load_weights(model, weights, args.model, fresh=("classifier",))
+            checkpoint.load_weights(model, weights, args.model, fresh=("classifier", "pooler"))
         return model
 
     def fit(row: str, on: np.ndarray, unseen: np.ndarray, grid: Sequence) -> tuple[Fit, Classifier | None]:
@@ -372,7 +383,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         rng, tried = np.random.default_rng([args.seed, 6]), []
         for on, held_out in splits:
             some = np.sort(rng.permutation(on)[:most])
-            tried.append((train.targets[held_out], fit(name, some, held_out, GRIDS[name])[0]))
+            tried.append((train.targets[held_out], fit(name, some, held_out, grids[name])[0]))
         choice, validation = best_choice(tried, is_classes)
         fitted, model = fit(name, all_train, all_test, [choice])
         predicted[name] = fitted[choice]

@@ -15,6 +15,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from data import special_ids
 from text import TABLE_SUFFIXES, UserError, read_table, reviews, text_suffix
 
 # Names that columns usually have, best first; where none is there, the shape of the values decides.
@@ -318,14 +319,17 @@ def folds(examples: Labelled, n_folds: int, hold_out: float) -> list[tuple[np.nd
 
 def encode(examples: Labelled, tokenizer: Tokenizer, max_len: int) -> tuple[list[np.ndarray], int]:
     """([CLS] text [SEP], or [CLS] text [SEP] second [SEP], of each example; how many were cut to `max_len`).
+    A row is (tokens, 2): the id of each token, and its type, which is 1 in a second text and its [SEP].
+    RoBERTa's template has two [SEP] between the texts, and no types.
 
     A long text keeps its head and its tail, where reviews and news put what they mean to say (Sun et al.
     2019, arXiv 1905.05583, section 5.3.1); of a pair, the longer text is cut first.
     """
-    cls, sep = (tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]"))
+    special = special_ids(tokenizer)
+    between = [special["sep"]] * max(1, tokenizer.num_special_tokens_to_add(is_pair=True) - 2)
     sides = [examples.texts] if examples.pairs is None else [examples.texts, examples.pairs]
     tokens = [[e.ids for e in tokenizer.encode_batch_fast(side, add_special_tokens=False)] for side in sides]
-    room, rows, n_cut = max_len - 1 - len(sides), [], 0
+    room, rows, n_cut = max_len - 2 - len(between) * (len(sides) - 1), [], 0
     for parts in zip(*tokens, strict=True):
         n_cut += sum(map(len, parts)) > room
         if len(parts) == 2:
@@ -333,29 +337,37 @@ def encode(examples: Labelled, tokenizer: Tokenizer, max_len: int) -> tuple[list
             limits = [first, room - first]
         else:
             limits = [room]
-        row = [cls]
-        for part, limit in zip(parts, limits, strict=True):
-            row += part if len(part) <= limit else part[: limit - limit // 2] + part[len(part) - limit // 2 :]
-            row.append(sep)
-        rows.append(np.array(row))
+        first, *second = (
+            part if len(part) <= limit else part[: limit - limit // 2] + part[len(part) - limit // 2 :]
+            for part, limit in zip(parts, limits, strict=True)
+        )
+        row = [special["cls"], *first]
+        for part in second:
+            row += between + part
+        types = (np.arange(len(row) + 1) > len(first) + 1) * (len(between) == 1)
+        rows.append(np.stack((np.array([*row, special["sep"]]), types), axis=1))
     return rows, n_cut
 
 
 def batches(
-    rows: list[np.ndarray], order: np.ndarray, size: int
-) -> Iterator[tuple[np.ndarray, Tensor, Tensor, int]]:
-    """(which examples, ids (T,), cu_seqlens, longest) of `size` examples at a time, in the given order.
+    rows: list[np.ndarray], order: np.ndarray, size: int, device: torch.device | str = "cpu"
+) -> Iterator[tuple[np.ndarray, tuple[Tensor, Tensor, int, Tensor]]]:
+    """(which examples, (ids (T,), cu_seqlens, longest, token_types (T,))) of `size` examples at a time, in
+    the given order.
 
-    T is rounded up with one more sequence, of [PAD] = 0, that no one reads: for every new T the CPU's
-    products are compiled anew, which takes longer than they do.
+    T is rounded up with more sequences, of zeros, that no one reads: for every new T the CPU's products are
+    compiled anew, which takes longer than they do.
     """
     for first in range(0, len(order), size):
         which = order[first : first + size]
         sequences = [rows[i] for i in which]
         n_tokens = sum(map(len, sequences))
         multiple = min(T_MULTIPLE, 2 ** max(0, n_tokens.bit_length() - 6))  # a filler of 3% at most
-        if filler := -n_tokens % multiple:
-            sequences.append(np.zeros(filler, dtype=np.int64))
+        longest, filler = max(map(len, sequences)), -n_tokens % multiple
+        while filler:  # none longer than the others, which is as far as learned positions may reach
+            sequences.append(np.zeros((min(filler, longest), 2), dtype=np.int64))
+            filler -= len(sequences[-1])
         lengths = [len(sequence) for sequence in sequences]
         cu_seqlens = torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32))
-        yield which, torch.from_numpy(np.concatenate(sequences)), cu_seqlens, max(lengths)
+        ids, types = torch.from_numpy(np.concatenate(sequences).T.copy()).to(device)  # (2, T)
+        yield which, (ids, cu_seqlens.to(device), longest, types)

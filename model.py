@@ -3,9 +3,16 @@
 Axes: T tokens of a batch, S sequences, N masked tokens. A batch is a flat row of T tokens, never a padded
 rectangle; `cu_seqlens` (S + 1,) int32 says where each sequence begins (DESIGN: "unpadded").
 
-The arithmetic is ModernBERT's (Warner et al. 2024, arXiv 2412.13663): embedding norm, pre-norm without
-biases, RoPE, GeGLU, a final norm, a head of dense, GELU and norm, a decoder tied to the embedding. Modules
-carry the names that `transformers` gives them, so that a saved model is read there as it is.
+Two families share the block, chosen by `Config.family`:
+
+    modern         ModernBERT (Warner et al. 2024, arXiv 2412.13663): embedding norm, pre-norm without biases,
+                   RoPE, GeGLU, a final norm; a text's vector is head(mean of its states)
+    bert, roberta  BERT (Devlin et al. 2018, arXiv 1810.04805): learned positions and token types, post-norm,
+                   biases, GELU; a text's vector is pooler(state of [CLS]). RoBERTa leaves the first rows of
+                   its table of positions unused
+
+Both have a head of dense, GELU and norm, and a decoder tied to the embedding. Modules carry the names that
+`transformers` gives ModernBERT's; `convert.py` knows BERT's.
 """
 
 import dataclasses
@@ -33,6 +40,16 @@ PRESETS = {
 }
 
 
+FAMILIES = ("modern", "bert", "roberta")
+
+
+def preset(name: str, family: str = "modern") -> dict[str, int | float | str]:
+    """The fields of a Config; BERT's have two matrices for GeGLU's three, with as many weights together."""
+    row = PRESETS[name]
+    bert = {"family": family, "d_ff": 3 * row["d_ff"] // 2, "norm_eps": 1e-12}
+    return row if family == "modern" else row | bert
+
+
 @dataclass(frozen=True)
 class Config:
     """The shape of a model. `max_len` counts [CLS] and [SEP]. Raises ValueError where the sizes do not
@@ -50,14 +67,25 @@ class Config:
     local_rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
     init_std: float = 0.02
+    family: str = "modern"
+    n_types: int = 2  # of tokens, in BERT: those of a first text and those of a second
+    unused_positions: int = 0  # rows of RoBERTa's table before the first position
 
     def __post_init__(self):
+        if self.family not in FAMILIES:
+            raise ValueError(f"family {self.family!r} is none of {', '.join(FAMILIES)}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if field.name in ("family", "unused_positions"):
+                continue
             if value <= 0 or (field.type is int and not isinstance(value, int)):
                 raise ValueError(f"{field.name} must be a positive {field.type.__name__}, got {value}")
         if self.d_model % self.n_heads or (self.d_model // self.n_heads) % 2:
             raise ValueError(f"d_model {self.d_model} does not part into {self.n_heads} heads of even size")
+
+    @property
+    def is_modern(self) -> bool:
+        return self.family == "modern"
 
     @property
     def head_dim(self) -> int:
@@ -69,28 +97,43 @@ class Config:
 
 
 class Norm(nn.Module):
-    """LayerNorm without bias; with `x`, the residual addition before it belongs to the same pass."""
+    """LayerNorm, in the modern family without bias."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(config.d_model))
+        self.bias = None if config.is_modern else nn.Parameter(torch.zeros(config.d_model))
         self.eps = config.norm_eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, None, self.eps)
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
     def after_add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        return add_norm(x, residual, self.weight, self.eps)
+        """(residual + x, the norm of that), in one pass."""
+        total, normed = add_norm(x, residual, self.weight, self.eps)
+        return total, normed if self.bias is None else normed + self.bias
 
 
 class Embeddings(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
+        self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.d_model)
+        if not config.is_modern:
+            n_positions = config.unused_positions + config.max_len
+            self.position_embeddings = nn.Embedding(n_positions, config.d_model)
+            self.token_type_embeddings = nn.Embedding(config.n_types, config.d_model)
         self.norm = Norm(config)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.norm(self.tok_embeddings(ids))  # (T,) to (T, d_model)
+    def forward(self, ids: Tensor, cu_seqlens: Tensor, token_types: Tensor | None) -> Tensor:
+        x = self.tok_embeddings(ids)  # (T,) to (T, d_model)
+        if not self.config.is_modern:
+            starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=len(ids))
+            position = torch.arange(len(ids), device=ids.device) - starts
+            types = torch.zeros_like(ids) if token_types is None else token_types
+            x = x + self.token_type_embeddings(types.clamp(max=self.config.n_types - 1))
+            x = x + self.position_embeddings(position + self.config.unused_positions)
+        return self.norm(x)
 
 
 class Attention(nn.Module):
@@ -98,10 +141,10 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = (3, config.n_heads, config.head_dim)
         self.window = config.window(layer)
-        self.Wqkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
-        self.Wo = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.Wqkv = nn.Linear(config.d_model, 3 * config.d_model, bias=not config.is_modern)
+        self.Wo = nn.Linear(config.d_model, config.d_model, bias=not config.is_modern)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rope: Rope) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rope: Rope | None) -> Tensor:
         qkv = self.Wqkv(x).unflatten(-1, self.heads)  # (T, 3, n_heads, head_dim)
         return self.Wo(attention(qkv, cu_seqlens, max_seqlen, rope, self.window).flatten(1))  # (T, d_model)
 
@@ -109,60 +152,73 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
-        self.Wi = nn.Linear(config.d_model, 2 * config.d_ff, bias=False)
-        self.Wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.activation = geglu if config.is_modern else F.gelu
+        n_inner = 2 * config.d_ff if config.is_modern else config.d_ff
+        self.Wi = nn.Linear(config.d_model, n_inner, bias=not config.is_modern)
+        self.Wo = nn.Linear(config.d_ff, config.d_model, bias=not config.is_modern)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.Wo(geglu(self.Wi(x)))
+        return self.Wo(self.activation(self.Wi(x)))
 
 
 class Block(nn.Module):
-    """Pre-norm: each half adds to the stream what it computed from the normed stream."""
+    """Pre-norm (modern): each half adds to the stream what it computed from the normed stream. Post-norm
+    (BERT): each half adds to the stream what it computed from it, and the sum is normed."""
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
-        # the embedding norm stands right before layer 0, which therefore has none of its own
-        self.attn_norm = nn.Identity() if layer == 0 else Norm(config)
+        self.is_pre_norm = config.is_modern
+        # the embedding norm stands right before layer 0, which with pre-norm has none of its own
+        self.attn_norm = nn.Identity() if self.is_pre_norm and layer == 0 else Norm(config)
         self.attn = Attention(config, layer)
         self.mlp_norm = Norm(config)
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rope: Rope, dropout: nn.Module
+        self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rope: Rope | None, dropout: nn.Module
     ) -> Tensor:
-        attended = self.attn(self.attn_norm(x), cu_seqlens, max_seqlen, rope)
-        x, normed = self.mlp_norm.after_add(dropout(attended), x)
-        return x + dropout(self.mlp(normed))
+        if self.is_pre_norm:
+            attended = self.attn(self.attn_norm(x), cu_seqlens, max_seqlen, rope)
+            x, normed = self.mlp_norm.after_add(dropout(attended), x)
+            return x + dropout(self.mlp(normed))
+        attended = self.attn(x, cu_seqlens, max_seqlen, rope)
+        _, x = self.attn_norm.after_add(dropout(attended), x)
+        _, x = self.mlp_norm.after_add(dropout(self.mlp(x)), x)
+        return x
 
 
 class Encoder(nn.Module):
-    """ids (T,) and cu_seqlens (S + 1,) to the final states (T, d_model)."""
+    """ids (T,) and cu_seqlens (S + 1,) to the final states (T, d_model). `token_types` (T,) tell BERT the
+    first text of a pair, 0, from the second, 1; the modern family has none."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.final_norm = Norm(config)
+        self.final_norm = Norm(config) if config.is_modern else nn.Identity()
         self.dropout = nn.Dropout(0.0)  # on hidden states only; fine-tuning may raise it
 
-    def forward(self, ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        config = self.config
-        thetas = {None: config.global_rope_theta, config.local_attention // 2: config.local_rope_theta}
-        windows = {layer.attn.window for layer in self.layers}
-        rope = {w: rope_tables(max_seqlen, config.head_dim, thetas[w], ids.device) for w in windows}
-        x = self.dropout(self.embeddings(ids))
+    def forward(
+        self, ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, token_types: Tensor | None = None
+    ) -> Tensor:
+        config, rope = self.config, {None: None}  # of each window
+        if config.is_modern:
+            thetas = {None: config.global_rope_theta, config.local_attention // 2: config.local_rope_theta}
+            windows = {layer.attn.window for layer in self.layers}
+            rope = {w: rope_tables(max_seqlen, config.head_dim, thetas[w], ids.device) for w in windows}
+        x = self.dropout(self.embeddings(ids, cu_seqlens, token_types))
         for layer in self.layers:
             x = layer(x, cu_seqlens, max_seqlen, rope[layer.attn.window], self.dropout)
         return self.final_norm(x)
 
 
 class Head(nn.Module):
-    """The one head: masked rows, pooled windows and the classifier all read it."""
+    """The head that masked rows read, and in the modern family pooled windows and the classifier too."""
 
     def __init__(self, config: Config):
         super().__init__()
-        self.dense = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.dense = nn.Linear(config.d_model, config.d_model, bias=not config.is_modern)
         self.norm = Norm(config)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -182,57 +238,92 @@ def mean_pool(x: Tensor, cu_seqlens: Tensor) -> Tensor:
     return sums / lengths.clamp(min=1)[:, None]
 
 
+class Pooler(nn.Module):
+    """BERT's vector of a text: dense and tanh of the state of its [CLS]."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.dense = nn.Linear(config.d_model, config.d_model)
+
+    def forward(self, states: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return torch.tanh(self.dense(states.index_select(0, cu_seqlens[:-1])))  # (T, d_model) to (S, d_model)
+
+
+def pooled(model: "MaskedLM | Classifier", states: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The vector of each text that a family's classifier reads, (T, d_model) to (S, d_model)."""
+    if model.config.is_modern:
+        return model.head(mean_pool(states, cu_seqlens))
+    return model.pooler(states, cu_seqlens)
+
+
 class MaskedLM(nn.Module):
     """Encoder, head and tied decoder, with the two losses of pretraining."""
+
+    task = "MaskedLM"
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
         self.model = Encoder(config)
         self.head = Head(config)
+        if not config.is_modern:
+            self.pooler = Pooler(config)
         self.decoder = nn.Linear(config.d_model, config.vocab_size)
         self.decoder.weight = self.model.embeddings.tok_embeddings.weight
         self.bag_bias = nn.Parameter(torch.zeros(config.vocab_size))  # of the pooled loss; not exported
         init_weights(self, config)
 
-    def logits(self, ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    def logits(
+        self, ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, token_types: Tensor | None = None
+    ) -> Tensor:
         """The logits of every token, (T, vocab_size)."""
-        return self.decoder(self.head(self.model(ids, cu_seqlens, max_seqlen)))
+        return self.decoder(self.head(self.model(ids, cu_seqlens, max_seqlen, token_types)))
 
     def forward(self, batch) -> tuple[Tensor, Tensor]:
         """The two losses of a `data.Batch`, as sums: over its masked tokens, and over its sequences.
 
         The first is masked-language modelling (Devlin et al. 2018, section 3.1). The second predicts from
-        head(mean) the words of the document (the bag-of-words objective of DupMAE, Xiao et al. 2022, arXiv
-        2211.08769, section 3.2).
+        the pooled vector the words of the document (the bag-of-words objective of DupMAE, Xiao et al. 2022,
+        arXiv 2211.08769, section 3.2).
         """
         states = self.model(batch.ids, batch.cu_seqlens, batch.max_seqlen)
         embedding = self.decoder.weight
         masked = self.head(states.index_select(0, batch.masked))  # (N, d_model)
         token_loss = linear_cross_entropy(masked, embedding, self.decoder.bias, batch.targets)
-        pooled = self.head(mean_pool(states, batch.cu_seqlens))  # (S, d_model)
+        vectors = pooled(self, states, batch.cu_seqlens)  # (S, d_model)
         bags = (batch.bag_ids, batch.bag_weights, batch.cu_bags)
-        return token_loss, linear_cross_entropy(pooled, embedding, self.bag_bias, *bags)
+        return token_loss, linear_cross_entropy(vectors, embedding, self.bag_bias, *bags)
 
 
 class Classifier(nn.Module):
-    """classifier(head(mean)): ModernBertForSequenceClassification with classifier_pooling "mean"."""
+    """A linear layer on the pooled vector: BertForSequenceClassification, RobertaForSequenceClassification,
+    or ModernBertForSequenceClassification with classifier_pooling "mean"."""
+
+    task = "SequenceClassification"
 
     def __init__(self, config: Config, n_labels: int):
         super().__init__()
         self.config = config
         self.model = Encoder(config)
-        self.head = Head(config)
+        if config.is_modern:
+            self.head = Head(config)
+        else:
+            self.pooler = Pooler(config)
         self.dropout = self.model.dropout
         self.classifier = nn.Linear(config.d_model, n_labels)
         init_weights(self, config)
 
-    def features(self, ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """head(mean) of each sequence, (S, d_model)."""
-        return self.head(mean_pool(self.model(ids, cu_seqlens, max_seqlen), cu_seqlens))
+    def features(
+        self, ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, token_types: Tensor | None = None
+    ) -> Tensor:
+        """The pooled vector of each sequence, (S, d_model)."""
+        return pooled(self, self.model(ids, cu_seqlens, max_seqlen, token_types), cu_seqlens)
 
-    def forward(self, ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        return self.classifier(self.dropout(self.features(ids, cu_seqlens, max_seqlen)))  # (S, n_labels)
+    def forward(
+        self, ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, token_types: Tensor | None = None
+    ) -> Tensor:
+        features = self.features(ids, cu_seqlens, max_seqlen, token_types)
+        return self.classifier(self.dropout(features))  # (S, n_labels)
 
 
 def init_weights(module: nn.Module, config: Config) -> None:

@@ -61,6 +61,7 @@ def make_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks and the head; AdamW for embedding, norms and biases, where a row or
     a number has a meaning of its own that orthogonalising would mix. Only the embedding decays."""
+    fused = FUSED_BLOCKS if model.config.is_modern else FUSED_BLOCKS | {"Wi": 1}  # BERT's has no gate
     matrices: dict[int, list[nn.Parameter]] = {}
     embeddings, vectors = [], []
     for name, parameter in model.named_parameters():
@@ -69,7 +70,7 @@ def make_optimizers(
         elif "embeddings" in name:
             embeddings.append(parameter)
         else:
-            matrices.setdefault(FUSED_BLOCKS.get(name.split(".")[-2], 1), []).append(parameter)
+            matrices.setdefault(fused.get(name.split(".")[-2], 1), []).append(parameter)
     muon = Muon([{"params": p, "n_blocks": n} for n, p in matrices.items()], lr_muon, dtype)
     groups = [{"params": embeddings, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [muon, torch.optim.AdamW(groups, lr=lr_adamw, betas=(0.9, 0.98), eps=1e-8, fused=True)]

@@ -94,9 +94,8 @@ def predictions(
     ours is the whole of predict.py, from loading the model to writing the answers."""
     import transformers
 
-    extra = {"architectures": ["ModernBertForSequenceClassification"]}
     model = Classifier(Config(**PRESETS["tiny"] | {"vocab_size": tokenizer.get_vocab_size()}), 2)
-    checkpoint.save_model(folder, model, tokenizer, extra)
+    checkpoint.save_model(folder, model, tokenizer)
     (folder / "texts.txt").write_text("\n".join(texts), "utf-8")
     pipeline = transformers.pipeline("text-classification", str(folder), device=device, batch_size=32)
 

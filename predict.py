@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 
 import checkpoint
 from checkpoint import number
-from data import SPECIAL_TOKENS
+from data import special_ids, special_tokens
 from labels import LABEL_NAMES, Labelled, batches, choose_texts, encode
 from model import Classifier, Config, MaskedLM
 from text import TABLE_SUFFIXES, Report, UserError, read_lines, read_table, text_suffix
@@ -135,7 +135,7 @@ def load_classifier(
     folder: Path, config: Config, weights: dict[str, torch.Tensor], raw: dict[str, Any]
 ) -> tuple[Classifier, list[str] | None]:
     """(model, names of the classes, or None where it predicts a number)."""
-    if (pooling := raw.get("classifier_pooling")) != "mean":
+    if config.is_modern and (pooling := raw.get("classifier_pooling")) != "mean":
         raise UserError(f"{folder}: classifier_pooling {pooling!r} is not supported, only 'mean' is")
     if (task := raw.get("problem_type")) not in (None, "single_label_classification", "regression"):
         raise UserError(f"{folder}: problem_type {task!r} is not supported")
@@ -147,11 +147,15 @@ def load_classifier(
 
 
 def fill_masks(
-    model: MaskedLM, tokenizer: Tokenizer, ids: torch.Tensor, cu_seqlens: torch.Tensor, longest: int, k: int
+    model: MaskedLM,
+    tokenizer: Tokenizer,
+    inputs: tuple[torch.Tensor, torch.Tensor, int, torch.Tensor],
+    k: int,
 ) -> list[list[Answer]]:
     """For each sequence the answers for each of its masks."""
-    masks = (ids == tokenizer.token_to_id(SPECIAL_TOKENS["mask"])).nonzero()[:, 0]  # (M,)
-    states = model.model(ids, cu_seqlens, longest).index_select(0, masks)
+    ids, cu_seqlens, *_ = inputs
+    masks = (ids == special_ids(tokenizer)["mask"]).nonzero()[:, 0]  # (M,)
+    states = model.model(*inputs).index_select(0, masks)
     logits = model.decoder(model.head(states)).float()  # (M, vocab_size)
     sequences = torch.bucketize(masks, cu_seqlens[1:], right=True).tolist()
     found: list[list[Answer]] = [[] for _ in range(len(cu_seqlens) - 1)]
@@ -197,11 +201,13 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     elif kind.endswith("ForSequenceClassification"):
         model, names = load_classifier(args.model, config, weights, raw)
     else:
-        known = "ModernBertForMaskedLM and ModernBertForSequenceClassification"
+        known = "those ForMaskedLM and ForSequenceClassification"
         raise UserError(f"{args.model}/config.json: architectures {kind!r}: known are {known}")
-    checkpoint.load_weights(model, weights, args.model)
+    unused = ("pooler",) if kind.endswith("ForMaskedLM") else ()
+    checkpoint.load_weights(model, weights, args.model, fresh=unused)
     model.to(device).eval()
-    fills, mask_id = isinstance(model, MaskedLM), tokenizer.token_to_id(SPECIAL_TOKENS["mask"])
+    fills, mask = isinstance(model, MaskedLM), special_tokens(tokenizer)["mask"]
+    mask_id = tokenizer.token_to_id(mask)
     k = args.top or (5 if fills else len(names or [""]) if args.json else 1)
     counts = {"answered": 0, "broken": 0, "cut": 0}
 
@@ -216,17 +222,16 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
         rows, n_cut = encode(examples, tokenizer, config.max_len)
         counts["cut"] += n_cut
         if fills:
-            has_mask = [mask_id in row for row in rows]
+            has_mask = [mask_id in row[:, 0] for row in rows]
             for item in itertools.compress(some, map(operator.not_, has_mask)):
-                report(UserError(f"{item.place}: no [MASK] among the tokens of it that are read"))
+                report(UserError(f"{item.place}: no {mask} among the tokens of it that are read"))
             some, rows = (list(itertools.compress(x, has_mask)) for x in (some, rows))
-        for _, ids, cu_seqlens, longest in batches(rows, np.arange(len(rows)), args.batch_size):
-            ids, cu_seqlens = ids.to(device), cu_seqlens.to(device)
+        for _, inputs in batches(rows, np.arange(len(rows)), args.batch_size, device):
             with autocast:
                 if fills:
-                    found = fill_masks(model, tokenizer, ids, cu_seqlens, longest, k)
+                    found = fill_masks(model, tokenizer, inputs, k)
                 else:
-                    logits = model(ids, cu_seqlens, longest).float()  # (S, n_labels)
+                    logits = model(*inputs).float()  # (S, n_labels)
                     found = logits[:, 0].tolist()
                     if names is not None:
                         found = [best(p, names.__getitem__, k) for p in logits.softmax(-1)]

@@ -26,7 +26,7 @@ from tqdm import tqdm
 import checkpoint
 from checkpoint import number
 from data import Corpus, prepare
-from model import PRESETS, Config, MaskedLM
+from model import PRESETS, Config, MaskedLM, preset
 from optim import make_optimizers, set_learning_rates
 from text import UserError
 
@@ -41,7 +41,6 @@ CPU_SHARES = (
 LEAST_SHARE = 0.14  # of all other CPUs
 ROW_TOKENS = 8192
 FEW_STEPS = 500  # where fewer are left, twice as many of half the tokens learn more
-EXTRA = {"architectures": ["ModernBertForMaskedLM"]}  # of config.json
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -52,6 +51,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("runs/pretrain"), help="folder of the run")
     add("--model", type=Path, help="folder of a model to go on from, on new text, with its own tokenizer")
     add("--preset", choices=PRESETS, help="size of a new model; by default tiny, which suits 2 CPU cores")
+    families = "ModernBERT's arithmetic or BERT's, of a new model"
+    add("--family", choices=("modern", "bert"), help=f"{families}; by default modern, the better by far")
     add("--vocab-size", type=number(int, 100), help="word pieces; else the preset's, or what the text fills")
     add("--max-len", type=number(int, 8), help="tokens of a window; by default the preset's")
     add("--steps", type=positive, help=f"by default {STEPS}, of which a CPU without AMX does a share")
@@ -79,8 +80,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--save-every", type=positive, default=200, help="steps between checkpoints")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     args = flags.parse_args(argv)
-    if args.model and (args.preset or args.vocab_size):
-        flags.error("--preset and --vocab-size are of a new model; --model brings its own size and words")
+    if args.model and (args.preset or args.vocab_size or args.family):
+        flags.error("--preset, --family and --vocab-size are of a new model; --model brings its own")
     args.preset = args.preset or "tiny"
     return args
 
@@ -186,13 +187,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if rank == 0:
         checkpoint.make_folder(args.out, args.model)
     begun = checkpoint.load_model(args.model) if args.model else None  # (config, weights, tokenizer, ...)
-    shape = dataclasses.asdict(begun[0]) if begun else PRESETS[args.preset]
+    shape = dataclasses.asdict(begun[0]) if begun else preset(args.preset, args.family or "modern")
     vocab = (args.vocab_size or shape["vocab_size"], args.vocab_size is not None, begun and begun[2])
     max_len, n_micro = args.max_len or shape["max_len"], args.accumulate or n_ranks
     n_steps, row_tokens = args.steps, args.micro_batch_tokens or ROW_TOKENS
     if n_steps is None:
         n_steps, row_tokens, why = default_steps(args.preset, device, dtype_name, args.micro_batch_tokens)
         say(why)
+    if begun and max_len > begun[0].max_len and not begun[0].is_modern:
+        raise UserError(f"--max-len {max_len}: {args.model} has {begun[0].max_len} positions")
     if n_micro % n_ranks:
         raise UserError(f"--accumulate {n_micro}: it must be a multiple of the {n_ranks} ranks")
     flags = checkpoint.to_record(args)
@@ -213,10 +216,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         folder = [corpus.folder if rank == 0 else None]
         dist.broadcast_object_list(folder)
         corpus = corpus if rank == 0 else open_corpus(folder[0])
-    config = Config(**shape | {"vocab_size": corpus.vocab_size, "max_len": max_len})
+    config = begun[0] if begun else Config(**shape | {"vocab_size": corpus.vocab_size, "max_len": max_len})
     model = build_model(config, corpus, "random" if begun else args.start, args.seed).to(device)
     if begun:
-        checkpoint.load_weights(model, begun[1], args.model, fresh=("decoder.bias",))  # a classifier has none
+        checkpoint.load_weights(
+            model, begun[1], args.model, fresh=("decoder.bias", "head", "pooler")
+        )  # a classifier has none
     optimizers = make_optimizers(model, args.lr_muon, args.lr_adamw, args.weight_decay, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     validation = [batch.to(device) for batch in corpus.validation(args.validate_batches)]
@@ -251,7 +256,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         }
         if rank == 0:
             state["bag_bias"] = model.bag_bias.detach().cpu()
-            checkpoint.save_step(args.out, model, corpus.tokenizer, EXTRA, state)
+            checkpoint.save_step(args.out, model, corpus.tokenizer, state)
 
     def log(point: dict[str, float]) -> None:
         points.append(point)
@@ -323,7 +328,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         save(n_steps)
         draw_curve(points, args.out / "curve.png")
         checkpoint.write(args.out / "metrics.json", checkpoint.to_json(metrics))
-        checkpoint.save_model(args.out, model, corpus.tokenizer, EXTRA)
+        checkpoint.save_model(args.out, model, corpus.tokenizer)
     say(f"{args.out}: validation loss {metrics['validation_loss']:.3f} after {metrics['seconds']:.0f} s")
     if n_ranks > 1:
         dist.destroy_process_group()

@@ -21,7 +21,7 @@ CONFIG = Config(TOKENIZER.get_vocab_size(), d_model=8, n_layers=2, n_heads=2, d_
 def save(folder, seed=0):
     torch.manual_seed(seed)
     model = MaskedLM(CONFIG)
-    checkpoint.save_model(folder, model, TOKENIZER, {})
+    checkpoint.save_model(folder, model, TOKENIZER)
     return model
 
 
@@ -139,9 +139,8 @@ def test_weights_do_not_fit_the_tokenizer(tmp_path):
     weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
     name = "model.embeddings.tok_embeddings.weight"
     safetensors.torch.save_file(weights | {name: weights[name][:-1]}, tmp_path / "model.safetensors")
-    config, weights, _, _ = checkpoint.load_model(tmp_path)
     with pytest.raises(UserError) as error:
-        checkpoint.load_weights(MaskedLM(config), weights, tmp_path)
+        checkpoint.load_model(tmp_path)
     assert_told_in_one_line(error, tmp_path, name)
 
 
@@ -190,7 +189,7 @@ FLAGS = {
 def save_step(out, step):
     torch.manual_seed(step)
     state = {"step": step, "points": [{"step": step, "loss": 0.1}], "momentum": torch.randn(3)}
-    checkpoint.save_step(out, MaskedLM(CONFIG), TOKENIZER, {}, state)
+    checkpoint.save_step(out, MaskedLM(CONFIG), TOKENIZER, state)
     return state
 
 
@@ -228,7 +227,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, soft_hard[1]))
         try:
             with pytest.raises(UserError) as error:
-                checkpoint.save_step(tmp_path, model, TOKENIZER, {}, {"step": 2, "m": torch.zeros(99_999)})
+                checkpoint.save_step(tmp_path, model, TOKENIZER, {"step": 2, "m": torch.zeros(99_999)})
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, soft_hard)
         assert_told_in_one_line(error, tmp_path, "cannot be written")

@@ -41,10 +41,10 @@ def test_transformers_reads_the_classifier_with_equal_logits(finetuned, topics):
     _, test = labels.load(None, *topics)
     rows, _ = labels.encode(test, tokenizer, 32)
     with torch.no_grad():
-        for _, ids, cu_seqlens, longest in labels.batches(rows, np.arange(8), 8):
-            logits = ours(ids, cu_seqlens, longest)[:8]
+        for _, inputs in labels.batches(rows, np.arange(8), 8):
+            logits = ours(*inputs)[:8]
         for row, logit in zip(rows, logits, strict=False):
-            assert torch.allclose(theirs(torch.from_numpy(row)[None]).logits[0], logit, atol=1e-5)
+            assert torch.allclose(theirs(torch.from_numpy(row[:, 0])[None]).logits[0], logit, atol=1e-5)
 
 
 def test_the_saved_model_is_the_one_that_was_measured(finetuned, topics):

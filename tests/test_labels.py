@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -345,7 +346,8 @@ def test_a_long_text_keeps_its_head_and_its_tail(tokenizer, texts, max_len):
     assert n_cut == sum(len(words) > max_len - 2 for words in texts)
     for words, row in zip(texts, rows, strict=True):
         assert len(row) == min(len(words) + 2, max_len)
-        assert row.tolist() == [cls, *head_and_tail([w + 5 for w in words], max_len - 2), sep]
+        assert row[:, 0].tolist() == [cls, *head_and_tail([w + 5 for w in words], max_len - 2), sep]
+        assert not row[:, 1].any()
 
 
 @PROPERTY
@@ -357,12 +359,13 @@ def test_of_a_pair_the_longer_text_is_cut_first(tokenizer, pairs, max_len):
     assert n_cut == sum(len(a) + len(b) + 3 > max_len for a, b in pairs)
     for (a, b), row in zip(pairs, rows, strict=True):
         assert len(row) == min(len(a) + len(b) + 3, max_len)
-        cut = row.tolist().index(sep)
+        cut = row[:, 0].tolist().index(sep)
+        assert row[:, 1].tolist() == [int(i > cut) for i in range(len(row))]
         kept = (cut - 1, len(row) - cut - 2)
         for words, mine, other in ((a, *kept), (b, *kept[::-1])):
             assert mine == len(words) or mine >= other - 1  # cut only down to the other's length
         parts = [head_and_tail([w + 5 for w in words], n) for words, n in zip((a, b), kept, strict=True)]
-        assert row.tolist() == [cls, *parts[0], sep, *parts[1], sep]
+        assert row[:, 0].tolist() == [cls, *parts[0], sep, *parts[1], sep]
 
 
 @PROPERTY
@@ -371,19 +374,19 @@ def test_of_a_pair_the_longer_text_is_cut_first(tokenizer, pairs, max_len):
     size=st.integers(1, 8),
     seed=st.integers(0, 9),
 )
-def test_batches_hold_every_sequence_once_and_a_filler_at_the_end(lengths, size, seed):
+def test_batches_hold_every_sequence_once_and_fillers_at_the_end(lengths, size, seed):
     rng = np.random.default_rng(seed)
-    rows = [rng.integers(1, 100, n) for n in lengths]
+    rows = [rng.integers(1, 100, (n, 2)) for n in lengths]
     order = rng.permutation(len(rows))
     found = list(batches(rows, order, size))
     assert np.concatenate([which for which, *_ in found]).tolist() == order.tolist()
     assert [len(which) for which, *_ in found[:-1]] == [size] * (len(found) - 1)
-    for which, ids, cu_seqlens, longest in found:
+    for which, (ids, cu_seqlens, longest, types) in found:
         assert cu_seqlens[0] == 0 and cu_seqlens[-1] == len(ids)
         n_tokens = sum(lengths[i] for i in which)
         assert len(ids) - n_tokens <= n_tokens / 32 and not ids[n_tokens:].any()
         assert len(ids) // (len(ids) & -len(ids)) <= 64  # few significant bits, so few lengths
-        assert len(cu_seqlens) == len(which) + 1 + (len(ids) > n_tokens)
-        assert longest == cu_seqlens.diff().max()
+        assert longest == cu_seqlens.diff().max() == max(lengths[i] for i in which)
+        assert len(cu_seqlens) == len(which) + 1 - -(len(ids) - n_tokens) // longest
         for i, a, b in zip(which, cu_seqlens[:-1], cu_seqlens[1:], strict=False):
-            assert ids[a:b].tolist() == rows[i].tolist()
+            assert torch.stack((ids[a:b], types[a:b]), 1).tolist() == rows[i].tolist()

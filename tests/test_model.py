@@ -16,6 +16,7 @@ from transformers import (
 )
 
 import checkpoint
+import convert
 from data import Batch, train_tokenizer
 from model import Classifier, Config, MaskedLM
 
@@ -190,7 +191,7 @@ def saved(folder, tokenizer, kind=MaskedLM, *args, extra=None, config=LOCAL):
     """A random model with the vocabulary of the tokenizer, written to a folder."""
     config = dataclasses.replace(config, vocab_size=tokenizer.get_vocab_size())
     model = randomize(kind(config, *args))
-    checkpoint.save_model(folder, model, tokenizer, extra or {"architectures": ["ModernBertForMaskedLM"]})
+    checkpoint.save_model(folder, model, tokenizer, extra)
     return model
 
 
@@ -210,13 +211,12 @@ def test_folder_is_read_by_transformers(tmp_path, tokenizer):
 
 
 def test_classifier_folder_is_read_by_transformers(tmp_path, tokenizer):
-    names = {"architectures": ["ModernBertForSequenceClassification"], "id2label": {0: "a", 1: "b", 2: "ç"}}
-    model = saved(tmp_path, tokenizer, Classifier, 3, extra=names)
+    model = saved(tmp_path, tokenizer, Classifier, 3, extra={"id2label": {0: "a", 1: "b", 2: "ç"}})
     other = load_theirs(AutoModelForSequenceClassification, tmp_path)
     flat, (padded, mask) = sequences(model.config)
     logits = other(padded, attention_mask=mask).logits
     torch.testing.assert_close(model(*flat), logits, rtol=1e-5, atol=1e-5)
-    assert other.config.id2label == names["id2label"]
+    assert other.config.id2label == {0: "a", 1: "b", 2: "ç"}
 
 
 @each_config
@@ -226,7 +226,7 @@ def test_folder_survives_a_round_trip(tmp_path, tokenizer, config):
     load_theirs(AutoModelForMaskedLM, tmp_path / "ours").save_pretrained(tmp_path / "theirs")
     AutoTokenizer.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
     read_config, weights, read_tokenizer, _ = checkpoint.load_model(tmp_path / "theirs")
-    mine = {k: v for k, v in model.state_dict().items() if k not in checkpoint.NOT_EXPORTED}
+    mine = {k: v for k, v in model.state_dict().items() if k not in convert.NOT_EXPORTED}
     assert weights.keys() == mine.keys()
     assert all(torch.equal(weights[name], weight) for name, weight in mine.items())
     for line in generated_lines(20, seed=3):

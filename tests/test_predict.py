@@ -119,8 +119,7 @@ def test_a_number_is_predicted(pretrained, tmp_path, capsys):
     config, _, tokenizer, _ = checkpoint.load_model(pretrained)
     torch.manual_seed(0)
     model = Classifier(config, 1).eval()
-    extra = {"architectures": ["ModernBertForSequenceClassification"], "problem_type": "regression"}
-    checkpoint.save_model(tmp_path, model, tokenizer, extra)
+    checkpoint.save_model(tmp_path, model, tokenizer, {"problem_type": "regression"})
     records = answers(capsys, "--model", tmp_path, *TEXTS)
     for record in records:
         ids = torch.tensor(tokenizer.encode(record["text"]).ids)

