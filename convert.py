@@ -152,7 +152,9 @@ def export_weights(weights: dict[str, Tensor], config: Config, task: str) -> dic
 
 def import_weights(weights: dict[str, Tensor], config: Config, task: str) -> dict[str, Tensor]:
     """Weights in our names; those that we have no use for are left out. A file of the bare encoder, without
-    the prefix of a model with a head, is read as well."""
+    the prefix of a model with a head, is read as well. Raises ValueError where the layers cannot be in it."""
+    if config.n_layers > len(weights):
+        raise ValueError(f"the config has {config.n_layers} layers, more than there are weights")
     for old, new in OLD_NAMES:
         weights = {name.removesuffix(old) + new * name.endswith(old): w for name, w in weights.items()}
     prefix = "model." if config.is_modern else f"{config.family}."
@@ -172,8 +174,6 @@ def import_weights(weights: dict[str, Tensor], config: Config, task: str) -> dic
 def check_shapes(config: Config, weights: dict[str, Tensor]) -> None:
     """Raises ValueError where an encoder of that config has other weights than these: before a model takes
     the memory that an absurd config asks for."""
-    if config.n_layers > len(weights):
-        raise ValueError(f"the config has {config.n_layers} layers, more than there are weights")
     with torch.device("meta"):
         expected = Encoder(config).state_dict(prefix="model.")
     for name, weight in expected.items():

