@@ -122,7 +122,7 @@ class _Attention(torch.autograd.Function):
             size, width = index.shape
             padded = qkv.index_select(0, index.where(~is_pad, 0).view(-1))
             padded = padded.view(size, width, 3, n_heads, head_dim).permute(2, 0, 3, 1, 4)  # (3, B, H, L, D)
-            q, k = _rotate(padded[:2], rope, head_dim**-0.5)
+            q, k = rotate(padded[:2], rope, head_dim**-0.5)
             v = padded[2].contiguous()
             scores = q @ k.transpose(-1, -2)  # (B, H, L, L)
             if window is None or width <= window + 1:  # only keys past the shortest sequence are padding
@@ -156,7 +156,7 @@ class _Attention(torch.autograd.Function):
             torch.matmul(d_scores, k, out=d_padded[0])
             torch.matmul(d_scores.transpose(-1, -2), q, out=d_padded[1])
             torch.matmul(probabilities.transpose(-1, -2), d_heads, out=d_padded[2])
-            d_padded[:2] = _rotate(d_padded[:2], ctx.rope, head_dim**-0.5, inverse=True)
+            d_padded[:2] = rotate(d_padded[:2], ctx.rope, head_dim**-0.5, inverse=True)
             d_padded = d_padded.permute(1, 3, 0, 2, 4).reshape(-1, 3, n_heads, head_dim)
             d_qkv.index_copy_(0, index.view(-1), d_padded)
         return d_qkv[:n_tokens], None, None, None, None
@@ -184,7 +184,7 @@ def _length_groups(cu_seqlens: Tensor, n_tokens: int, max_seqlen: int) -> list[t
     return groups
 
 
-def _rotate(qk: Tensor, rope: Rope | None, scale: float, inverse: bool = False) -> Tensor:
+def rotate(qk: Tensor, rope: Rope | None, scale: float, inverse: bool = False) -> Tensor:
     """Rotate q and k, (2, B, H, L, D), by their positions in float32 and scale q; `inverse` turns gradients
     back."""
     exact = torch.promote_types(qk.dtype, torch.float32)

@@ -93,7 +93,8 @@ class Config:
 
     def window(self, layer: int) -> int | None:
         """How far a token of this layer sees to each side; None is the whole sequence."""
-        return None if layer % self.global_attn_every_n_layers == 0 else self.local_attention // 2
+        is_global = not self.is_modern or layer % self.global_attn_every_n_layers == 0
+        return None if is_global else self.local_attention // 2
 
 
 class Norm(nn.Module):

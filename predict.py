@@ -25,7 +25,7 @@ import checkpoint
 from checkpoint import number
 from data import special_ids, special_tokens
 from labels import LABEL_NAMES, Labelled, batches, choose_texts, encode
-from model import Classifier, Config, MaskedLM
+from model import Classifier, MaskedLM
 from text import TABLE_SUFFIXES, Report, UserError, read_lines, read_table, text_suffix
 
 GUESSED_ON = 200  # rows of a table in which the column of the text is looked for
@@ -131,19 +131,30 @@ def best(probabilities: torch.Tensor, names: Callable[[int], str], k: int) -> An
     return [(names(i), p) for i, p in zip(which.tolist(), values.tolist(), strict=True)]
 
 
-def load_classifier(
-    folder: Path, config: Config, weights: dict[str, torch.Tensor], raw: dict[str, Any]
-) -> tuple[Classifier, list[str] | None]:
-    """(model, names of the classes, or None where it predicts a number)."""
-    if config.is_modern and (pooling := raw.get("classifier_pooling")) != "mean":
+def load(folder: Path, device: torch.device) -> tuple[MaskedLM | Classifier, Tokenizer, list[str] | None]:
+    """(model, tokenizer, names of the classes, or None where there are none). Raises UserError where the
+    folder holds another kind of model."""
+    config, weights, tokenizer, raw = checkpoint.load_model(folder)
+    kind, task = next(iter(raw.get("architectures") or [""])), raw.get("problem_type")
+    names = None
+    if kind.endswith("ForMaskedLM"):
+        model = MaskedLM(config)
+    elif not kind.endswith("ForSequenceClassification"):
+        known = "those ForMaskedLM and ForSequenceClassification"
+        raise UserError(f"{folder}/config.json: architectures {kind!r}: known are {known}")
+    elif config.is_modern and (pooling := raw.get("classifier_pooling")) != "mean":
         raise UserError(f"{folder}: classifier_pooling {pooling!r} is not supported, only 'mean' is")
-    if (task := raw.get("problem_type")) not in (None, "single_label_classification", "regression"):
+    elif task not in (None, "single_label_classification", "regression"):
         raise UserError(f"{folder}: problem_type {task!r} is not supported")
-    if "classifier.weight" not in weights:
+    elif "classifier.weight" not in weights:
         raise UserError(f"{folder}/model.safetensors: no weight classifier.weight")
-    n_labels, given = len(weights["classifier.weight"]), raw.get("id2label") or {}
-    names = [str(given.get(str(i), f"LABEL_{i}")) for i in range(n_labels)]
-    return Classifier(config, n_labels), None if task == "regression" else names
+    else:
+        model, given = Classifier(config, len(weights["classifier.weight"])), raw.get("id2label") or {}
+        if task != "regression":
+            names = [str(given.get(str(i), f"LABEL_{i}")) for i in range(model.classifier.out_features)]
+    # a masked model of BERT's has no use for the pooler
+    checkpoint.load_weights(model, weights, folder, ("pooler",) if isinstance(model, MaskedLM) else ())
+    return model.to(device).eval(), tokenizer, names
 
 
 def fill_masks(
@@ -193,19 +204,8 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     args = parse(argv)
     device, dtype = checkpoint.choose_hardware(args.device, args.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    config, weights, tokenizer, raw = checkpoint.load_model(args.model)
-    kind = next(iter(raw.get("architectures") or [""]))
-    names = None
-    if kind.endswith("ForMaskedLM"):
-        model = MaskedLM(config)
-    elif kind.endswith("ForSequenceClassification"):
-        model, names = load_classifier(args.model, config, weights, raw)
-    else:
-        known = "those ForMaskedLM and ForSequenceClassification"
-        raise UserError(f"{args.model}/config.json: architectures {kind!r}: known are {known}")
-    unused = ("pooler",) if kind.endswith("ForMaskedLM") else ()
-    checkpoint.load_weights(model, weights, args.model, fresh=unused)
-    model.to(device).eval()
+    model, tokenizer, names = load(args.model, device)
+    max_len = model.config.max_len
     fills, mask = isinstance(model, MaskedLM), special_tokens(tokenizer)["mask"]
     mask_id = tokenizer.token_to_id(mask)
     k = args.top or (5 if fills else len(names or [""]) if args.json else 1)
@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     while some := list(itertools.islice(items, args.batch_size)):
         pairs = [item.pair for item in some] if some[0].pair is not None else None
         examples = Labelled([item.text for item in some], pairs, np.zeros(len(some)), None)
-        rows, n_cut = encode(examples, tokenizer, config.max_len)
+        rows, n_cut = encode(examples, tokenizer, max_len)
         counts["cut"] += n_cut
         if fills:
             has_mask = [mask_id in row[:, 0] for row in rows]
@@ -242,10 +242,8 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     if not counts["answered"] + counts["broken"]:
         raise UserError(f"{args.file}: no texts in it")
     if counts["cut"]:
-        print(
-            f"{counts['cut']:,} texts cut to head and tail of together {config.max_len} tokens",
-            file=sys.stderr,
-        )
+        cut = f"{counts['cut']:,} texts cut to head and tail of together {max_len} tokens"
+        print(cut, file=sys.stderr)
     return counts
 
 

@@ -290,7 +290,7 @@ def test_a_pair_is_laid_out_as_by_transformers(tmp_path):
 
 
 def test_a_model_of_the_hub(tmp_path):
-    """From a server on loopback that speaks as the hub does; then from the cache, offline; then not at all."""
+    """From a server on loopback that speaks as the hub does; offline, from the cache; then not at all."""
     their_folder(tmp_path / "files", "bert", "ForMaskedLM")
     files = {path.name: path.read_bytes() for path in (tmp_path / "files").iterdir()}
     commit = "0" * 40
