@@ -1,9 +1,8 @@
 """Why it said so: python explain.py "A film to remember." Attributions of a classifier's answer to the words.
 
 Integrated gradients (Sundararajan et al. 2017, arXiv 1703.01365) from a text of [MASK]s to the text: what a
-token adds is the mean gradient along the way times its way, and all of them sum to the difference of the
-answers at both ends. `--html` draws them, with the attention of each head; `--check` asks whether they are
-true, by removing the words that they name.
+token adds is the mean gradient along the way times its way; all sum to the difference of the two answers.
+`--html` draws them beside the attention of each head; `--check` removes the words that they name.
 
 Axes: L tokens of a text, P points of the path, H heads.
 """

@@ -52,7 +52,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--model", type=Path, help="folder of a model to go on from, on new text, with its own tokenizer")
     add("--preset", choices=PRESETS, help="size of a new model; by default tiny, which suits 2 CPU cores")
     families = "ModernBERT's arithmetic or BERT's, of a new model"
-    add("--family", choices=("modern", "bert"), help=f"{families}; by default modern, the better by far")
+    add("--family", choices=("modern", "bert"), help=f"{families}; by default modern")
     add("--vocab-size", type=number(int, 100), help="word pieces; else the preset's, or what the text fills")
     add("--max-len", type=number(int, 8), help="tokens of a window; by default the preset's")
     add("--steps", type=positive, help=f"by default {STEPS}, of which a CPU without AMX does a share")

@@ -51,7 +51,7 @@ TRAIN = {  # flags -> what the message says at least; {} is the folder of FILES
     "--preset huge": "huge",
     "--model {}/nothing": "{}/nothing: no checkpoint",
     "--model {}/model --out {}/model": "--out {}/model: this is the folder of --model",
-    "--model {}/model --preset tiny": "--preset and --vocab-size are of a new model",
+    "--model {}/model --preset tiny": "--preset, --family and --vocab-size are of a new model",
     "--device abacus": "abacus: no such device",
     "--device cuda": "cuda: not on this machine",
     "--device cuda:7": "cuda:7: not on this machine",
