@@ -36,8 +36,8 @@ import checkpoint
 import labels
 import peers
 import train
-from checkpoint import number
 from data import Corpus, prepare
+from flags import Flags, choose_hardware, number
 from model import PRESETS, Classifier, Config, MaskedLM
 from optim import make_optimizers
 from text import UserError
@@ -52,7 +52,7 @@ PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "MI300
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    flags = checkpoint.Flags("Measure speed and memory, or compile the kernels ahead of time.")
+    flags = Flags("Measure speed and memory, or compile the kernels ahead of time.")
     add = flags.add_argument
     add("--against", default="hf,torch", help="peers of the step: hf is BERT and ModernBERT of transformers")
     add("--shape", default="2x256,6x384", help="layers x d_model of the step, with heads of 64")
@@ -61,7 +61,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--aot", action="store_true", help="instead compile every Triton kernel for GPUs that are not here")
     add("--targets", default=",".join(aot.TARGETS), help="of --aot")
     add("--json", action="store_true", help="print one object")
-    add("--device", help="cuda, cuda:1, mps or cpu; by default the fastest that is there")
+    flags.add_device()
     add("--out", type=Path, default=Path("runs/bench"), help="folder of the bar chart and of bench.json")
     args = flags.parse_args(argv)
     for name, known in (("against", ("hf", "torch")), ("parts", PARTS), ("targets", tuple(aot.TARGETS))):
@@ -343,7 +343,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Measure, and return what OUT/bench.json says."""
     args = parse(argv)
     say = (lambda text: None) if args.json else functools.partial(print, flush=True)
-    device, dtype = checkpoint.choose_hardware(args.device, "auto")
+    device, dtype = choose_hardware(args.device, "auto")
     place = SimpleNamespace(device=device, dtype=dtype)
     cpu = (
         f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"

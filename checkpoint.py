@@ -1,21 +1,18 @@
-"""Save and load: the folder of a model, the checkpoints of a run, its flags and its hardware.
+"""Save and load: the folder of a model, and the checkpoints of a run.
 
 A model's folder is the layout that `transformers` reads: config.json, model.safetensors, tokenizer.json,
 tokenizer_config.json; convert.py has the names in them. A checkpoint of a run is such a folder with
-training.pt beside (optimizers, step).
-Every file is written under another name and renamed into place, so that a reader never sees half of one.
+training.pt beside (optimizers, step). Every file is written under another name and renamed into place, so
+that a reader never sees half of one.
 """
 
-import argparse
 import contextlib
 import io
 import json
-import math
 import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,73 +23,11 @@ from tokenizers import BertWordPieceTokenizer, Tokenizer
 from torch import nn
 
 import convert
-import kernels
 from data import special_ids, special_tokens
 from model import Config
 from text import UserError
 
 MODEL_FILES = ("config.json", "*.safetensors", "pytorch_model.bin", "tokenizer*.json", "vocab.txt")
-
-
-class Flags(argparse.ArgumentParser):
-    """Plain argparse: defaults shown in the help, no abbreviations, errors in one line."""
-
-    def __init__(self, description: str):
-        formatter = argparse.ArgumentDefaultsHelpFormatter
-        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], int | float]:
-    """The type of a flag that takes an int or float from low to high."""
-
-    def convert(text: str) -> int | float:
-        value = kind(text)
-        if not low <= value <= high:
-            limit = f" and at most {high:g}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text}: it must be at least {low:g}{limit}")
-        return value
-
-    # argparse names it where kind(text) fails
-    convert.__name__ = {int: "whole number", float: "number"}[kind]
-    return convert
-
-
-def to_record(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags as the run's folder carries them, in JSON's types."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-
-
-def choose_hardware(device_name: str | None, dtype_name: str) -> tuple[torch.device, torch.dtype]:
-    """The device, and the dtype of its matrix products; None and "auto" look for the fastest that is there.
-
-    bfloat16 is chosen only where the hardware multiplies it natively: elsewhere it is the slower of the two.
-    Raises UserError where the one or the other, or what CLOZE_KERNELS asks for, is not to be had.
-    """
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = device_name or next(name for name, is_there in found.items() if is_there)
-    there = ", ".join(name for name, is_there in found.items() if is_there)
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: no such device; there is {there}") from None
-    if not found.get(device.type) or (
-        device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
-    ):
-        raise UserError(f"--device {name}: not on this machine; there is {there}")
-    try:
-        kernels.check_forced(device)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    if dtype_name != "auto":
-        return device, getattr(torch, dtype_name)
-    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-    return device, torch.bfloat16 if native else torch.float32
 
 
 # -------------------------------------------------------------------------------------------------- models

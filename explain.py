@@ -22,8 +22,8 @@ from tqdm import tqdm
 import checkpoint
 import labels
 import predict
-from checkpoint import number
 from data import special_ids
+from flags import Flags, choose_hardware, number
 from model import Classifier
 from page import AGAINST, FOR, attention_maps, page, section
 from text import UserError, read_lines
@@ -37,7 +37,7 @@ RESAMPLES = 10_000
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    flags = checkpoint.Flags("Tell which words made a classifier say what it said.")
+    flags = Flags("Tell which words made a classifier say what it said.")
     add = flags.add_argument
     add("texts", nargs="*", metavar="TEXT", help="a text to explain")
     add("--model", type=Path, default=Path("runs/finetune"), help="folder of finetune.py")
@@ -48,7 +48,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--file", type=Path, help="lines of your own for --check")
     add("--sentences", type=number(int, 2), default=200, help="texts that --check draws: enough to tell")
     add("--seed", type=number(int, 0), default=0, help="of that draw, and of the random orders")
-    add("--device", help="cuda, cuda:1, mps or cpu; by default the fastest that is there")
+    flags.add_device()
     args = flags.parse_args(argv)
     if args.check == bool(args.texts):
         flags.error("give texts, or --check")
@@ -211,7 +211,7 @@ def texts_to_check(args: argparse.Namespace) -> list[str]:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Print explanations, or the check of them, and return them."""
     args = parse(argv)
-    device, _ = checkpoint.choose_hardware(args.device, "float32")
+    device, _ = choose_hardware(args.device, "float32")
     model, tokenizer, names = predict.load(args.model, device)
     if not isinstance(model, Classifier):
         raise UserError(f"{args.model}: it fills masks; a classifier, of finetune.py, is wanted")

@@ -34,8 +34,8 @@ from torch import nn
 from tqdm import tqdm
 
 import checkpoint
-from checkpoint import number
 from data import CACHE, Corpus
+from flags import Flags, choose_hardware, number, to_record
 from labels import Labelled, batches, draw, encode, folds, load
 from model import Classifier
 from optim import set_learning_rates
@@ -64,7 +64,7 @@ Fit = dict[Any, np.ndarray]  # choice: predictions
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    flags = checkpoint.Flags("Fine-tune a pretrained model, and compare it with three rivals.")
+    flags = Flags("Fine-tune a pretrained model, and compare it with three rivals.")
     add, positive, rate = flags.add_argument, number(int, 1), number(float, 0)
     models = "folder that train.py left, or a BERT, RoBERTa or ModernBERT: its folder or its name on the hub"
     add("--model", type=Path, default=Path("runs/pretrain"), help=models)
@@ -89,9 +89,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--warmup", type=number(float, 0, 0.9), default=0.1, help="share of steps in which the rate rises")
     add("--clip", type=rate, default=1.0, help="the gradient's greatest length")
     add("--seed", type=number(int, 0), default=0, help="of the draw, the random weights and the order")
-    add("--device", help="cuda, cuda:1, mps or cpu; by default the fastest that is there")
-    products = "of matrix products; auto is bfloat16 where the hardware multiplies it natively"
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help=products)
+    flags.add_device()
+    flags.add_dtype()
     add("--out", type=Path, default=Path("runs/finetune"), help="folder of the run")
     args = flags.parse_args(argv)
     args.rows = args.rows.split(",")
@@ -302,7 +301,7 @@ def save_classifier(
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the rows, and return what OUT/metrics.json says."""
     args = parse(argv)
-    device, dtype = checkpoint.choose_hardware(args.device, args.dtype)
+    device, dtype = choose_hardware(args.device, args.dtype)
     checkpoint.make_folder(args.out, args.model)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     dtype_name = str(dtype).removeprefix("torch.")
@@ -315,7 +314,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     columns = (args.text_column, args.pair_column, args.label_column)
     train, test = load(args.data, args.train, args.test, columns, args.task)
     train = draw(train, args.labels, args.seed)
-    checkpoint.write(args.out / "flags.json", checkpoint.to_json(checkpoint.to_record(args)))
+    checkpoint.write(args.out / "flags.json", checkpoint.to_json(to_record(args)))
 
     grids = GRIDS | (dict.fromkeys(("scratch", "pretrained"), ((args.lr,),)) if args.lr is not None else {})
     is_classes, n_labels, n_train = train.names is not None, len(train.names or ["value"]), len(train)

@@ -22,8 +22,8 @@ import torch
 from tokenizers import Tokenizer
 
 import checkpoint
-from checkpoint import number
 from data import special_ids, special_tokens
+from flags import Flags, choose_hardware, number
 from labels import LABEL_NAMES, Labelled, batches, choose_texts, encode
 from model import Classifier, MaskedLM
 from text import TABLE_SUFFIXES, Report, UserError, read_lines, read_table, text_suffix
@@ -40,7 +40,7 @@ class Item(NamedTuple):
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    flags = checkpoint.Flags("Classify texts, or fill their [MASK]s.")
+    flags = Flags("Classify texts, or fill their [MASK]s.")
     add, positive = flags.add_argument, number(int, 1)
     add("texts", nargs="*", metavar="TEXT", help="a text; or - alone for the lines of standard input")
     add("--model", type=Path, default=Path("runs/finetune"), help="folder of finetune.py or train.py")
@@ -57,9 +57,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=64,
         help="texts at a time: fewer answer sooner, more are faster",
     )
-    add("--device", help="cuda, cuda:1, mps or cpu; by default the fastest that is there")
-    products = "of matrix products; auto is bfloat16 where the hardware multiplies it natively"
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help=products)
+    flags.add_device()
+    flags.add_dtype()
     args = flags.parse_args(argv)
     if bool(args.texts) == bool(args.file):
         flags.error("give texts, or --file FILE, or - for standard input")
@@ -202,7 +201,7 @@ def as_json(item: Item, answer: Any) -> str:
 def main(argv: list[str] | None = None) -> dict[str, int]:
     """Print the answers, and return how many there were and how many texts were broken."""
     args = parse(argv)
-    device, dtype = checkpoint.choose_hardware(args.device, args.dtype)
+    device, dtype = choose_hardware(args.device, args.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     model, tokenizer, names = load(args.model, device)
     max_len = model.config.max_len

@@ -18,7 +18,7 @@ import torch
 
 import checkpoint
 from bench import MASKED, ROW_TOKENS, spread
-from checkpoint import number
+from flags import Flags, number
 from model import PRESETS, Config, MaskedLM
 from optim import make_optimizers
 from text import UserError
@@ -30,7 +30,7 @@ REACHED = 0.4  # of the peak, an assumption: no GPU has run this code yet
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    flags = checkpoint.Flags("Measure one process against two, and derive 8 and 64 GPUs.")
+    flags = Flags("Measure one process against two, and derive 8 and 64 GPUs.")
     add = flags.add_argument
     add("--steps", type=number(int, 2), default=20, help="of each run, the first half of them uncounted")
     add("--rounds", type=number(int, 1), default=3, help="alternations of one process and two")

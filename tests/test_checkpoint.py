@@ -11,6 +11,7 @@ import torch
 
 import checkpoint
 from data import train_tokenizer
+from flags import choose_hardware
 from model import Config, MaskedLM
 from text import UserError
 
@@ -287,15 +288,15 @@ def machine(monkeypatch):
 def test_a_device_that_is_not_there(machine, name):
     machine()
     with pytest.raises(UserError) as error:
-        checkpoint.choose_hardware(name, "auto")
+        choose_hardware(name, "auto")
     assert_told_in_one_line(error, f"--device {name}", "there is cpu")
 
 
 def test_a_card_that_is_not_there(machine):
     machine((9, 0))
-    assert checkpoint.choose_hardware("cuda:0", "auto")[0] == torch.device("cuda:0")
+    assert choose_hardware("cuda:0", "auto")[0] == torch.device("cuda:0")
     with pytest.raises(UserError) as error:
-        checkpoint.choose_hardware("cuda:1", "auto")
+        choose_hardware("cuda:1", "auto")
     assert_told_in_one_line(error, "--device cuda:1")
 
 
@@ -310,12 +311,12 @@ def test_a_card_that_is_not_there(machine):
 )
 def test_bfloat16_only_where_the_cpu_multiplies_it(machine, abilities, dtype):
     machine(**abilities)
-    assert checkpoint.choose_hardware(None, "auto") == (torch.device("cpu"), dtype)
-    assert checkpoint.choose_hardware("cpu", "float16")[1] == torch.float16
+    assert choose_hardware(None, "auto") == (torch.device("cpu"), dtype)
+    assert choose_hardware("cpu", "float16")[1] == torch.float16
 
 
 @pytest.mark.parametrize(("capability", "dtype"), (((7, 5), torch.float32), ((8, 0), torch.bfloat16)))
 def test_bfloat16_only_where_the_card_multiplies_it(machine, capability, dtype):
     """Whatever the CPU beside it can do; a card is chosen before the CPU."""
     machine(capability, avx512_bf16=True)
-    assert checkpoint.choose_hardware(None, "auto") == (torch.device("cuda"), dtype)
+    assert choose_hardware(None, "auto") == (torch.device("cuda"), dtype)

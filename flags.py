@@ -1,0 +1,82 @@
+"""The flags that every script has, and the hardware that they ask for."""
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import kernels
+from text import UserError
+
+
+class Flags(argparse.ArgumentParser):
+    """Plain argparse: defaults shown in the help, no abbreviations, errors in one line."""
+
+    def __init__(self, description: str):
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
+
+    def add_device(self) -> None:
+        there = "cuda, cuda:1, mps or cpu; by default the fastest that is there"
+        self.add_argument("--device", help=there)
+
+    def add_dtype(self) -> None:
+        products = "of matrix products; auto is bfloat16 where the hardware multiplies it natively"
+        choices = ("auto", "float32", "bfloat16", "float16")
+        self.add_argument("--dtype", choices=choices, default="auto", help=products)
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], int | float]:
+    """The type of a flag that takes an int or float from low to high."""
+
+    def convert(text: str) -> int | float:
+        value = kind(text)
+        if not low <= value <= high:
+            limit = f" and at most {high:g}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text}: it must be at least {low:g}{limit}")
+        return value
+
+    # argparse names it where kind(text) fails
+    convert.__name__ = {int: "whole number", float: "number"}[kind]
+    return convert
+
+
+def to_record(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags as the run's folder carries them, in JSON's types."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+
+
+def choose_hardware(device_name: str | None, dtype_name: str) -> tuple[torch.device, torch.dtype]:
+    """The device, and the dtype of its matrix products; None and "auto" look for the fastest that is there.
+
+    bfloat16 is chosen only where the hardware multiplies it natively: elsewhere it is the slower of the two.
+    Raises UserError where the one or the other, or what CLOZE_KERNELS asks for, is not to be had.
+    """
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = device_name or next(name for name, is_there in found.items() if is_there)
+    there = ", ".join(name for name, is_there in found.items() if is_there)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: no such device; there is {there}") from None
+    if not found.get(device.type) or (
+        device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
+    ):
+        raise UserError(f"--device {name}: not on this machine; there is {there}")
+    try:
+        kernels.check_forced(device)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if dtype_name != "auto":
+        return device, getattr(torch, dtype_name)
+    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    return device, torch.bfloat16 if native else torch.float32
