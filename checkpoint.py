@@ -27,6 +27,8 @@ from data import special_ids, special_tokens
 from model import Config
 from text import UserError
 
+# What the libraries raise that read a config or weights which are broken.
+BROKEN = (OSError, EOFError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, SafetensorError)
 MODEL_FILES = ("config.json", "*.safetensors", "pytorch_model.bin", "tokenizer*.json", "vocab.txt")
 
 
@@ -50,6 +52,10 @@ def save_model(
     write(folder / "config.json", to_json(config))
 
 
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def find_model(name: Path) -> Path:
     """The folder of a model: the one of that name, or where there is none, the Hugging Face hub's, fetched
     into its cache. Raises UserError where there is neither."""
@@ -65,8 +71,7 @@ def find_model(name: Path) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=MODEL_FILES))
     except Exception as error:  # of the network, of the hub, of its cache: each library has its own
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{name}: no such folder, and not to be had from the hub: {reason}") from None
+        raise UserError(f"{name}: no such folder; from the hub: {first_line(error)}") from None
 
 
 def load_model(name: Path) -> tuple[Config, dict[str, torch.Tensor], Tokenizer, dict[str, Any]]:
@@ -85,8 +90,8 @@ def load_model(name: Path) -> tuple[Config, dict[str, torch.Tensor], Tokenizer, 
         convert.check_shapes(config, weights)
     except pickle.UnpicklingError:
         raise UserError(f"{folder}/pytorch_model.bin: not weights alone: it would run code") from None
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder}: no checkpoint of this program: {error}") from None
+    except BROKEN as error:
+        raise UserError(f"{folder}: no checkpoint of this program: {first_line(error)}") from None
     tokenizer = load_tokenizer(folder)
     if tokenizer.get_vocab_size() != config.vocab_size:
         sizes = f"{tokenizer.get_vocab_size()} word pieces, the model {config.vocab_size}"
@@ -106,7 +111,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             tokenizer = Tokenizer.from_str(BertWordPieceTokenizer(str(path), lowercase=lower).to_str())
         special_ids(tokenizer)
     except Exception as error:  # tokenizers raises nothing more special
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {first_line(error)}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -194,7 +199,7 @@ def load_run(out: Path, flags: dict[str, Any]) -> tuple[Path, dict[str, Any]] | 
         before = json.loads((out / "flags.json").read_text())
         state = torch.load(folders[-1] / "training.pt", map_location="cpu", weights_only=True)
     except Exception as error:  # json, pickle and zip each raise their own
-        raise UserError(f"{out}: cannot be resumed: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{out}: cannot be resumed: {first_line(error)}") from None
     for name in flags.keys() - {"resume", "device", "out"}:
         if flags[name] != before.get(name):
             flag = f"--{name.replace('_', '-')} {flags[name]}"

@@ -148,8 +148,9 @@ def load(folder: Path, device: torch.device) -> tuple[MaskedLM | Classifier, Tok
     elif "classifier.weight" not in weights:
         raise UserError(f"{folder}/model.safetensors: no weight classifier.weight")
     else:
-        model, given = Classifier(config, len(weights["classifier.weight"])), raw.get("id2label") or {}
+        model, given = Classifier(config, len(weights["classifier.weight"])), raw.get("id2label")
         if task != "regression":
+            given = given if isinstance(given, dict) else {}
             names = [str(given.get(str(i), f"LABEL_{i}")) for i in range(model.classifier.out_features)]
     # a masked model of BERT's has no use for the pooler
     checkpoint.load_weights(model, weights, folder, ("pooler",) if isinstance(model, MaskedLM) else ())

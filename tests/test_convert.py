@@ -200,6 +200,10 @@ def test_weights_in_old_names_and_in_a_pickle(tmp_path):
         assert "decoder" in name or torch.equal(exported[name], weight), name
 
 
+# the header of a tensor whose bytes are not there
+BEYOND = b'{"a":{"dtype":"F32","shape":[9,9],"data_offsets":[0,324]}}'
+
+
 class Bomb:
     def __reduce__(self):
         return os.mkdir, ("bomb",)
@@ -213,6 +217,33 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError) as error:
         checkpoint.load_model(tmp_path)
     assert "run code" in str(error.value) and "\n" not in str(error.value) and not Path("bomb").exists()
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    (
+        ("model.safetensors", (2**40).to_bytes(8, "little") + b"{}"),
+        ("model.safetensors", (2).to_bytes(8, "little") + b"[]"),
+        ("model.safetensors", (58).to_bytes(8, "little") + BEYOND),
+        ("config.json", b"[" * 100_000),
+        ("config.json", b'{"model_type": ["bert"]}'),
+        ("config.json", b'{"model_type": "bert", "architectures": [3]}'),
+        ("config.json", b'{"rope_parameters": 3, "layer_types": "x"}'),
+        ("tokenizer.json", b"[" * 100_000),
+        ("pytorch_model.bin", b"\x80\x02]q\x00."),
+        ("pytorch_model.bin", b"PK\x03\x04"),
+        ("pytorch_model.bin", b""),
+    ),
+)  # fmt: skip
+def test_a_hostile_file_is_told_in_one_line(tmp_path, name, content):
+    their_folder(tmp_path, "bert", "ForMaskedLM")
+    assert len(BEYOND) == 58
+    if name == "pytorch_model.bin":
+        (tmp_path / "model.safetensors").unlink()
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        checkpoint.load_model(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -334,7 +365,9 @@ def test_a_model_of_the_hub(tmp_path):
     assert run(command, env=environment | {"HF_HUB_OFFLINE": "1"}).stdout == first.stdout
     environment["HF_HOME"] = str(tmp_path / "another")
     without = run(command, env=environment)
-    assert without.returncode == 2 and without.stderr.startswith("predict.py: someone/small: no such folder")
+    assert without.returncode == 2 and without.stderr.startswith(
+        "predict.py: someone/small: no such folder; from the hub: "
+    )
     assert without.stderr.count("\n") == 1
 
 
@@ -424,3 +457,17 @@ def test_a_bert_of_our_own(corpus_file, tmp_path, capsys):
     )
     assert 0 <= metrics["test"]["pretrained"]["accuracy"] <= 1
     load_theirs(transformers.AutoModelForSequenceClassification, tmp_path / "p")
+
+
+def test_going_on_from_a_roberta(corpus_file, tmp_path, capsys):
+    their_folder(tmp_path / "roberta", "roberta", "ForMaskedLM")
+    flags = ["--corpus", str(corpus_file), "--dtype", "float32", "--steps", "3", *SMALL]
+    out = tmp_path / "onward"
+    train.main([*flags, "--model", str(tmp_path / "roberta"), "--out", str(out)])
+    _, info = transformers.AutoModelForMaskedLM.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"]
+    predict.main(["--model", str(out), "--json", f"{WORDS[0]} <mask>"])
+    assert len(json.loads(capsys.readouterr().out.splitlines()[-1])["masks"][0]) == 5
+    longer = ["--max-len", "65", "--micro-batch-tokens", "512", "--steps", "3", "--corpus", str(corpus_file)]
+    with pytest.raises(UserError, match=r"--max-len 65: .* has 64 positions"):
+        train.main([*longer, "--model", str(tmp_path / "roberta"), "--out", str(tmp_path / "longer")])
