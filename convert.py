@@ -74,7 +74,10 @@ HEADS = {
     },
 }
 # The dense layer of RoBERTa's classifier does what a pooler does, and stands in its place.
-ROBERTA_CLASSIFIER = {"pooler.dense": "classifier.dense"}
+ROBERTA_HEADS = {
+    "SequenceClassification": {"pooler.dense": "classifier.dense"},
+    "TokenClassification": {"classifier": "classifier"},
+}
 # Names in files of other programs, and of other times: Google's norms, and a bias stored under its layer.
 OLD_NAMES = (
     (".gamma", ".weight"),
@@ -127,7 +130,7 @@ def read_config(raw: dict[str, Any]) -> Config:
 
 def table(config: Config, task: str) -> dict[str, tuple[str, ...]]:
     """Our name of each module with weights, and theirs: three where ours is fused."""
-    of_task = ROBERTA_CLASSIFIER if (config.family, task) == ("roberta", "SequenceClassification") else {}
+    of_task = ROBERTA_HEADS.get(task, {}) if config.family == "roberta" else {}
     names = {ours: (theirs,) for ours, theirs in (HEADS[config.family] | of_task).items()}
     base = config.family
     names |= {f"model.embeddings.{a}": (f"{base}.embeddings.{b}",) for a, b in EMBEDDINGS.items()}

@@ -37,7 +37,7 @@ import checkpoint
 from data import CACHE, Corpus
 from flags import Flags, choose_hardware, number, to_record
 from labels import Labelled, batches, draw, encode, folds, load
-from model import Classifier
+from model import Classifier, Tagger
 from optim import set_learning_rates
 from text import UserError
 
@@ -74,7 +74,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--text-column", help="guessed where it is not given")
     add("--pair-column", help="column of a second text, for pairs")
     add("--label-column", help="guessed where it is not given")
-    add("--task", choices=("classify", "regress"), help="guessed where not given: few integers are classes")
+    tasks = "guessed where not given: few integers are classes; tokens wants words with tags, see tag.py"
+    add("--task", choices=("classify", "regress", "tokens"), help=tasks)
     add("--labels", type=positive, help="label budget: so many training examples are drawn; by default all")
     add("--rows", default=",".join(ROWS), help="which of the four to run")
     head = "what the classes are read from: BERT's pooler, or head(mean); each family has its own"
@@ -197,16 +198,16 @@ def outputs(
 
 
 def fit_network(
-    model: Classifier,
+    model: Classifier | Tagger,
     rows: list[np.ndarray],
-    targets: np.ndarray,
+    targets: np.ndarray | list[np.ndarray],
     which: np.ndarray,
     rate: float,
     args: argparse.Namespace,
     autocast,
 ) -> None:
     """The training loop: cross-entropy (or squared error) on the examples `which`, AdamW, linear warm-up and
-    decay."""
+    decay. `targets` has one number an example, or for token labels an array of one a token."""
     device = next(model.parameters()).device
     matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == wide] for wide in (True, False))
     groups = [
@@ -224,14 +225,14 @@ def fit_network(
         set_learning_rates([optimizer], step, n_steps, args.warmup)
         piece = -(-len(examples) // args.accumulate)
         for members, inputs in batches(rows, examples, piece, device):
-            wanted = torch.from_numpy(targets[members]).to(device)
+            wanted = torch.from_numpy(np.concatenate([np.atleast_1d(targets[i]) for i in members])).to(device)
             with autocast:
-                logits = model(*inputs).float()[: len(members)]
+                logits = model(*inputs).float()[: len(wanted)]
             if wanted.is_floating_point():
                 loss = F.mse_loss(logits[:, 0], wanted, reduction="sum")
             else:
                 loss = F.cross_entropy(logits, wanted, reduction="sum")
-            scaler.scale(loss / len(examples)).backward()
+            scaler.scale(loss / sum(np.size(targets[i]) for i in examples)).backward()
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         scaler.step(optimizer)
@@ -301,6 +302,10 @@ def save_classifier(
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the rows, and return what OUT/metrics.json says."""
     args = parse(argv)
+    if args.task == "tokens":
+        import tag  # which trains by this file's loop
+
+        return tag.run(args)
     device, dtype = choose_hardware(args.device, args.dtype)
     checkpoint.make_folder(args.out, args.model)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

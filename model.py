@@ -327,6 +327,28 @@ class Classifier(nn.Module):
         return self.classifier(self.dropout(features))  # (S, n_labels)
 
 
+class Tagger(nn.Module):
+    """A linear layer on the state of each token, in the modern family through the head:
+    ModernBertForTokenClassification, BertForTokenClassification, RobertaForTokenClassification."""
+
+    task = "TokenClassification"
+
+    def __init__(self, config: Config, n_labels: int):
+        super().__init__()
+        self.config = config
+        self.model = Encoder(config)
+        self.head = Head(config) if config.is_modern else nn.Identity()
+        self.dropout = self.model.dropout
+        self.classifier = nn.Linear(config.d_model, n_labels)
+        init_weights(self, config)
+
+    def forward(
+        self, ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, token_types: Tensor | None = None
+    ) -> Tensor:
+        states = self.head(self.model(ids, cu_seqlens, max_seqlen, token_types))
+        return self.classifier(self.dropout(states))  # (T, n_labels)
+
+
 def init_weights(module: nn.Module, config: Config) -> None:
     """ModernBERT's: normal weights cut at 2 standard deviations, those that write to the stream smaller by
     sqrt(2 n_layers) (Warner et al. 2024, appendix A; Megatron's scheme), biases zero, norms one."""

@@ -1,8 +1,8 @@
 """Use a model: python predict.py "A film to remember." One line of output a text, in their order.
 
-A folder of finetune.py tells the class of a text, or its number; a folder of train.py fills each [MASK].
-Texts are arguments, the lines of a file or of standard input, or the rows of a table, read and answered as a
-stream.
+A folder of finetune.py tells the class of a text, its number or its entities; one of train.py fills each
+[MASK]. Texts are arguments, the lines of a file or of standard input, or the rows of a table, read and
+answered as a stream.
 
 Axes: T tokens of a batch, S texts of it, M masks.
 """
@@ -23,9 +23,10 @@ from tokenizers import Tokenizer
 
 import checkpoint
 from data import special_ids, special_tokens
+from entities import find_entities
 from flags import Flags, choose_hardware, number
 from labels import LABEL_NAMES, Labelled, batches, choose_texts, encode
-from model import Classifier, MaskedLM
+from model import Classifier, MaskedLM, Tagger
 from text import TABLE_SUFFIXES, Report, UserError, read_lines, read_table, text_suffix
 
 GUESSED_ON = 200  # rows of a table in which the column of the text is looked for
@@ -44,19 +45,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add, positive = flags.add_argument, number(int, 1)
     add("texts", nargs="*", metavar="TEXT", help="a text; or - alone for the lines of standard input")
     add("--model", type=Path, default=Path("runs/finetune"), help="folder of finetune.py or train.py")
-    add(
-        "--file", type=Path, help="lines of text, or .csv, .tsv, .jsonl with a column of texts; or .gz of one"
-    )
+    add("--file", type=Path, help="lines of text, or .csv, .tsv, .jsonl with a column of texts; .gz of each")
     add("--text-column", help="guessed where it is not given")
     add("--pair-column", help="column of a second text, for pairs")
     add("--top", type=positive, metavar="K", help="best answers of each text; by default 1 class, 5 words")
     add("--json", action="store_true", help="one JSON object a line, with every class unless --top is given")
-    add(
-        "--batch-size",
-        type=positive,
-        default=64,
-        help="texts at a time: fewer answer sooner, more are faster",
-    )
+    add("--batch-size", type=positive, default=64, help="texts at a time: fewer are sooner, more are faster")
     flags.add_device()
     flags.add_dtype()
     args = flags.parse_args(argv)
@@ -66,12 +60,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if len(args.texts) > 1:
             flags.error("-: standard input stands alone, without other texts")
         args.file = Path("-")
-    if (args.text_column or args.pair_column) and (
-        not args.file or text_suffix(args.file) not in TABLE_SUFFIXES
-    ):
-        flags.error(
-            f"--text-column and --pair-column belong to --file with one of {', '.join(TABLE_SUFFIXES)}"
-        )
+    is_table = args.file and text_suffix(args.file) in TABLE_SUFFIXES
+    if (args.text_column or args.pair_column) and not is_table:
+        tables = ", ".join(TABLE_SUFFIXES)
+        flags.error(f"--text-column and --pair-column belong to --file with one of {tables}")
     return args
 
 
@@ -130,31 +122,31 @@ def best(probabilities: torch.Tensor, names: Callable[[int], str], k: int) -> An
     return [(names(i), p) for i, p in zip(which.tolist(), values.tolist(), strict=True)]
 
 
-def load(folder: Path, device: torch.device) -> tuple[MaskedLM | Classifier, Tokenizer, list[str] | None]:
-    """(model, tokenizer, names of the classes, or None where there are none). Raises UserError where the
-    folder holds another kind of model."""
+def load(folder: Path, device: torch.device) -> tuple[torch.nn.Module, Tokenizer, list[str] | None]:
+    """(MaskedLM, Classifier or Tagger; its tokenizer; the names of its classes or tags, or None). Raises
+    UserError where the folder holds another kind of model."""
     config, weights, tokenizer, raw = checkpoint.load_model(folder)
-    kind, task = next(iter(raw.get("architectures") or [""])), raw.get("problem_type")
-    names = None
-    if kind.endswith("ForMaskedLM"):
+    kinds = {f"For{kind.task}": kind for kind in (MaskedLM, Classifier, Tagger)}
+    architecture, problem = next(iter(raw.get("architectures") or [""])), raw.get("problem_type")
+    kind = next((kind for name, kind in kinds.items() if architecture.endswith(name)), None)
+    pooling, given = raw.get("classifier_pooling"), raw.get("id2label")
+    if kind is None:
+        known = ", ".join(kinds)
+        raise UserError(f"{folder}/config.json: architectures {architecture!r}: known are those {known}")
+    if kind is MaskedLM:  # which in BERT's families has no use for the pooler
         model = MaskedLM(config)
-    elif not kind.endswith("ForSequenceClassification"):
-        known = "those ForMaskedLM and ForSequenceClassification"
-        raise UserError(f"{folder}/config.json: architectures {kind!r}: known are {known}")
-    elif config.is_modern and (pooling := raw.get("classifier_pooling")) != "mean":
+        checkpoint.load_weights(model, weights, folder, fresh=("pooler",))
+        return model.to(device).eval(), tokenizer, None
+    if kind is Classifier and config.is_modern and pooling != "mean":
         raise UserError(f"{folder}: classifier_pooling {pooling!r} is not supported, only 'mean' is")
-    elif task not in (None, "single_label_classification", "regression"):
-        raise UserError(f"{folder}: problem_type {task!r} is not supported")
-    elif "classifier.weight" not in weights:
+    if problem not in (None, "single_label_classification", "regression"):
+        raise UserError(f"{folder}: problem_type {problem!r} is not supported")
+    if "classifier.weight" not in weights:
         raise UserError(f"{folder}/model.safetensors: no weight classifier.weight")
-    else:
-        model, given = Classifier(config, len(weights["classifier.weight"])), raw.get("id2label")
-        if task != "regression":
-            given = given if isinstance(given, dict) else {}
-            names = [str(given.get(str(i), f"LABEL_{i}")) for i in range(model.classifier.out_features)]
-    # a masked model of BERT's has no use for the pooler
-    checkpoint.load_weights(model, weights, folder, ("pooler",) if isinstance(model, MaskedLM) else ())
-    return model.to(device).eval(), tokenizer, names
+    model, given = kind(config, len(weights["classifier.weight"])), given if isinstance(given, dict) else {}
+    names = [str(given.get(str(i), f"LABEL_{i}")) for i in range(model.classifier.out_features)]
+    checkpoint.load_weights(model, weights, folder)
+    return model.to(device).eval(), tokenizer, None if problem == "regression" else names
 
 
 def fill_masks(
@@ -179,6 +171,8 @@ def as_line(item: Item, answer: Any) -> str:
     """Tabs between answers and text: cut and awk part them."""
     if isinstance(answer, float):
         shown = f"{answer:.4g}"
+    elif not answer or isinstance(answer[0], dict):
+        shown = "\t".join(f"{found['type']} {found['text']}" for found in answer) or "-"
     else:
         groups = answer if isinstance(answer[0], list) else [answer]
         shown = "\t/\t".join("\t".join(f"{name} {p:.3f}" for name, p in group) for group in groups)
@@ -191,6 +185,8 @@ def as_json(item: Item, answer: Any) -> str:
         record["pair"] = item.pair
     if isinstance(answer, float):
         record["value"] = answer
+    elif not answer or isinstance(answer[0], dict):
+        record["entities"] = answer
     elif isinstance(answer[0], list):
         record["masks"] = [[{"token": name, "probability": p} for name, p in group] for group in answer]
     else:
@@ -217,28 +213,32 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
 
     items = read_items(args, report)
     while some := list(itertools.islice(items, args.batch_size)):
-        pairs = [item.pair for item in some] if some[0].pair is not None else None
-        examples = Labelled([item.text for item in some], pairs, np.zeros(len(some)), None)
-        rows, n_cut = encode(examples, tokenizer, max_len)
-        counts["cut"] += n_cut
-        if fills:
-            has_mask = [mask_id in row[:, 0] for row in rows]
-            for item in itertools.compress(some, map(operator.not_, has_mask)):
-                report(UserError(f"{item.place}: no {mask} among the tokens of it that are read"))
-            some, rows = (list(itertools.compress(x, has_mask)) for x in (some, rows))
-        for _, inputs in batches(rows, np.arange(len(rows)), args.batch_size, device):
-            with autocast:
+        texts, pairs = ([item[i] for item in some] for i in (1, 2))
+        with autocast:
+            if isinstance(model, Tagger):
+                found, n_cut = find_entities(model, tokenizer, names, texts)
+            else:
+                pairs = pairs if pairs[0] is not None else None
+                rows, n_cut = encode(Labelled(texts, pairs, np.zeros(len(some)), None), tokenizer, max_len)
                 if fills:
-                    found = fill_masks(model, tokenizer, inputs, k)
-                else:
-                    logits = model(*inputs).float()  # (S, n_labels)
-                    found = logits[:, 0].tolist()
-                    if names is not None:
-                        found = [best(p, names.__getitem__, k) for p in logits.softmax(-1)]
-            for item, answer in zip(some, found, strict=False):  # the last sequence may be a filler
-                print(as_json(item, answer) if args.json else as_line(item, answer))
+                    has_mask = [mask_id in row[:, 0] for row in rows]
+                    for item in itertools.compress(some, map(operator.not_, has_mask)):
+                        report(UserError(f"{item.place}: no {mask} among the tokens of it that are read"))
+                    some, rows = (list(itertools.compress(x, has_mask)) for x in (some, rows))
+                found = []
+                for _, inputs in batches(rows, np.arange(len(rows)), args.batch_size, device):
+                    if fills:
+                        found = fill_masks(model, tokenizer, inputs, k)
+                    elif names is None:
+                        found = model(*inputs).float()[:, 0].tolist()
+                    else:
+                        probabilities = model(*inputs).float().softmax(-1)  # (S, n_labels)
+                        found = [best(p, names.__getitem__, k) for p in probabilities]
+        for item, answer in zip(some, found, strict=False):  # the last sequence may be a filler
+            print(as_json(item, answer) if args.json else as_line(item, answer))
         sys.stdout.flush()
         counts["answered"] += len(some)
+        counts["cut"] += n_cut
     if not counts["answered"] + counts["broken"]:
         raise UserError(f"{args.file}: no texts in it")
     if counts["cut"]:

@@ -1,0 +1,111 @@
+"""Fine-tune for token labels: finetune.py --task tokens --train FILE. Entities, by their types and places.
+
+    most_frequent  each word's most frequent tag in training: the rival
+    scratch        the same network from random weights
+    pretrained     the network from the folder --model
+
+The rates are chosen inside the labels as in finetune.py, whose training loop this is.
+"""
+
+import argparse
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+import checkpoint
+import entities
+from finetune import CHOOSING, CROSS_VALIDATED, HOLD_OUT, MAX_LEN, N_FOLDS, fit_network
+from flags import choose_hardware, to_record
+from labels import Labelled, batches, folds
+from model import Tagger
+from text import UserError
+
+RATES = {"scratch": (5e-4, 1e-3, 2e-3), "pretrained": (3e-4, 1e-3, 2e-3)}
+EPOCHS = 10
+BATCH = 64
+
+
+@torch.no_grad()
+def token_tags(model: Tagger, rows: list[np.ndarray], which: np.ndarray, autocast) -> list[np.ndarray]:
+    """The likeliest tag of each token of the chosen rows, (tokens,) each."""
+    model.eval()
+    found: list[np.ndarray] = []
+    for members, inputs in batches(rows, which, BATCH, next(model.parameters()).device):
+        with autocast:
+            best = model(*inputs).argmax(1).cpu()
+        lengths = [len(rows[i]) for i in members]
+        found += [part.numpy() for part in best[: sum(lengths)].split(lengths)]
+    return found
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Run the rows, and return what OUT/metrics.json says."""
+    columns = (args.text_column, args.pair_column, args.label_column)
+    if any(columns) or args.head:
+        raise UserError("--task tokens: it takes no columns and no --head")
+    device, dtype = choose_hardware(args.device, args.dtype)
+    checkpoint.make_folder(args.out, args.model)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    config, weights, tokenizer, _ = checkpoint.load_model(args.model)
+    train, test = entities.load(args.train, args.test)
+    if args.labels:
+        if args.labels > len(train):
+            raise UserError(f"--labels {args.labels}: there are only {len(train)} sentences to train on")
+        train = train[np.sort(np.random.default_rng([args.seed, 3]).permutation(len(train))[: args.labels])]
+    if len(train) < N_FOLDS:
+        raise UserError(f"{len(train)} sentences to train on; at least {N_FOLDS} are needed")
+    checkpoint.write(args.out / "flags.json", checkpoint.to_json(to_record(args)))
+    if config.is_modern:
+        config = replace(config, max_len=args.max_len or MAX_LEN)
+    max_len, n_train = min(args.max_len or MAX_LEN, config.max_len), len(train)
+    rows, places, n_cut = entities.encode_words(train.words + test.words, tokenizer, max_len)
+    targets = entities.token_targets(rows, places, train.tags + test.tags)
+    all_train, all_test = np.arange(n_train), n_train + np.arange(len(test))
+    truth = [[train.names[i] for i in tags] for tags in train.tags + test.tags]
+    n_folds = N_FOLDS if n_train <= CROSS_VALIDATED else 1
+    splits = folds(Labelled(train.words, None, np.zeros(n_train), None), n_folds, HOLD_OUT)
+    args.epochs = args.epochs or EPOCHS
+    how = f"{n_folds}-fold cross-validation" if n_folds > 1 else "a hold-out of a tenth"
+    print(f"{n_train:,} sentences, {len(test):,} to test on; choices by {how}; {args.epochs} epochs")
+    print(f"{n_cut:,} sentences cut to {max_len} tokens; products in {dtype} on {device}", flush=True)
+
+    def fit(name: str, rate: float, on: np.ndarray, unseen: np.ndarray) -> tuple[dict[str, float], Tagger]:
+        torch.manual_seed(args.seed)
+        model = Tagger(config, len(train.names)).to(device)
+        model.dropout.p = args.dropout
+        if name == "pretrained":
+            checkpoint.load_weights(model, weights, args.model, fresh=("classifier", "head"))
+        fit_network(model, rows, targets, on, rate, args, autocast)
+        tagged = token_tags(model, rows, unseen, autocast)
+        words = [entities.word_tags(t, places[i], train.names) for i, t in zip(unseen, tagged, strict=True)]
+        return entities.measure([truth[i] for i in unseen], words), model
+
+    results, choices = {}, {}
+    for name in ("most_frequent", *(row for row in args.rows if row in RATES)):
+        begun, note = time.time(), ""
+        if name == "most_frequent":
+            results[name] = entities.measure(truth[n_train:], entities.most_frequent(train, test.words))
+        else:
+            rates = RATES[name] if args.lr is None else (args.lr,)
+            rng, tried = np.random.default_rng([args.seed, 6]), {rate: [] for rate in rates}
+            for on, held_out in splits if len(rates) > 1 else []:
+                some = np.sort(rng.permutation(on)[:CHOOSING])
+                for rate in rates:
+                    tried[rate].append(fit(name, rate, some, held_out)[0]["f1"])
+            choices[name] = max(rates, key=lambda rate, tried=tried: float(np.mean(tried[rate] or [0])))
+            results[name], model = fit(name, choices[name], all_train, all_test)
+            note = f"  chose {choices[name]}"
+        if name == "pretrained":
+            tags = dict(enumerate(train.names))
+            extra = {"id2label": tags, "label2id": {tag: i for i, tag in tags.items()}}
+            checkpoint.save_model(args.out, model, tokenizer, extra)
+        shown = "  ".join(f"{key} {value:.3f}" for key, value in results[name].items())
+        results[name]["seconds"] = time.time() - begun
+        print(f"{name:<13} {shown}  {results[name]['seconds']:4.0f} s{note}", flush=True)
+    metrics = {"test": results, "choices": choices, "names": train.names, "n_train": n_train}
+    metrics |= {"n_test": len(test), "n_cut": n_cut, "dtype": str(dtype).removeprefix("torch.")}
+    checkpoint.write(args.out / "metrics.json", checkpoint.to_json(metrics))
+    return metrics

@@ -1,0 +1,262 @@
+"""Tagged files, the alignment of tags and tokens, entities and their scores, and the scripts around them."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import FAST, WORDS
+from hypothesis import given
+from hypothesis import strategies as st
+from seqeval.metrics import f1_score, precision_score, recall_score
+from seqeval.metrics.sequence_labeling import get_entities
+from test_convert import their_folder
+from test_labels import PROPERTY
+from test_model import load_theirs
+
+import checkpoint
+import entities
+import finetune
+import predict
+from entities import encode_words, find_entities, load, measure, most_frequent, read_sentences, token_targets
+from model import Tagger
+from text import UserError
+
+NAMES, PLACES = WORDS[:6], WORDS[6:12]
+
+
+def tagged(n, seed):
+    """Sentences in which a name after "bal" is a person's, and alone a thing; places have two words."""
+    rng, sentences = random.Random(seed), []
+    for _ in range(n):
+        words, tags = [], []
+        for _ in range(rng.randint(2, 7)):
+            kind = rng.random()
+            if kind < 0.3:
+                words += [WORDS[20], rng.choice(NAMES)]
+                tags += ["O", "B-PER"]
+            elif kind < 0.5:
+                words += [WORDS[21], rng.choice(NAMES)]
+                tags += ["O", "O"]
+            elif kind < 0.7:
+                words += rng.sample(PLACES, 2)
+                tags += ["B-LOC", "I-LOC"]
+            else:
+                words.append(rng.choice(WORDS[24:]))
+                tags.append("O")
+        sentences.append((words, tags))
+    return sentences
+
+
+def write_conll(path, sentences):
+    lines = ["-DOCSTART- -X- O", ""]
+    for words, tags in sentences:
+        lines += [f"{word} NN {tag}" for word, tag in zip(words, tags, strict=True)] + [""]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def write_jsonl(path, sentences, names=("words", "tags")):
+    path.write_text("".join(json.dumps(dict(zip(names, s, strict=True))) + "\n" for s in sentences))
+    return path
+
+
+# --------------------------------------------------------------------------------------------------- files
+
+
+def test_columns_and_jsonl_say_the_same(tmp_path):
+    sentences = tagged(20, 0)
+    for path in (
+        write_conll(tmp_path / "a.conll", sentences),
+        write_jsonl(tmp_path / "a.jsonl", sentences),
+        write_jsonl(tmp_path / "b.jsonl", sentences, ("tokens", "ner_tags")),
+    ):
+        assert [(words, tags) for _, words, tags in read_sentences(path)] == sentences
+        train, test = load(path, None)
+        assert (len(train), len(test)) == (16, 4) and train.names == ["O", "B-LOC", "B-PER", "I-LOC"]
+        assert [[train.names[i] for i in tags] for tags in test.tags] == [tags for _, tags in sentences[16:]]
+
+
+@pytest.mark.parametrize(
+    "content, told",
+    (
+        ("a B-X\nb I-Y\n", ":2: I-Y after B-X: an entity begins with B-Y"),
+        ("a O\nb I-X\n", ":2: I-X after O"),
+        ("a B-X\n\nb I-X\n", ":3: I-X after O"),
+        ("a B-X\nb\n", ":2: one column"),
+        ("a B-X\nb PER\n", ":2: tag 'PER'"),
+        ("a B-\n", ":1: tag 'B-'"),
+        ("a E-X\n", ":1: tag 'E-X'"),
+        ("a O\nb O\n", "nothing to learn"),
+        ("\n\n", "no sentences"),
+        ("", "no sentences"),
+    ),
+)
+def test_bad_columns(tmp_path, content, told):
+    (tmp_path / "a.conll").write_text(content)
+    with pytest.raises(UserError) as error:
+        load(tmp_path / "a.conll", None)
+    assert str(error.value).startswith(str(tmp_path / "a.conll")) and told in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "row, told",
+    (
+        ({"words": ["a"], "tags": ["B-X", "O"]}, ":2: 1 words, but 2 tags"),
+        ({"words": ["a"]}, ":2: it needs lists"),
+        ({"words": ["a"], "tags": "B-X"}, ":2: it needs lists"),
+        ({"words": ["a", 3], "tags": ["O", "O"]}, ":2: it needs lists"),
+        ({"words": ["a"], "tags": ["I-X"]}, ":2: I-X after O"),
+    ),
+)
+def test_bad_rows(tmp_path, row, told):
+    good = {"words": ["a"], "tags": ["B-X"]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=told):
+        load(tmp_path / "a.jsonl", None)
+
+
+def test_a_tag_that_training_never_saw(tmp_path):
+    train = write_conll(tmp_path / "train.conll", tagged(5, 0))
+    (tmp_path / "test.conll").write_text("a B-NEW\n")
+    with pytest.raises(UserError, match=r"test.conll:1: tag 'B-NEW' is none of those in .*B-LOC"):
+        load(train, tmp_path / "test.conll")
+
+
+# ------------------------------------------------------------------------------------- tokens and entities
+
+
+@pytest.fixture(scope="module")
+def tokenizer(pretrained):
+    return checkpoint.load_model(pretrained)[2]
+
+
+def test_tags_stand_at_first_pieces(tokenizer):
+    words = [["bal", "balqqdom", "\u200b", "x.y", "dom"], ["ki"] * 30]
+    rows, places, n_cut = encode_words(words, tokenizer, 20)
+    assert n_cut == 1 and [len(row) for row in rows][1] == 20
+    targets = token_targets(rows, places, [np.arange(5), np.arange(30)])
+    for sentence, row, target in zip(words, rows, targets, strict=True):
+        at = 1
+        wanted = np.full(len(row), entities.NOT_SCORED)
+        for i, word in enumerate(sentence):
+            pieces = tokenizer.encode(word, add_special_tokens=False).ids
+            if pieces and at < len(row) - 1:
+                wanted[at] = i
+            assert row[at : at + len(pieces), 0].tolist() == pieces[: len(row) - 1 - at] or at >= len(row) - 1
+            at += len(pieces)
+        assert target.tolist() == wanted.tolist()
+
+
+TAGS = st.sampled_from(["O", "B-A", "I-A", "B-B", "I-B"])
+SENTENCES = st.lists(st.lists(st.tuples(TAGS, TAGS), min_size=1, max_size=9), min_size=1, max_size=4)
+
+
+@PROPERTY
+@given(sentences=SENTENCES)
+def test_entities_and_scores_are_seqevals(sentences):
+    truth, predicted = ([[pair[i] for pair in s] for s in sentences] for i in (0, 1))
+    for tags in (*truth, *predicted):
+        assert entities.entities(tags) == get_entities(tags)
+    expected = {"f1": f1_score, "precision": precision_score, "recall": recall_score}
+    for name, value in measure(truth, predicted).items():
+        assert value == pytest.approx(expected[name](truth, predicted, zero_division=0))
+
+
+def test_the_rival_is_each_words_most_frequent_tag(tmp_path):
+    write_conll(tmp_path / "a.conll", [(["x", "x", "x", "y"], ["B-A", "B-A", "O", "O"])] * 4)
+    train, _ = load(tmp_path / "a.conll", tmp_path / "a.conll")
+    assert most_frequent(train, [["x", "y", "z"]]) == [["B-A", "O", "O"]]
+
+
+# ---------------------------------------------------------------------------------------------- the scripts
+
+
+@pytest.fixture(scope="module")
+def tagger(pretrained, tmp_path_factory):
+    """(folder, metrics, test sentences) of a run of the whole script."""
+    folder = tmp_path_factory.mktemp("tagger")
+    train = write_conll(folder / "train.conll", tagged(150, 1))
+    test = write_jsonl(folder / "test.jsonl", tagged(40, 2))
+    flags = ["--model", str(pretrained), "--task", "tokens", "--train", str(train), "--test", str(test)]
+    metrics = finetune.main([*flags, "--out", str(folder / "out"), *FAST, "--epochs", "6", "--lr", "3e-3"])
+    return folder / "out", metrics, tagged(40, 2)
+
+
+def test_context_beats_the_most_frequent_tag(tagger):
+    _, metrics, sentences = tagger
+    assert list(metrics["test"]) == ["most_frequent", "scratch", "pretrained"]
+    assert metrics["test"]["pretrained"]["f1"] > metrics["test"]["most_frequent"]["f1"] + 0.1
+    assert metrics["n_test"] == len(sentences)
+
+
+def test_the_folder_is_read_by_transformers_and_is_the_one_that_was_measured(tagger):
+    out, metrics, sentences = tagger
+    other = load_theirs(transformers.AutoModelForTokenClassification, out)
+    assert other.config.id2label == dict(enumerate(metrics["names"]))
+    config, weights, tokenizer, _ = checkpoint.load_model(out)
+    model = Tagger(config, len(metrics["names"])).eval()
+    assert not checkpoint.load_weights(model, weights, out)
+    rows, places, _ = encode_words([words for words, _ in sentences], tokenizer, 32)
+    predicted = []
+    for row, first in zip(rows, places, strict=True):
+        ids = torch.from_numpy(row[:, 0])
+        with torch.no_grad():
+            logits = model(ids, torch.tensor([0, len(ids)], dtype=torch.int32), len(ids))
+            torch.testing.assert_close(other(ids[None]).logits[0], logits, rtol=1e-5, atol=1e-5)
+        predicted.append(entities.word_tags(logits.argmax(1).numpy(), first, metrics["names"]))
+    found = measure([tags for _, tags in sentences], predicted)
+    assert found["f1"] == pytest.approx(metrics["test"]["pretrained"]["f1"])
+
+
+def test_predict_tells_entities_and_their_places(tagger, capsys):
+    out, _, sentences = tagger
+    texts = [" ".join(words) for words, _ in sentences[:20]]
+    predict.main(["--model", str(out), "--json", "--batch-size", "7", "--dtype", "float32", *texts])
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["text"] for answer in answers] == texts and any(a["entities"] for a in answers)
+    model, tokenizer, names = predict.load(out, torch.device("cpu"))
+    for (words, _), text, answer in zip(sentences, texts, answers, strict=False):
+        rows, (first,), _ = encode_words([words], tokenizer, 32)
+        ids = torch.from_numpy(rows[0][:, 0])
+        with torch.no_grad():
+            best = model(ids, torch.tensor([0, len(ids)], dtype=torch.int32), len(ids)).argmax(1)
+        tags = entities.word_tags(best.numpy(), first, names)
+        wanted = [(kind, " ".join(words[a : b + 1])) for kind, a, b in entities.entities(tags)]
+        assert [(e["type"], e["text"]) for e in answer["entities"]] == wanted
+        assert all(text[e["start"] : e["end"]] == e["text"] for e in answer["entities"])
+    predict.main(["--model", str(out), "--dtype", "float32", "...", texts[0]])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "-\t..." and lines[1].endswith("\t" + texts[0])
+
+
+@pytest.mark.parametrize("name", ("bert", "roberta"))
+def test_a_tagger_of_another_family(tmp_path, name):
+    other = their_folder(tmp_path, name, "ForTokenClassification", num_labels=3)
+    model, tokenizer, names = predict.load(tmp_path, torch.device("cpu"))
+    ids = tokenizer.encode(f"{WORDS[0]} {WORDS[1]}").ids
+    flat = torch.tensor(ids), torch.tensor([0, len(ids)], dtype=torch.int32), len(ids)
+    torch.testing.assert_close(model(*flat), other(flat[0][None]).logits[0], rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        assert len(find_entities(model, tokenizer, ["O", "B-A", "I-A"], [WORDS[0]])[0]) == 1
+    checkpoint.save_model(tmp_path / "again", model, tokenizer, {"id2label": dict(enumerate(names))})
+    again = load_theirs(transformers.AutoModelForTokenClassification, tmp_path / "again")
+    assert all(torch.equal(again.state_dict()[key], w) for key, w in other.state_dict().items())
+    assert names == ["LABEL_0", "LABEL_1", "LABEL_2"]
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    (
+        (["--train", "{}", "--text-column", "a"], "no columns"),
+        (["--train", "{}", "--labels", "999"], "--labels 999: there are only"),
+        (["--train", "{}", "--labels", "2"], "2 sentences to train on"),
+    ),
+)
+def test_bad_flags(pretrained, tmp_path, flags, told):
+    path = write_conll(tmp_path / "a.conll", tagged(10, 0))
+    given = [flag.format(path) for flag in flags]
+    with pytest.raises(UserError, match=told):
+        finetune.main(["--model", str(pretrained), "--task", "tokens", "--out", str(tmp_path / "o"), *given])
