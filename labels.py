@@ -355,8 +355,7 @@ def batches(
     """(which examples, (ids (T,), cu_seqlens, longest, token_types (T,))) of `size` examples at a time, in
     the given order.
 
-    T is rounded up with more sequences, of zeros, that no one reads: for every new T the CPU's products are
-    compiled anew, which takes longer than they do.
+    T is rounded up by sequences of zeros, that no one reads: the CPU's products are compiled anew for each T.
     """
     for first in range(0, len(order), size):
         which = order[first : first + size]

@@ -201,7 +201,6 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     device, dtype = choose_hardware(args.device, args.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     model, tokenizer, names = load(args.model, device)
-    max_len = model.config.max_len
     fills, mask = isinstance(model, MaskedLM), special_tokens(tokenizer)["mask"]
     mask_id = tokenizer.token_to_id(mask)
     k = args.top or (5 if fills else len(names or [""]) if args.json else 1)
@@ -219,7 +218,9 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
                 found, n_cut = find_entities(model, tokenizer, names, texts)
             else:
                 pairs = pairs if pairs[0] is not None else None
-                rows, n_cut = encode(Labelled(texts, pairs, np.zeros(len(some)), None), tokenizer, max_len)
+                rows, n_cut = encode(
+                    Labelled(texts, pairs, np.zeros(len(some)), None), tokenizer, model.config.max_len
+                )
                 if fills:
                     has_mask = [mask_id in row[:, 0] for row in rows]
                     for item in itertools.compress(some, map(operator.not_, has_mask)):
@@ -242,8 +243,7 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     if not counts["answered"] + counts["broken"]:
         raise UserError(f"{args.file}: no texts in it")
     if counts["cut"]:
-        cut = f"{counts['cut']:,} texts cut to head and tail of together {max_len} tokens"
-        print(cut, file=sys.stderr)
+        print(f"{counts['cut']:,} texts cut to {model.config.max_len} tokens", file=sys.stderr)
     return counts
 
 
