@@ -62,8 +62,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.file = Path("-")
     is_table = args.file and text_suffix(args.file) in TABLE_SUFFIXES
     if (args.text_column or args.pair_column) and not is_table:
-        tables = ", ".join(TABLE_SUFFIXES)
-        flags.error(f"--text-column and --pair-column belong to --file with one of {tables}")
+        flags.error(f"--text-column and --pair-column belong to a --file of {', '.join(TABLE_SUFFIXES)}")
     return args
 
 
@@ -131,8 +130,7 @@ def load(folder: Path, device: torch.device) -> tuple[torch.nn.Module, Tokenizer
     kind = next((kind for name, kind in kinds.items() if architecture.endswith(name)), None)
     pooling, given = raw.get("classifier_pooling"), raw.get("id2label")
     if kind is None:
-        known = ", ".join(kinds)
-        raise UserError(f"{folder}/config.json: architectures {architecture!r}: known are those {known}")
+        raise UserError(f"{folder}: architecture {architecture!r} is none of those {', '.join(kinds)}")
     if kind is MaskedLM:  # which in BERT's families has no use for the pooler
         model = MaskedLM(config)
         checkpoint.load_weights(model, weights, folder, fresh=("pooler",))
