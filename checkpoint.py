@@ -165,8 +165,9 @@ def make_folder(out: Path, model: Path | None = None) -> None:
 
 
 def begin_run(out: Path, flags: dict[str, Any]) -> None:
-    """Write the flags, and clear the checkpoints of an earlier run, which this one must not resume from."""
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    """Write the flags, and clear what an earlier run kept, which this one must not resume from."""
+    for kept in ("checkpoints", "snapshots"):
+        shutil.rmtree(out / kept, ignore_errors=True)
     write(out / "flags.json", to_json(flags))
 
 

@@ -385,10 +385,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             fresh = new_model(name)
             features = outputs(fresh, rows, np.arange(len(rows)), autocast, fresh.features)
         rng, tried = np.random.default_rng([args.seed, 6]), []
-        for on, held_out in splits:
+        for on, held_out in splits if len(grids[name]) > 1 else []:
             some = np.sort(rng.permutation(on)[:most])
             tried.append((train.targets[held_out], fit(name, some, held_out, grids[name])[0]))
-        choice, validation = best_choice(tried, is_classes)
+        choice, validation = best_choice(tried, is_classes) if tried else (grids[name][0], None)
         fitted, model = fit(name, all_train, all_test, [choice])
         predicted[name] = fitted[choice]
         if name == "pretrained":

@@ -77,6 +77,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--validate-every", type=positive, default=200, help="steps between validations")
     add("--validate-batches", type=positive, default=8, help="micro-batches of a validation")
     add("--save-every", type=positive, default=200, help="steps between checkpoints")
+    kept = "models kept along the way, evenly, in OUT/snapshots: to see what the steps are worth"
+    add("--snapshots", type=number(int, 0), default=0, help=kept)
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     args = flags.parse_args(argv)
     if args.model and (args.preset or args.vocab_size or args.family):
@@ -311,6 +313,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             say(f"step {done}: validation loss {points[-1]['validation_loss']:.3f}")
         if signals or done % args.save_every == 0:
             save(done)
+        if rank == 0 and done * args.snapshots // n_steps > step * args.snapshots // n_steps:
+            checkpoint.save_model(args.out / "snapshots" / f"step-{done}", model, corpus.tokenizer)
         if signals:
             break
     bar.close()

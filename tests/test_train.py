@@ -110,6 +110,18 @@ def test_resume_equals_a_straight_run(corpus_file, tmp_path, monkeypatch):
     assert timeless[0] == timeless[1]
 
 
+def test_snapshots_are_models_along_the_way(corpus_file, tmp_path):
+    train.main(run(corpus_file, tmp_path, "--snapshots", "4", steps=6))
+    folders = {folder.name: weights(folder) for folder in (tmp_path / "snapshots").iterdir()}
+    assert folders.keys() == {"step-2", "step-3", "step-5", "step-6"}
+    last, before = folders["step-6"], folders["step-5"]
+    assert all(torch.equal(weight, weights(tmp_path)[name]) for name, weight in last.items())
+    assert not all(torch.equal(weight, before[name]) for name, weight in last.items())
+    checkpoint.load_model(tmp_path / "snapshots" / "step-2")
+    train.main(run(corpus_file, tmp_path, steps=1))
+    assert not (tmp_path / "snapshots").exists()
+
+
 def test_a_model_goes_on_on_new_text_with_its_own_words(pretrained, finetuned, tmp_path):
     new = tmp_path / "new.txt"
     new.write_text("\n".join(s + " zzz" for topic in (1, 4) for s in sentences(200, 50 + topic, topic)))
