@@ -49,6 +49,7 @@ GRIDS = {
     "scratch": ((5e-4,), (1e-3,), (2e-3,)),
     "pretrained": ((0.0,), (1e-4,), (3e-4,)),
 }
+BERT_GRID = ((0.0,), (5e-5,), (1e-4,))  # of pretrained weights with post-norm: higher rates end lower
 ROWS = tuple(GRIDS)
 HEAD_C = 1e-3  # a weak head under pretrained states: fine-tuning that starts from a stronger one ends lower
 CROSS_VALIDATED = 1000  # up to so many labels choices are made by cross-validation, above on a hold-out
@@ -321,7 +322,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     train = draw(train, args.labels, args.seed)
     checkpoint.write(args.out / "flags.json", checkpoint.to_json(to_record(args)))
 
-    grids = GRIDS | (dict.fromkeys(("scratch", "pretrained"), ((args.lr,),)) if args.lr is not None else {})
+    grids = GRIDS if config.is_modern else GRIDS | {"pretrained": BERT_GRID}
+    if args.lr is not None:
+        grids = grids | dict.fromkeys(("scratch", "pretrained"), ((args.lr,),))
     is_classes, n_labels, n_train = train.names is not None, len(train.names or ["value"]), len(train)
     if config.is_modern:  # RoPE reaches beyond the windows of pretraining
         config = replace(config, max_len=args.max_len or MAX_LEN)
