@@ -13,14 +13,13 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from data import special_ids
-from labels import batches
+from labels import TEST_SHARE, batches
 from model import Tagger
 from text import UserError, read_lines, read_table, text_suffix
 
 WORD_NAMES, TAG_NAMES = ("words", "tokens"), ("tags", "labels", "ner_tags")  # of the fields of a .jsonl
 OUTSIDE = "O"
 NOT_SCORED = -100  # the target of a token that no one reads: cross_entropy's ignore_index
-TEST_SHARE = 0.2
 # What CoNLL's files call a word, in text that has not been cut into words.
 WORD = re.compile(r"\w+(?:[-.'\u2019]\w+)*|[^\w\s]")
 

@@ -37,7 +37,7 @@ import checkpoint
 from data import CACHE, Corpus
 from flags import Flags, choose_hardware, number, to_record
 from labels import Labelled, batches, draw, encode, folds, load
-from model import Classifier, Tagger
+from model import Classifier, Config, Tagger
 from optim import set_learning_rates
 from text import UserError
 
@@ -300,6 +300,23 @@ def save_classifier(
     checkpoint.save_model(out, model, tokenizer, extra)
 
 
+def choose_splits(examples: Labelled) -> tuple[list[tuple[np.ndarray, np.ndarray]], str]:
+    """The splits that choices are made by, and what they are called."""
+    if len(examples) <= CROSS_VALIDATED:
+        return folds(examples, N_FOLDS, HOLD_OUT), f"{N_FOLDS}-fold cross-validation"
+    return folds(examples, 1, HOLD_OUT), "a hold-out of a tenth"
+
+
+def choose_length(config: Config, args: argparse.Namespace) -> tuple[Config, int]:
+    """(config, tokens of an example): RoPE reaches beyond the windows of pretraining, learned positions do
+    not. Raises UserError where --max-len asks for more of them than there are."""
+    if config.is_modern:
+        config = replace(config, max_len=args.max_len or MAX_LEN)
+    elif (args.max_len or 0) > config.max_len:
+        raise UserError(f"--max-len {args.max_len}: {args.model} has {config.max_len} positions")
+    return config, min(args.max_len or MAX_LEN, config.max_len)
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the rows, and return what OUT/metrics.json says."""
     args = parse(argv)
@@ -315,8 +332,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     heads = ("mean", "head(mean)") if config.is_modern else ("pooler", "its pooler")
     if args.head not in (None, heads[0]):
         raise UserError(f"--head {args.head}: {args.model} is a {config.family} model, which has {heads[1]}")
-    if not config.is_modern and (args.max_len or 0) > config.max_len:
-        raise UserError(f"--max-len {args.max_len}: {args.model} has {config.max_len} positions")
+    config, max_len = choose_length(config, args)
     columns = (args.text_column, args.pair_column, args.label_column)
     train, test = load(args.data, args.train, args.test, columns, args.task)
     train = draw(train, args.labels, args.seed)
@@ -326,16 +342,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.lr is not None:
         grids = grids | dict.fromkeys(("scratch", "pretrained"), ((args.lr,),))
     is_classes, n_labels, n_train = train.names is not None, len(train.names or ["value"]), len(train)
-    if config.is_modern:  # RoPE reaches beyond the windows of pretraining
-        config = replace(config, max_len=args.max_len or MAX_LEN)
-    max_len = min(args.max_len or MAX_LEN, config.max_len)
     (train_rows, n_cut), (test_rows, n_cut_test) = (encode(x, tokenizer, max_len) for x in (train, test))
     rows, texts = train_rows + test_rows, joined(train) + joined(test)
     all_train, all_test = np.arange(n_train), n_train + np.arange(len(test))
-    n_folds = N_FOLDS if n_train <= CROSS_VALIDATED else 1
-    splits = folds(train, n_folds, HOLD_OUT)
+    splits, how = choose_splits(train)
     args.epochs = args.epochs or max(2, min(8, round(31 / (n_train / max(2, n_labels)) ** 0.35)))
-    how = f"{n_folds}-fold cross-validation" if n_folds > 1 else "a hold-out of a tenth"
     print(f"{n_train:,} labels, {len(test):,} examples to test on; choices by {how}; {args.epochs} epochs")
     cut = f"{n_cut + n_cut_test:,} texts cut to head and tail of together {max_len} tokens"
     print(f"{cut}; products in {dtype_name} on {device}", flush=True)

@@ -200,14 +200,19 @@ class Encoder(nn.Module):
         self.final_norm = Norm(config) if config.is_modern else nn.Identity()
         self.dropout = nn.Dropout(0.0)  # on hidden states only; fine-tuning may raise it
 
+    def ropes(self, max_seqlen: int, device: torch.device) -> dict[int | None, Rope | None]:
+        """The rotation of each window's layers; BERT's have none."""
+        config = self.config
+        if not config.is_modern:
+            return {None: None}
+        thetas = {None: config.global_rope_theta, config.local_attention // 2: config.local_rope_theta}
+        windows = {layer.attn.window for layer in self.layers}
+        return {w: rope_tables(max_seqlen, config.head_dim, thetas[w], device) for w in windows}
+
     def forward(
         self, ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, token_types: Tensor | None = None
     ) -> Tensor:
-        config, rope = self.config, {None: None}  # of each window
-        if config.is_modern:
-            thetas = {None: config.global_rope_theta, config.local_attention // 2: config.local_rope_theta}
-            windows = {layer.attn.window for layer in self.layers}
-            rope = {w: rope_tables(max_seqlen, config.head_dim, thetas[w], ids.device) for w in windows}
+        rope = self.ropes(max_seqlen, ids.device)
         x = self.dropout(self.embeddings(ids, cu_seqlens, token_types))
         for layer in self.layers:
             x = layer(x, cu_seqlens, max_seqlen, rope[layer.attn.window], self.dropout)

@@ -5,6 +5,7 @@ Axes: L tokens of a text, H heads.
 """
 
 import base64
+import functools
 import html
 import io
 import itertools
@@ -13,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels import rope_tables, rotate
-from model import Classifier
+from kernels import rotate
+from model import Attention, Classifier
 
 FOR, AGAINST = (0, 114, 178), (213, 94, 0)  # blue and orange, which the colour-blind tell apart (Okabe & Ito)
 
@@ -22,22 +23,19 @@ FOR, AGAINST = (0, 114, 178), (213, 94, 0)  # blue and orange, which the colour-
 @torch.no_grad()
 def attention_maps(model: Classifier, row: np.ndarray) -> list[Tensor]:
     """The probabilities of each layer's attention, (H, L, L): which token (row) looks at which (column)."""
-    maps, handles, config = [], [], model.config
-    thetas = {None: config.global_rope_theta, config.local_attention // 2: config.local_rope_theta}
+    device, maps, handles = next(model.parameters()).device, [], []
+    ropes = model.model.ropes(len(row), device)
 
-    def keep(attn, _, projected: Tensor) -> None:
+    def keep(attn: Attention, _, __, projected: Tensor) -> None:
         q, k, _ = projected.unflatten(-1, attn.heads).permute(1, 2, 0, 3)  # (H, L, D) each
-        rope = rope_tables(len(row), config.head_dim, thetas[attn.window], q.device)
-        q, k = rotate(torch.stack((q, k))[:, None], rope if config.is_modern else None, config.head_dim**-0.5)
+        q, k = rotate(torch.stack((q, k))[:, None], ropes[attn.window], q.shape[-1] ** -0.5)
         scores, position = q[0] @ k[0].transpose(-1, -2), torch.arange(len(row), device=q.device)
         if attn.window is not None:
             scores.masked_fill_((position[:, None] - position).abs() > attn.window, -torch.inf)
         maps.append(scores.softmax(-1).cpu())
 
     for layer in model.model.layers:
-        hook = lambda module, given, out, attn=layer.attn: keep(attn, given, out)  # noqa: E731
-        handles.append(layer.attn.Wqkv.register_forward_hook(hook))
-    device = next(model.parameters()).device
+        handles.append(layer.attn.Wqkv.register_forward_hook(functools.partial(keep, layer.attn)))
     ids, types = torch.from_numpy(row).T.to(device)
     model(ids, torch.tensor([0, len(row)], dtype=torch.int32, device=device), len(row), types)
     for handle in handles:

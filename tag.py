@@ -9,7 +9,6 @@ The rates are chosen inside the labels as in finetune.py, whose training loop th
 
 import argparse
 import time
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,9 +16,9 @@ import torch
 
 import checkpoint
 import entities
-from finetune import CHOOSING, CROSS_VALIDATED, HOLD_OUT, MAX_LEN, N_FOLDS, fit_network
+from finetune import CHOOSING, N_FOLDS, choose_length, choose_splits, fit_network
 from flags import choose_hardware, to_record
-from labels import Labelled, batches, folds
+from labels import Labelled, batches
 from model import Tagger
 from text import UserError
 
@@ -50,6 +49,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     checkpoint.make_folder(args.out, args.model)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     config, weights, tokenizer, _ = checkpoint.load_model(args.model)
+    config, max_len = choose_length(config, args)
     train, test = entities.load(args.train, args.test)
     if args.labels:
         if args.labels > len(train):
@@ -58,17 +58,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if len(train) < N_FOLDS:
         raise UserError(f"{len(train)} sentences to train on; at least {N_FOLDS} are needed")
     checkpoint.write(args.out / "flags.json", checkpoint.to_json(to_record(args)))
-    if config.is_modern:
-        config = replace(config, max_len=args.max_len or MAX_LEN)
-    max_len, n_train = min(args.max_len or MAX_LEN, config.max_len), len(train)
+    n_train = len(train)
     rows, places, n_cut = entities.encode_words(train.words + test.words, tokenizer, max_len)
     targets = entities.token_targets(rows, places, train.tags + test.tags)
     all_train, all_test = np.arange(n_train), n_train + np.arange(len(test))
     truth = [[train.names[i] for i in tags] for tags in train.tags + test.tags]
-    n_folds = N_FOLDS if n_train <= CROSS_VALIDATED else 1
-    splits = folds(Labelled(train.words, None, np.zeros(n_train), None), n_folds, HOLD_OUT)
+    splits, how = choose_splits(Labelled(train.words, None, np.zeros(n_train), None))
     args.epochs = args.epochs or EPOCHS
-    how = f"{n_folds}-fold cross-validation" if n_folds > 1 else "a hold-out of a tenth"
     print(f"{n_train:,} sentences, {len(test):,} to test on; choices by {how}; {args.epochs} epochs")
     print(f"{n_cut:,} sentences cut to {max_len} tokens; products in {dtype} on {device}", flush=True)
 

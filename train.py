@@ -147,7 +147,7 @@ def no_compiler(device: torch.device) -> str:
     try:
         torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
     except Exception as error:  # whatever it is that is wanting: a C++ compiler, Python's headers, Triton
-        return str(error).strip().splitlines()[0]
+        return checkpoint.first_line(error)
     return ""
 
 
@@ -220,9 +220,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     config = begun[0] if begun else Config(**shape | {"vocab_size": corpus.vocab_size, "max_len": max_len})
     model = build_model(config, corpus, "random" if begun else args.start, args.seed).to(device)
     if begun:
-        checkpoint.load_weights(
-            model, begun[1], args.model, fresh=("decoder.bias", "head", "pooler")
-        )  # a classifier has none
+        lacking = ("decoder.bias", "head", "pooler")  # in a classifier, or in a bare encoder
+        checkpoint.load_weights(model, begun[1], args.model, fresh=lacking)
     optimizers = make_optimizers(model, args.lr_muon, args.lr_adamw, args.weight_decay, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     validation = [batch.to(device) for batch in corpus.validation(args.validate_batches)]
