@@ -32,7 +32,7 @@ from results import Results, Table
 from rivals import linear_fits
 from text import UserError, reviews
 
-NETWORK = {"pretrained": "", "frozen": ", frozen"}  # rows of each model, by what is added to its name
+NETWORK = {"pretrained": "{}", "frozen": "{}, frozen"}  # rows of each model, and what they are called
 RIVALS = {"scratch": "random weights", "lsa": "LSA", "bag_of_words": "bag of words"}
 QUICK = {"labels": "100,1000", "seeds": 2, "rows": "bag_of_words,lsa,frozen,pretrained"}
 TRANSFER_ROWS = ("frozen", "lsa")
@@ -271,8 +271,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for name, model in models.items():
         rows = tuple(row for row in args.rows if row in NETWORK or name == ours)
         runs += [Run(data, flags, name, model, b, seed, rows) for b in budgets for seed in seeds if rows]
-        called = name if len(models) > 1 else "pretrained"
-        shown |= {called + added: (name, row) for row, added in NETWORK.items() if row in rows}
+        called = NETWORK if len(models) > 1 else dict(zip(NETWORK, NETWORK, strict=True))
+        shown |= {called[row].format(name): (name, row) for row in NETWORK if row in rows}
     shown |= {called: (ours, row) for row, called in RIVALS.items() if row in args.rows}
     snapshots = [
         models[ours] / "snapshots" / f"step-{step}" for step in (report.read_curve(models[ours]) or [[]])[0]
@@ -327,7 +327,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if problem:
         raise problem
     return {
-        row: {b: [*vars(score.estimate()).values()] for b, score in cells.items()}
+        row: {b: [*vars(score.level()).values()] for b, score in cells.items()}
         for row, cells in table.scores.items()
     }
 

@@ -55,6 +55,11 @@ class Score:
         low, high = np.quantile(deviations, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
         return Estimate(mean, mean + float(low), mean + float(high))
 
+    def level(self) -> Estimate:
+        """The estimate of a score that is at most 1, which draws that differ widely may forget."""
+        found = self.estimate()
+        return Estimate(found.mean, found.low, min(found.high, 1.0))
+
 
 @functools.lru_cache(2)
 def resamples(n_examples: int) -> np.ndarray:

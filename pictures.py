@@ -106,7 +106,8 @@ def reliability(bins: dict[str, np.ndarray], errors: dict[str, float], looks: di
         axes.plot((0, 1), (0, 1), color="#888888", linewidth=1, linestyle=":")
         axes.plot(confident, accurate, color=looks[row]["color"], linewidth=1)
         axes.scatter(confident, accurate, s=200 * share, color=looks[row]["color"])
-        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", aspect="equal")
+        axes.set(xlim=(0, 1), ylim=(0, 1.03), xlabel="confidence", aspect="equal")
+        axes.set(xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
         axes.set_title(f"{row}\nerror {errors[row]:.3f}", fontsize=9, color=looks[row]["color"])
     panels[0][0].set_ylabel("accuracy")
     save(figure, path)
@@ -155,20 +156,24 @@ def pareto(
     """Accuracy against each cost; a line joins the points that no other one is both cheaper and better than.
     `axis` names the costs; a row without one is left out of that panel."""
     figure, panels = pyplot.subplots(1, len(axis), figsize=(5.2 * len(axis), 3.8), sharey=True, squeeze=False)
-    figure.subplots_adjust(wspace=0.35)
+    figure.subplots_adjust(wspace=0.45)
     for axes, (cost, name) in zip(panels[0], axis.items(), strict=True):
-        there = sorted((costs[cost], estimate, row) for row, costs, estimate in points if costs.get(cost))
+        there = [(costs[cost], e, row) for row, costs, e in points if cost in costs]
+        there.sort(key=lambda point: (point[0], -point[1].mean))
         axes.set(xlabel=name, xscale="log")
-        front = [
-            (x, e.mean)
-            for i, (x, e, _) in enumerate(there)
-            if e.mean > max((f.mean for _, f, _ in there[:i]), default=-1)
-        ]
-        if front:
-            axes.plot(*zip(*front, strict=True), color="#888888", linewidth=1, linestyle="--")
+        axes.margins(x=0.2)
+        front, best = [], -np.inf
         for x, e, row in there:
             around = [[e.mean - e.low], [e.high - e.mean]]
             axes.errorbar(x, e.mean, yerr=around, markersize=6, capsize=2, **looks[row])
+            if e.mean > best:
+                front.append((x, best := e.mean))
+        axes.plot(*zip(*front, strict=True), color="#888888", linewidth=1, linestyle="--", zorder=0)
+        low, high = axes.get_xlim()
+        ticks = [m * 10.0**k for k in range(-4, 30) for m in (1, 2, 5)]
+        ticks = [x for x in ticks if low <= x <= high]
+        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        axes.minorticks_off()
         label_ends(axes, [(x, e.mean, row, looks[row]["color"]) for x, e, row in there])
     panels[0][0].set_ylabel(figure_name)
     save(figure, path)

@@ -22,7 +22,7 @@ def grid(head: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def cells_of(scores: dict[int, Score], budgets: list[int]) -> list[str]:
-    return [str(scores[budget].estimate()) if budget in scores else "" for budget in budgets]
+    return [str(scores[budget].level()) if budget in scores else "" for budget in budgets]
 
 
 def write_scores(table: Table, out: Path, looks: dict, majority: float) -> list[str]:
@@ -115,9 +115,7 @@ def write_time(
     steps, tokens, seconds, losses = curve
     names = [f"{name}@{step}" for step in steps]
     table = Table(results, data, {at: (at, "frozen") for at in names}, budgets, n_seeds)
-    found = {
-        f"{budget:,} labels": [table.scores[at][budget].estimate() for at in names] for budget in budgets
-    }
+    found = {f"{budget:,} labels": [table.scores[at][budget].level() for at in names] for budget in budgets}
     pictures.over_time(tokens, seconds, losses, found, table.figure, out / "time.png")
     rows = [
         [f"{step:,}", f"{t / 1e6:.1f}", f"{s:.0f}", f"{loss:.3f}", *(str(found[b][i]) for b in found)]
@@ -138,12 +136,10 @@ def write_layers(table: Table, found: dict[int, dict[int, np.ndarray]], name: st
         for layer, cells in found.items()
     }
     budgets = list(found[0])
-    shown = {
-        f"{b:,} labels": [(layer, cells[b].estimate()) for layer, cells in scores.items()] for b in budgets
-    }
+    shown = {f"{b:,} labels": [(layer, cells[b].level()) for layer, cells in scores.items()] for b in budgets}
     pictures.by_layer(shown, table.figure, out / "layers.png")
     rows = [
-        [str(layer) if layer else "embedding", *(str(cells[b].estimate()) for b in budgets)]
+        [str(layer) if layer else "embedding", *(str(cells[b].level()) for b in budgets)]
         for layer, cells in scores.items()
     ]
     lines = [
@@ -180,10 +176,10 @@ def write_costs(table: Table, costs: dict[str, dict[str, float]], looks: dict, o
             shown = [
                 form.format(costs[row][unit]) if unit in costs[row] else "" for unit, form in units.items()
             ]
-            rows.append([row, *shown, str(cells[most].estimate())])
-            points.append((row, costs[row], cells[most].estimate()))
+            rows.append([row, *shown, str(cells[most].level())])
+            points.append((row, costs[row], cells[most].level()))
     axis = {"milliseconds": "milliseconds until one text is answered"}
-    if any("pretraining_flops" in cost for _, cost, _ in points):
+    if len({costs["pretraining_flops"] for _, costs, _ in points if "pretraining_flops" in costs}) > 1:
         axis["pretraining_flops"] = "operations of pretraining"
     pictures.pareto(points, looks, axis, table.figure, out / "pareto.png")
     latency = {row: costs[row]["milliseconds"] for row in costs}
@@ -228,7 +224,7 @@ def write_transfer(results: Results, kinds: tuple[str, ...], budgets: list[int],
             table = Table(results, data, shown, budgets, n_seeds)
             figure = table.figure
             for source, cells in table.scores.items():
-                rows.append([source, data, row, *(str(cells[b].estimate()) for b in budgets)])
+                rows.append([source, data, row, *(str(cells[b].level()) for b in budgets)])
     return [
         f"Pretrained on one collection, tested on another: {figure}. LSA sees the same texts.",
         *grid(["pretrained on", "tested on", "row", *(f"{b:,} labels" for b in budgets)], rows),

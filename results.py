@@ -108,4 +108,4 @@ class Table:
         return intervals.macro_f1(found.argmax(-1), self.targets, found.shape[-1], self.weights)
 
     def points(self, row: str) -> list[tuple[float, Estimate]]:
-        return [(budget, score.estimate()) for budget, score in self.scores[row].items()]
+        return [(budget, score.level()) for budget, score in self.scores[row].items()]
