@@ -71,10 +71,14 @@ def fit_latent_semantics(unlabelled: list[str]) -> tuple[TfidfVectorizer, Trunca
     return tfidf, TruncatedSVD(width, random_state=0).fit(counts)
 
 
+def open_corpus(tokens_folder: Path) -> Corpus:
+    return Corpus(tokens_folder, max_len=256, row_tokens=1, seed=0)
+
+
 @functools.lru_cache(1)  # analyze.py asks for the same one again and again, half a minute each
 def corpus_semantics(tokens_folder: Path, seed: int) -> tuple[TfidfVectorizer, TruncatedSVD]:
     """Fitted on windows drawn with the seed."""
-    corpus = Corpus(tokens_folder, max_len=256, row_tokens=1, seed=0)
+    corpus = open_corpus(tokens_folder)
     chosen = np.random.default_rng([seed, 4]).permutation(len(corpus.train.start))[:LSA_WINDOWS]
     windows = corpus.train[np.sort(chosen)]
     spans = zip(windows.start.tolist(), (windows.start + windows.length).tolist(), strict=True)
@@ -90,7 +94,9 @@ def document_vectors(
     run = model_folder / "metrics.json"
     cache = run.is_file() and json.loads(run.read_text()).get("tokens_folder")
     if cache and (CACHE / cache).is_dir():
-        (tfidf, svd), name = corpus_semantics(CACHE / cache, seed), "the unlabelled text of pretraining"
+        takes_all = len(open_corpus(CACHE / cache).train.start) <= LSA_WINDOWS  # whatever the seed
+        tfidf, svd = corpus_semantics(CACHE / cache, 0 if takes_all else seed)
+        name = "the unlabelled text of pretraining"
     else:
         (tfidf, svd), name = fit_latent_semantics(labelled), "the training texts"
     return svd.transform(tfidf.transform(texts)), name
