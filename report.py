@@ -150,7 +150,8 @@ def write_layers(table: Table, found: dict[int, dict[int, np.ndarray]], name: st
         best = max(scores, key=lambda layer, budget=budget: scores[layer][budget].by_draw.mean())
         if best != (last := max(scores)):
             gained = scores[best][budget] - scores[last][budget]
-            sentence = intervals.verdict(f"layer {best}", f"layer {last}", gained)
+            named = f"layer {best}" if best else "the embedding"
+            sentence = intervals.verdict(named, f"layer {last}", gained)
             lines += [f"- With {budget:,} labels {sentence}."]
         else:
             lines += [f"- With {budget:,} labels the last layer's mean is the highest."]
