@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,18 +120,17 @@ def run_all(runs: list[Run], results: Results, args: argparse.Namespace) -> None
         run: sum(1 + (row in ("pretrained", "scratch")) * run.labels**0.65 / 5 for row in rows)
         for run, rows in missing.items()
     }
-    bar = tqdm(
-        total=round(sum(weights.values())),
-        disable=None,
-        bar_format="{desc}{percentage:3.0f}% {elapsed}, {remaining} left",
-    )
+    form = "{desc}{percentage:3.0f}% {elapsed}, {remaining} left"
+    begun, done, total = time.time(), 0.0, sum(weights.values())
+    bar = tqdm(total=total, disable=None, bar_format=form)
     for run, rows in missing.items():
         if not rows:
             continue
         shown = f"{run.name} on {run.data}, {run.labels:,} labels, draw {run.seed + 1}"
         bar.set_description_str(f"{shown}: ")
         if bar.disable:
-            print(shown, file=sys.stderr, flush=True)
+            left = f"; {(time.time() - begun) * (total / done - 1) / 60:.0f} minutes left" if done else ""
+            print(shown + left, file=sys.stderr, flush=True)
         out = args.out / "models" / run.name
         flags = ["--model", str(run.model), *run.flags, "--labels", str(run.labels), "--seed", str(run.seed)]
         flags += ["--dtype", args.dtype, *(["--device", args.device] if args.device else [])]
@@ -144,7 +144,8 @@ def run_all(runs: list[Run], results: Results, args: argparse.Namespace) -> None
                 line |= {"labels": run.labels, "seed": run.seed, "fingerprint": prints[run.name]}
                 line |= {"choice": " ".join(map(str, chosen["choice"])), "validation": chosen["validation"]}
                 results.add(run.key(row), line, kept["targets"], kept[row])
-        bar.update(round(weights[run]))
+        bar.update(weights[run])
+        done += weights[run]
     bar.close()
 
 

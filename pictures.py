@@ -154,7 +154,7 @@ def pareto(
     path: Path,
 ) -> None:
     """Accuracy against each cost; a line joins the points that no other one is both cheaper and better than.
-    `axis` names the costs; a row without one is left out of that panel."""
+    `axis` names the costs; a row that has none of one is a level across that panel."""
     figure, panels = pyplot.subplots(1, len(axis), figsize=(5.2 * len(axis), 3.8), sharey=True, squeeze=False)
     figure.subplots_adjust(wspace=0.45)
     for axes, (cost, name) in zip(panels[0], axis.items(), strict=True):
@@ -174,6 +174,10 @@ def pareto(
         ticks = [x for x in ticks if low <= x <= high]
         axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
         axes.minorticks_off()
-        label_ends(axes, [(x, e.mean, row, looks[row]["color"]) for x, e, row in there])
+        ends = [(x, e.mean, row, looks[row]["color"]) for x, e, row in there]
+        for row, _, e in [point for point in points if cost not in point[1]]:
+            axes.axhline(e.mean, color=looks[row]["color"], linewidth=1, linestyle=":")
+            ends.append((high, e.mean, f"{row} (none)", looks[row]["color"]))
+        label_ends(axes, ends)
     panels[0][0].set_ylabel(figure_name)
     save(figure, path)

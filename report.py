@@ -28,6 +28,7 @@ def cells_of(scores: dict[int, Score], budgets: list[int]) -> list[str]:
 def write_scores(table: Table, out: Path, looks: dict, majority: float) -> list[str]:
     head = ["labels", *(f"{budget:,}" for budget in table.budgets)]
     rows = [[row, *cells_of(cells, table.budgets)] for row, cells in table.scores.items()]
+    rows += [["majority", *[f"{majority:.3f}"] * len(table.budgets)]] if table.is_classes else []
     n_draws = max(len(found) for cells in table.found.values() for found in cells.values())
     lines = [f"Test {table.figure}, mean of {n_draws} draws [95% interval over draws and test examples]."]
     lines += grid(head, rows)
@@ -38,7 +39,7 @@ def write_scores(table: Table, out: Path, looks: dict, majority: float) -> list[
     if table.is_classes:
         f1 = {row: {b: table.f1(row, b) for b in cells} for row, cells in table.found.items()}
         rows = [[row, *cells_of(scores, table.budgets)] for row, scores in f1.items()]
-        lines += [f"The majority class has accuracy {majority:.3f}. Macro-F1:", *grid(head, rows)]
+        lines += ["Macro-F1:", *grid(head, rows)]
     return lines
 
 
@@ -180,7 +181,7 @@ def write_costs(table: Table, costs: dict[str, dict[str, float]], looks: dict, o
             rows.append([row, *shown, str(cells[most].level())])
             points.append((row, costs[row], cells[most].level()))
     axis = {"milliseconds": "milliseconds until one text is answered"}
-    if len({costs["pretraining_flops"] for _, costs, _ in points if "pretraining_flops" in costs}) > 1:
+    if any("pretraining_flops" in costs for _, costs, _ in points):
         axis["pretraining_flops"] = "operations of pretraining"
     pictures.pareto(points, looks, axis, table.figure, out / "pareto.png")
     latency = {row: costs[row]["milliseconds"] for row in costs}
