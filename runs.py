@@ -215,6 +215,18 @@ def load_state(
     return state
 
 
+def restore(folder: Path, state: dict[str, Any], model: nn.Module, optimizers: list, scaler: Any) -> None:
+    """Bring all back to where the checkpoint was written. Raises UserError where it does not fit."""
+    checkpoint.load_weights(model, checkpoint.load_model(folder)[1], folder)
+    try:
+        model.bag_bias.data.copy_(state["bag_bias"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        scaler.load_state_dict(state["scaler"])
+    except checkpoint.BROKEN as error:
+        raise UserError(f"{folder}: cannot be resumed: {checkpoint.first_line(error)}") from None
+
+
 # --------------------------------------------------------------------------------------- does it go well?
 
 

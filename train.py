@@ -229,11 +229,7 @@ def pretrain(args: argparse.Namespace, rank: int, n_ranks: int) -> dict[str, Any
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     start, stop, points, health = 0, 0, [], runs.new_health(scaler.is_enabled())
     if state:
-        checkpoint.load_weights(model, checkpoint.load_model(resumed)[1], resumed)
-        model.bag_bias.data.copy_(state["bag_bias"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        scaler.load_state_dict(state["scaler"])
+        runs.restore(resumed, state, model, optimizers, scaler)
         start, points, health = state["step"], state["points"], state["health"]
         say(f"resuming after step {start}")
     if args.compile and (problem := no_compiler(device)):
@@ -246,7 +242,8 @@ def pretrain(args: argparse.Namespace, rank: int, n_ranks: int) -> dict[str, Any
     say(f"{n_weights:,} weights on {device}, products in {dtype_name}")
     say(f"{n_steps} steps of {step_tokens:,} tokens")
 
-    runs.check_space(args.out, 4 * n_weights, args.keep, args.snapshots)
+    n_kept = min(args.keep, n_steps // args.save_every + 1)
+    runs.check_space(args.out, 4 * n_weights, n_kept, args.snapshots)
     if rank == 0 and not state:
         runs.begin_run(args.out, flags, environment)
 

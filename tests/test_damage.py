@@ -1,7 +1,7 @@
 """Nothing is lost: damage done to real runs, in processes of their own.
 
-A run that was killed, over and over, and resumed, is compared with one that was left alone: every byte of weights
-and optimizers, and all that was logged but the clock. CI runs a sample of each; -m slow runs all.
+A run that was killed, over and over, and resumed, is compared with one that was left alone: every byte of
+weights and optimizers, and all that was logged but the clock. CI runs a sample of each; -m slow runs all.
 """
 
 import json
@@ -98,8 +98,8 @@ def assert_equal(found, wanted):
 
 
 def kill_and_resume(given, out, ranks, n_kills, seed):
-    """Kill a run `n_kills` times at random moments, every other one during a save; returns how many of them left
-    a half written checkpoint."""
+    """Kill a run `n_kills` times at random moments, every other one during a save; returns how many of them
+    left a half written checkpoint."""
     rng, n_amid = random.Random(seed), 0
     for i in range(n_kills):
         process = start([*given, *["--resume"] * (i > 0)], ranks)
@@ -402,8 +402,8 @@ print("pages", len(pages), max(pages[: len(pages) // 10]), max(pages), file=sys.
 
 
 def assert_flat(tmp_path, module, name, given, n_calls):
-    """The memory of a script, looked at in each call of a function of it, grows by less than 2% after the first
-    tenth."""
+    """The memory of a script, looked at in each call of a function of it, grows by less than 2% after the
+    first tenth."""
     (tmp_path / "measured.py").write_text(MEASURED)
     command = [sys.executable, str(tmp_path / "measured.py"), module, name, *map(str, given)]
     done = subprocess.run(
