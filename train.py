@@ -242,10 +242,11 @@ def pretrain(args: argparse.Namespace, rank: int, n_ranks: int) -> dict[str, Any
     say(f"{n_weights:,} weights on {device}, products in {dtype_name}")
     say(f"{n_steps} steps of {step_tokens:,} tokens")
 
-    n_kept = min(args.keep, n_steps // args.save_every + 1)
-    runs.check_space(args.out, 4 * n_weights, n_kept, args.snapshots)
-    if rank == 0 and not state:
-        runs.begin_run(args.out, flags, environment)
+    if rank == 0:
+        n_kept = min(args.keep, n_steps // args.save_every + 1)
+        runs.check_space(args.out, 4 * n_weights, n_kept, args.snapshots)
+        if not state:
+            runs.begin_run(args.out, flags, environment)
 
     def save(step: int) -> None:
         if rank == 0:

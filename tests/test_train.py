@@ -97,7 +97,7 @@ def test_resume_equals_a_straight_run(corpus_file, tmp_path, monkeypatch):
         save_step(out, *rest)
         raise RuntimeError("the power went")
 
-    monkeypatch.setattr(checkpoint, "save_step", stop_after_five)
+    monkeypatch.setattr(runs, "save_step", stop_after_five)
     with pytest.raises(RuntimeError):
         train.main(run(corpus_file, broken, "--save-every", "5"))
     monkeypatch.undo()
