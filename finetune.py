@@ -1,9 +1,10 @@
-"""Fine-tune, and compare: python finetune.py. Four rows side by side, each with every choice made inside the
+"""Fine-tune, and compare: python finetune.py. Rows side by side, each with every choice made inside the
 labels.
 
     bag_of_words   TF-IDF and logistic regression, fitted on the labels alone
     lsa            the same on a truncated SVD of the unlabelled text that pretraining saw
     scratch        the same network from random weights
+    frozen         logistic regression on the pretrained network's vectors; runs where --rows names it
     pretrained     the network from the folder --model
 
 Up to 1,000 labels choices are made by stratified cross-validation, above on a hold-out of a tenth; then the
@@ -12,7 +13,7 @@ then `main`.
 """
 
 import argparse
-import json
+import io
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,44 +25,40 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import stats
-from sklearn import metrics as scores
-from sklearn.decomposition import TruncatedSVD
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.preprocessing import normalize
+from scipy.special import softmax
+from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix, f1_score
 from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
 
 import checkpoint
-from data import CACHE, Corpus
 from flags import Flags, choose_hardware, number, to_record
 from labels import Labelled, batches, draw, encode, folds, load
 from model import Classifier, Config, Tagger
 from optim import set_learning_rates
+from rivals import LSA_WIDTHS, Fit, bag_of_words, document_vectors, linear, linear_fits, lsa
 from text import UserError
 
-# No row searches less than the pretrained one, which so gains nothing by searching. A choice of the bag is
-# C; of LSA, width and C; of a network, its peak learning rate, 0 for a frozen one under a linear head.
+# No row searches less than the pretrained one, which so gains nothing by searching. A choice of the bag and
+# of frozen vectors is C; of LSA, width and C; of a network, its peak learning rate, 0 for a frozen one under
+# a linear head.
 GRIDS = {
     "bag_of_words": ((0.3,), (1.0,), (3.0,), (10.0,), (30.0,), (100.0,)),
-    "lsa": tuple((width, c) for width in (100, 256, 512) for c in (1.0, 10.0)),
+    "lsa": tuple((width, c) for width in LSA_WIDTHS for c in (1.0, 10.0)),
     "scratch": ((5e-4,), (1e-3,), (2e-3,)),
+    "frozen": ((1e-3,), (1e-2,), (0.1,), (1.0,)),
     "pretrained": ((0.0,), (1e-4,), (3e-4,)),
 }
 BERT_GRID = ((0.0,), (5e-5,), (1e-4,))  # of pretrained weights with post-norm: higher rates end lower
-ROWS = tuple(GRIDS)
+ROWS = "bag_of_words,lsa,scratch,pretrained"
 HEAD_C = 1e-3  # a weak head under pretrained states: fine-tuning that starts from a stronger one ends lower
 CROSS_VALIDATED = 1000  # up to so many labels choices are made by cross-validation, above on a hold-out
 N_FOLDS, HOLD_OUT = 3, 0.1
 CHOOSING = 2000  # examples that networks are trained on while choices are made; the final fit takes all
-LSA_WINDOWS = 50_000
 MAX_LEN = 512
 FEATURE_BATCH = 64
 
 CORRELATIONS = (stats.pearsonr, stats.spearmanr)
-
-Fit = dict[Any, np.ndarray]  # choice: predictions
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -78,7 +75,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     tasks = "guessed where not given: few integers are classes; tokens wants words with tags, see tag.py"
     add("--task", choices=("classify", "regress", "tokens"), help=tasks)
     add("--labels", type=positive, help="label budget: so many training examples are drawn; by default all")
-    add("--rows", default=",".join(ROWS), help="which of the four to run")
+    add("--rows", default=ROWS, help=f"which to run, of {', '.join(GRIDS)}")
     head = "what the classes are read from: BERT's pooler, or head(mean); each family has its own"
     add("--head", choices=("pooler", "mean"), help=head)
     add("--lr", type=rate, help="peak rate of the networks; by default the best of a few on held-out labels")
@@ -97,8 +94,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = flags.parse_args(argv)
     args.rows = args.rows.split(",")
     for row in args.rows:
-        if row not in ROWS:
-            flags.error(f"--rows {row}: choose from {','.join(ROWS)}")
+        if row not in GRIDS:
+            flags.error(f"--rows {row}: choose from {','.join(GRIDS)}")
     if args.train is None and any(
         (args.test, args.text_column, args.pair_column, args.label_column, args.task)
     ):
@@ -106,64 +103,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-# ---------------------------------------------------------------------------------- rows without a network
-
-
-def linear(features: Any, targets: np.ndarray, is_classes: bool, c: float) -> LogisticRegression | Ridge:
-    """Logistic regression, or for numbers ridge regression, of inverse strength c."""
-    estimator = LogisticRegression(C=c, max_iter=2000) if is_classes else Ridge(alpha=1 / c)
-    return estimator.fit(features, targets)
-
-
 def joined(examples: Labelled) -> list[str]:
+    """Pairs as one text, for rows that count words."""
     pairs = examples.pairs or [""] * len(examples)
     return [f"{a} {b}" if b else a for a, b in zip(examples.texts, pairs, strict=True)]
-
-
-def bag_of_words(
-    texts: list[str], targets: np.ndarray, unseen: list[str], is_classes: bool, grid: Sequence[tuple[float]]
-) -> Fit:
-    tfidf = TfidfVectorizer(sublinear_tf=True)
-    features, tested = tfidf.fit_transform(texts), tfidf.transform(unseen)
-    return {(c,): linear(features, targets, is_classes, c).predict(tested) for (c,) in grid}
-
-
-def unlabelled_texts(model_folder: Path, labelled: list[str], seed: int) -> tuple[list[str], str]:
-    """What pretraining saw: windows of the token cache that the run's folder names, or, without one, the
-    labelled texts; and a name for it."""
-    with_name = model_folder / "metrics.json"
-    name = json.loads(with_name.read_text()).get("tokens_folder") if with_name.is_file() else None
-    if name is None or not (CACHE / name).is_dir():
-        return labelled, "the training texts"
-    corpus = Corpus(CACHE / name, max_len=256, row_tokens=1, seed=seed)
-    chosen = np.random.default_rng([seed, 4]).permutation(len(corpus.train.start))[:LSA_WINDOWS]
-    spans = [(corpus.train.start[i], corpus.train.start[i] + corpus.train.length[i]) for i in np.sort(chosen)]
-    texts = corpus.tokenizer.decode_batch([corpus.tokens[first:last].tolist() for first, last in spans])
-    return texts, "the unlabelled text of pretraining"
-
-
-def latent_semantics(unlabelled: list[str], texts: list[str]) -> np.ndarray:
-    """Document vectors of `texts` in the widest width: TF-IDF and SVD fitted on the unlabelled ones."""
-    min_df = 2 if len(unlabelled) > 1000 else 1
-    # the SVD in float64 takes longer and gives the same accuracies
-    tfidf = TfidfVectorizer(sublinear_tf=True, min_df=min_df, dtype=np.float32)
-    counts = tfidf.fit_transform(unlabelled)
-    width = min(max(GRIDS["lsa"])[0], min(counts.shape) - 1)
-    return TruncatedSVD(width, random_state=0).fit(counts).transform(tfidf.transform(texts))
-
-
-def lsa(
-    vectors: np.ndarray,
-    targets: np.ndarray,
-    unseen: np.ndarray,
-    is_classes: bool,
-    grid: Sequence[tuple[int, float]],
-) -> Fit:
-    fit = {}
-    for width, c in grid:
-        features, tested = normalize(vectors[:, :width]), normalize(unseen[:, :width])
-        fit[width, c] = linear(features, targets, is_classes, c).predict(tested)
-    return fit
 
 
 # --------------------------------------------------------------------------------------------- the network
@@ -244,22 +187,23 @@ def fit_network(
 # ----------------------------------------------------------------------------- choices and results
 
 
-def measure(targets: np.ndarray, predictions: np.ndarray, is_classes: bool) -> dict[str, float]:
-    """Accuracy and macro-F1, or for numbers RMSE, Pearson's and Spearman's correlation."""
-    if is_classes:
-        f1 = scores.f1_score(targets, predictions, average="macro")
+def measure(targets: np.ndarray, found: np.ndarray) -> dict[str, float]:
+    """Accuracy and macro-F1 of probabilities, or of numbers RMSE, Pearson's and Spearman's correlation."""
+    if found.ndim == 2:
+        predictions = found.argmax(1)
+        f1 = f1_score(targets, predictions, average="macro")
         return {"accuracy": float(np.mean(targets == predictions)), "macro_f1": float(f1)}
-    rmse, varies = float(np.sqrt(np.mean((targets - predictions) ** 2))), np.ptp(predictions) > 0
-    pearson, spearman = (float(f(targets, predictions).statistic) if varies else 0.0 for f in CORRELATIONS)
+    rmse, varies = float(np.sqrt(np.mean((targets - found) ** 2))), np.ptp(found) > 0
+    pearson, spearman = (float(f(targets, found).statistic) if varies else 0.0 for f in CORRELATIONS)
     return {"rmse": rmse, "pearson": pearson, "spearman": spearman}
 
 
-def best_choice(tried: list[tuple[np.ndarray, Fit]], is_classes: bool) -> tuple[Any, float]:
-    """The choice with the best mean over the folds, (targets, {choice: predictions}): accuracy, or -RMSE."""
+def best_choice(tried: list[tuple[np.ndarray, Fit]]) -> tuple[Any, float]:
+    """The choice with the best mean over the folds, (targets, {choice: scores}): accuracy, or -RMSE."""
 
     def mean_score(choice: Any) -> float:
-        measured = [measure(targets, fit[choice], is_classes) for targets, fit in tried]
-        return float(np.mean([m["accuracy"] if is_classes else -m["rmse"] for m in measured]))
+        measured = [measure(targets, fit[choice]) for targets, fit in tried]
+        return float(np.mean([m.get("accuracy", -m.get("rmse", 0)) for m in measured]))
 
     means = {choice: mean_score(choice) for choice in tried[0][1]}
     best = max(means, key=means.get)
@@ -280,7 +224,7 @@ def show_confusion(confusion: np.ndarray, names: list[str], path: Path) -> None:
         print("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))
     size = max(4.0, 0.5 * len(names) + 2)
     figure, axes = pyplot.subplots(figsize=(size, size), layout="constrained")
-    shown = scores.ConfusionMatrixDisplay(confusion, display_labels=names)
+    shown = ConfusionMatrixDisplay(confusion, display_labels=names)
     shown.plot(ax=axes, xticks_rotation="vertical", colorbar=False, include_values=len(names) <= 20)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
@@ -341,44 +285,46 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     grids = GRIDS if config.is_modern else GRIDS | {"pretrained": BERT_GRID}
     if args.lr is not None:
         grids = grids | dict.fromkeys(("scratch", "pretrained"), ((args.lr,),))
-    is_classes, n_labels, n_train = train.names is not None, len(train.names or ["value"]), len(train)
+    n_classes, n_train = train.names and len(train.names), len(train)  # None where numbers are learned
     (train_rows, n_cut), (test_rows, n_cut_test) = (encode(x, tokenizer, max_len) for x in (train, test))
     rows, texts = train_rows + test_rows, joined(train) + joined(test)
     all_train, all_test = np.arange(n_train), n_train + np.arange(len(test))
     splits, how = choose_splits(train)
-    args.epochs = args.epochs or max(2, min(8, round(31 / (n_train / max(2, n_labels)) ** 0.35)))
+    args.epochs = args.epochs or max(2, min(8, round(31 / (n_train / (n_classes or 2)) ** 0.35)))
     print(f"{n_train:,} labels, {len(test):,} examples to test on; choices by {how}; {args.epochs} epochs")
     cut = f"{n_cut + n_cut_test:,} texts cut to head and tail of together {max_len} tokens"
     print(f"{cut}; products in {dtype_name} on {device}", flush=True)
 
     # networks learn numbers in units of their deviation; `decide`, and the saved classifier, turn them back
-    center, spread = (0, 1) if is_classes else (train.targets.mean(), train.targets.std() + 1e-6)
-    targets = train.targets if is_classes else ((train.targets - center) / spread).astype(np.float32)
+    center, spread = (0, 1) if n_classes else (train.targets.mean(), train.targets.std() + 1e-6)
+    targets = train.targets if n_classes else ((train.targets - center) / spread).astype(np.float32)
 
     def decide(logits: np.ndarray) -> np.ndarray:
-        return logits.argmax(1) if is_classes else logits[:, 0] * spread + center
+        return softmax(logits, axis=1) if n_classes else logits[:, 0] * spread + center
 
     def new_model(start: str) -> Classifier:
         torch.manual_seed(args.seed)
-        model = Classifier(config, n_labels).to(device)
+        model = Classifier(config, n_classes or 1).to(device)
         model.dropout.p = args.dropout
         if start == "pretrained":
             checkpoint.load_weights(model, weights, args.model, fresh=("classifier", "pooler"))
         return model
 
     def fit(row: str, on: np.ndarray, unseen: np.ndarray, grid: Sequence) -> tuple[Fit, Classifier | None]:
-        """Predictions for `unseen` of each choice of the grid, fitted on the examples `on`; and of a network
-        the last one."""
+        """Scores of `unseen` for each choice of the grid, fitted on the examples `on`; and of a network the
+        last one."""
         if row == "bag_of_words":
             known, asked = ([texts[i] for i in which] for which in (on, unseen))
-            return bag_of_words(known, train.targets[on], asked, is_classes, grid), None
+            return bag_of_words(known, train.targets[on], asked, n_classes, grid), None
         if row == "lsa":
-            return lsa(vectors[on], train.targets[on], vectors[unseen], is_classes, grid), None
+            return lsa(vectors[on], train.targets[on], vectors[unseen], n_classes, grid), None
+        if row == "frozen":
+            return linear_fits(features[on], train.targets[on], features[unseen], n_classes, grid), None
         found: Fit = {}
         for (rate,) in grid:
             model = new_model(row)
             if row == "pretrained":  # whole fine-tuning begins from the fitted head (Kumar et al. 2022)
-                fit_head(model, features[on], targets[on], is_classes)
+                fit_head(model, features[on], targets[on], n_classes is not None)
             if rate:
                 fit_network(model, rows, targets, on, rate, args, autocast)
                 logits = outputs(model, rows, unseen, autocast, model)
@@ -393,30 +339,30 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         begun, note = time.time(), ""
         most = CHOOSING if name in ("scratch", "pretrained") else n_train
         if name == "lsa":
-            unlabelled, note = unlabelled_texts(args.model, texts[:n_train], args.seed)
-            vectors = latent_semantics(unlabelled, texts)
-        elif name == "pretrained":
-            fresh = new_model(name)
+            vectors, note = document_vectors(texts, texts[:n_train], args.model, args.seed)
+        elif name in ("frozen", "pretrained"):
+            fresh = new_model("pretrained")
             features = outputs(fresh, rows, np.arange(len(rows)), autocast, fresh.features)
         rng, tried = np.random.default_rng([args.seed, 6]), []
         for on, held_out in splits if len(grids[name]) > 1 else []:
             some = np.sort(rng.permutation(on)[:most])
             tried.append((train.targets[held_out], fit(name, some, held_out, grids[name])[0]))
-        choice, validation = best_choice(tried, is_classes) if tried else (grids[name][0], None)
+        choice, validation = best_choice(tried) if tried else (grids[name][0], None)
         fitted, model = fit(name, all_train, all_test, [choice])
         predicted[name] = fitted[choice]
         if name == "pretrained":
             save_classifier(args.out, model, tokenizer, train.names, center, spread)
-        results[name] = measure(test.targets, predicted[name], is_classes)
+        results[name] = measure(test.targets, predicted[name])
         shown = "  ".join(f"{key} {value:.3f}" for key, value in results[name].items())
         results[name]["seconds"] = time.time() - begun
         choices[name] = {"choice": choice, "validation": validation, "fitted_on": note}
         note = f"chose {', '.join(map(str, choice))}" + (f"; vectors of {note}" if note else "")
         print(f"{name:<13} {shown}  {results[name]['seconds']:4.0f} s  {note}", flush=True)
 
-    constant = np.full(len(test), np.bincount(train.targets).argmax() if is_classes else center)
-    majority = measure(test.targets, constant, is_classes)["accuracy" if is_classes else "rmse"]
-    print(f"{'majority' if is_classes else 'mean':<13} {'accuracy' if is_classes else 'rmse'} {majority:.3f}")
+    shares = np.bincount(train.targets, minlength=n_classes) / n_train if n_classes else center
+    majority = measure(test.targets, np.broadcast_to(shares, (len(test), *np.shape(shares))))
+    of, majority = next(iter(majority.items()))
+    print(f"{'majority' if n_classes else 'mean':<13} {of} {majority:.3f}")
     metrics: dict[str, Any] = {
         "test": results,
         "majority": majority,
@@ -424,10 +370,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "names": train.names,
     }
     metrics |= {"n_train": n_train, "n_test": len(test), "n_cut": n_cut + n_cut_test, "dtype": dtype_name}
-    if is_classes and "pretrained" in predicted:
-        confusion = scores.confusion_matrix(test.targets, predicted["pretrained"], labels=range(n_labels))
+    if n_classes and "pretrained" in predicted:
+        confusion = confusion_matrix(test.targets, predicted["pretrained"].argmax(1), labels=range(n_classes))
         show_confusion(confusion, train.names, args.out / "confusion.png")
         metrics["confusion"] = confusion.tolist()
+    np.savez_compressed(kept := io.BytesIO(), targets=test.targets, **predicted)
+    checkpoint.write(args.out / "predictions.npz", kept.getbuffer())
     checkpoint.write(args.out / "metrics.json", checkpoint.to_json(metrics))
     return metrics
 

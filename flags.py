@@ -1,9 +1,9 @@
 """The flags that every script has, and the hardware that they ask for."""
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ def number(kind: type, low: float, high: float | None = None) -> Callable[[str],
 
 def to_record(args: argparse.Namespace) -> dict[str, Any]:
     """The flags as the run's folder carries them, in JSON's types."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    return json.loads(json.dumps(vars(args), default=str))
 
 
 def choose_hardware(device_name: str | None, dtype_name: str) -> tuple[torch.device, torch.dtype]:

@@ -10,6 +10,7 @@ from conftest import FAST, sentences, write_csv
 import checkpoint
 import finetune
 import labels
+import rivals
 from model import Classifier
 
 
@@ -68,17 +69,41 @@ def test_baselines_are_scikit_learn_called_by_hand(topics):
     train, test = labels.load(None, *topics)
     tfidf = TfidfVectorizer(sublinear_tf=True).fit(train.texts)
     model = LogisticRegression(C=3, max_iter=2000).fit(tfidf.transform(train.texts), train.targets)
-    found = finetune.bag_of_words(train.texts, train.targets, test.texts, True, [(3.0,)])[3.0,]
-    assert (found == model.predict(tfidf.transform(test.texts))).all()
+    found = rivals.bag_of_words(train.texts, train.targets, test.texts, 3, [(3.0,)])[3.0,]
+    assert np.allclose(found, model.predict_proba(tfidf.transform(test.texts)))
 
     texts = [s for topic in range(6) for s in sentences(100, topic, topic)]
-    vectors, test_vectors = (finetune.latent_semantics(texts, x.texts) for x in (train, test))
+    tfidf, svd = rivals.fit_latent_semantics(texts)
+    vectors, test_vectors = (svd.transform(tfidf.transform(x.texts)) for x in (train, test))
     tfidf = TfidfVectorizer(sublinear_tf=True).fit(texts)
     svd = TruncatedSVD(vectors.shape[1], random_state=0).fit(tfidf.transform(texts))
     a, b = (normalize(svd.transform(tfidf.transform(x.texts))[:, :100]) for x in (train, test))
-    by_hand = LogisticRegression(C=10, max_iter=2000).fit(a, train.targets).predict(b)
-    found = finetune.lsa(vectors, train.targets, test_vectors, True, [(100, 10.0)])[100, 10.0]
-    assert (found == by_hand).all()
+    by_hand = LogisticRegression(C=10, max_iter=2000).fit(a, train.targets).predict_proba(b)
+    found = rivals.lsa(vectors, train.targets, test_vectors, 3, [(100, 10.0)])[100, 10.0]
+    assert np.allclose(found, by_hand)
+
+
+def test_a_class_that_a_fold_lacks_has_no_probability():
+    features, targets = np.eye(6), np.array([0, 0, 0, 2, 2, 2])
+    found = rivals.linear_scores(features, targets, features, 4, 1.0)
+    assert (found[:, [1, 3]] == 0).all() and (found.argmax(1) == targets).all()
+    assert np.allclose(found.sum(1), 1)
+
+
+def test_what_each_row_said_of_each_test_text_is_kept(finetuned):
+    out, metrics = finetuned
+    with np.load(out / "predictions.npz") as kept:
+        assert set(kept) == {"targets", *metrics["test"]}
+        for row, result in metrics["test"].items():
+            assert kept[row].shape == (60, 3) and np.allclose(kept[row].sum(1), 1)
+            assert np.mean(kept[row].argmax(1) == kept["targets"]) == result["accuracy"]
+
+
+def test_frozen_vectors_are_a_row_where_they_are_asked_for(topics, pretrained, tmp_path):
+    flags = ["--model", str(pretrained), "--train", str(topics[0]), "--test", str(topics[1]), *FAST]
+    metrics = finetune.main([*flags, "--out", str(tmp_path), "--rows", "frozen"])
+    assert metrics["test"]["frozen"]["accuracy"] > metrics["majority"]
+    assert metrics["choices"]["frozen"]["choice"] in finetune.GRIDS["frozen"]
 
 
 def test_no_row_searches_less_than_the_pretrained_one():
