@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -125,6 +126,11 @@ def load_weights(
     if wanted := [name for name in missing if not name.startswith(fresh)]:
         raise UserError(f"{folder}/model.safetensors: no weight {wanted[0]}")
     return missing
+
+
+def as_bytes(weights: dict[str, torch.Tensor]) -> list[np.ndarray]:
+    """(bytes,) of each, whatever its dtype."""
+    return [weight.contiguous().reshape(-1).view(torch.uint8).numpy() for weight in weights.values()]
 
 
 def to_json(value: Any) -> bytes:

@@ -1,4 +1,4 @@
-"""The folder of a run: who may write into it, its checkpoints, and whether the run goes well.
+"""The folder of a run: who may write into it, what it was begun with, and its checkpoints.
 
 OUT/checkpoints/step-N is a model's folder with training.pt beside (optimizers, curve, flags), and
 manifest.json (size and SHA-256 of each file). It is made under another name, the manifest last, and renamed
@@ -15,7 +15,9 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,9 +32,6 @@ from text import UserError
 
 MANIFEST = "manifest.json"
 MAY_CHANGE = {"resume", "device", "out", "keep"}  # flags that a resumed run need not share with its beginning
-PATIENCE = 5  # bad steps in a row: a single bad batch passes, weights that are lost do not
-RECENT = 100  # losses that a spike is measured against
-LEAST_RECENT = 20
 
 
 # -------------------------------------------------------------------------------------- the folder of a run
@@ -84,6 +83,17 @@ def discard(folder: Path) -> None:
     if folder.exists():
         os.rename(folder, old)
         shutil.rmtree(old)
+
+
+def stop_with_a_line(line: str) -> None:
+    """From here on Ctrl-C and SIGTERM end this process with 130 and 143, and a line on stderr."""
+
+    def stop(number: int, _: Any) -> None:
+        print(line, file=sys.stderr)
+        sys.exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
 
 
 def begin_run(out: Path, flags: dict[str, Any], found: dict[str, Any]) -> None:
@@ -201,18 +211,22 @@ def load_state(
         before, there = state["flags"], state["environment"]
     except Exception as error:  # pickle and zip each raise their own
         raise UserError(f"{folder}: cannot be resumed: {checkpoint.first_line(error)}") from None
-    for name in flags.keys() - MAY_CHANGE:
-        if flags[name] != before.get(name):
-            flag = f"--{name.replace('_', '-')} {flags[name]}"
-            raise UserError(
-                f"--resume with {flag}, but the run in {folder.parents[1]} has {before.get(name)}"
-            )
-    changed = [
-        f"{name} {there.get(name)}, now {found[name]}" for name in found if found[name] != there.get(name)
-    ]
-    if changed:
-        say(f"resuming in another environment, the last bits may differ: {'; '.join(changed)}")
+    compare(folder.parents[1], (flags, before), (found, there), say)
     return state
+
+
+def compare(
+    out: Path, flags: tuple[dict, dict], found: tuple[dict, dict], say: Callable[[str], None]
+) -> None:
+    """(now, before) of the flags and of the environment of a run: what is different in the environment is
+    said. Raises UserError where a flag is."""
+    for name in flags[0].keys() - MAY_CHANGE:
+        if flags[0][name] != flags[1].get(name):
+            flag = f"--{name.replace('_', '-')} {flags[0][name]}"
+            raise UserError(f"--resume with {flag}, but the run in {out} has {flags[1].get(name)}")
+    names = (name for name in found[0] if found[0][name] != found[1].get(name))
+    if changed := [f"{name} {found[1].get(name)}, now {found[0][name]}" for name in names]:
+        say(f"resuming in another environment, the last bits may differ: {'; '.join(changed)}")
 
 
 def restore(folder: Path, state: dict[str, Any], model: nn.Module, optimizers: list, scaler: Any) -> None:
@@ -225,35 +239,6 @@ def restore(folder: Path, state: dict[str, Any], model: nn.Module, optimizers: l
         scaler.load_state_dict(state["scaler"])
     except checkpoint.BROKEN as error:
         raise UserError(f"{folder}: cannot be resumed: {checkpoint.first_line(error)}") from None
-
-
-# --------------------------------------------------------------------------------------- does it go well?
-
-
-def new_health(has_scaler: bool) -> dict[str, Any]:
-    """What `judge` remembers of a run; saved with it, so that a resumed one judges alike. Of float16 the
-    scaler begins at 2**16, and halves that at each bad step until the gradients fit."""
-    return {"losses": [], "spikes": 0, "skipped": 0, "in_row": 0, "patience": PATIENCE + 16 * has_scaler}
-
-
-def judge(health: dict[str, Any], loss: float, grad_norm: float) -> str:
-    """Count a step that must be skipped (health["in_row"] > 0 then), or a spike of the loss; returns what is
-    to be said of it, which mostly is nothing.
-
-    A spike is more than 6 standard deviations above the mean of the last losses, which the noise of batches
-    does not reach in a million steps, and more than 0.1 nats, for losses that hardly vary.
-    """
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        health["skipped"] += 1
-        health["in_row"] += 1
-        return f"loss {loss}, length of the gradient {grad_norm}: skipped"
-    recent = health["losses"]
-    limit = np.mean(recent) + max(6 * np.std(recent), 0.1) if len(recent) >= LEAST_RECENT else math.inf
-    health["in_row"], health["losses"] = 0, [*recent[1 - RECENT :], loss]
-    if loss <= limit:
-        return ""
-    health["spikes"] += 1
-    return f"the loss leapt to {loss:.3f}, from {np.mean(recent):.3f} in the steps before"
 
 
 def advise(out: Path) -> str:

@@ -28,7 +28,7 @@ import runs
 from data import Corpus, prepare
 from flags import Flags, choose_hardware, number, to_record
 from model import PRESETS, Config, MaskedLM, preset
-from optim import make_optimizers, set_learning_rates
+from optim import judge, make_optimizers, new_health, set_learning_rates
 from text import UserError
 
 # For tiny, steps that end within 10 minutes on 2 CPU cores; for the others, which want a GPU, a first guess.
@@ -227,7 +227,7 @@ def pretrain(args: argparse.Namespace, rank: int, n_ranks: int) -> dict[str, Any
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     validation = [batch.to(device) for batch in corpus.validation(args.validate_batches)]
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    start, stop, points, health = 0, 0, [], runs.new_health(scaler.is_enabled())
+    start, stop, points, health = 0, 0, [], new_health(scaler.is_enabled())
     if state:
         runs.restore(resumed, state, model, optimizers, scaler)
         start, points, health = state["step"], state["points"], state["health"]
@@ -288,7 +288,7 @@ def pretrain(args: argparse.Namespace, rank: int, n_ranks: int) -> dict[str, Any
         sums[2] = len(signals)
         token_sum, bag_sum, stop = global_sums(sums, n_ranks)  # so that the ranks decide alike
         loss, bag_loss = token_sum / n_masked, bag_sum / n_windows
-        if problem := runs.judge(health, loss + args.bag_weight * bag_loss, grad_norm):
+        if problem := judge(health, loss + args.bag_weight * bag_loss, grad_norm):
             say(f"step {step + 1}: {problem}")
         for optimizer in optimizers:
             if not health["in_row"]:  # else the step is skipped
@@ -343,10 +343,9 @@ def pretrain(args: argparse.Namespace, rank: int, n_ranks: int) -> dict[str, Any
 
 
 if __name__ == "__main__":
+    runs.stop_with_a_line("stopped before the first step; from then on the last one is saved")
     try:
         main()
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:  # before the first step; from then on it is saved
-        sys.exit(130)

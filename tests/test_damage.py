@@ -123,10 +123,10 @@ def finish(given, ranks=1, code=0, main=train.main):
     return said
 
 
-def command(given):
+def command(given, script="train.py"):
     """python train.py, a process from the command line."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([sys.executable, "-u", "train.py", *given], cwd=ROOT, env=ENVIRONMENT, **pipes)
+    return subprocess.Popen([sys.executable, "-u", script, *given], cwd=ROOT, env=ENVIRONMENT, **pipes)
 
 
 def await_line(process, words):
@@ -507,6 +507,134 @@ def test_ranks_decide_alike_on_a_loss_that_is_bad_on_one(flags, tmp_path):
     said = finish(flags(tmp_path), ranks=2, code=1, main=one_rank_bad)
     assert said.count(": skipped\n") == 5 and "5 bad steps in a row; the last good state is in" in said
     assert [*runs.step_folders(tmp_path)] == [6, 9]
+
+
+# ------------------------------------------------------------------------------------------- fine-tuning
+
+WORDS = "".join(
+    f"bal B-X\nkir I-X\n{word} O\n\nlem O\n{word} B-Y\n\n" for word in "dom kist nost mel".split() * 6
+)
+
+
+@pytest.fixture
+def comparison(seedling, topics, tmp_path):
+    """The flags of a short comparison of rows, of classes or of token labels, into a folder."""
+    (tmp_path / "words.conll").write_text(WORDS)
+
+    def given(out, task, *more, dtype="float32"):
+        run = ["--model", seedling, "--out", out, "--epochs", 3, "--max-len", 32, "--accumulate", 2]
+        of_task = [
+            "--train",
+            topics[0],
+            "--test",
+            topics[1],
+            "--rows",
+            "bag_of_words,frozen,scratch,pretrained",
+        ]
+        of_words = ["--train", tmp_path / "words.conll", "--task", "tokens"]
+        return [*run, *(of_task if task == "classes" else of_words), "--dtype", dtype, *more]
+
+    return given
+
+
+def comparison_result(out):
+    """All that a finished comparison leaves, but the clock."""
+    found = {
+        name: (out / name).read_bytes() for name in ("model.safetensors", "config.json", "tokenizer.json")
+    }
+    if (out / "predictions.npz").exists():
+        found["predictions"] = (out / "predictions.npz").read_bytes()
+    return found | {"metrics": plain(json.loads((out / "metrics.json").read_text()))}
+
+
+FITTED = [("classes", "float32", 3), ("tokens", "float32", 2)]
+ALL_FITTED = [(task, dtype, 20) for task in ("classes", "tokens") for dtype in ("float32", "bfloat16")]
+
+
+@pytest.mark.parametrize(
+    ("task", "dtype", "n_kills"),
+    [*FITTED, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL_FITTED)],
+)
+def test_a_comparison_that_is_killed_and_resumed_equals_one_that_is_not(
+    comparison, tmp_path, task, dtype, n_kills
+):
+    straight, killed, rng = tmp_path / "straight", tmp_path / "killed", random.Random(n_kills)
+    begun = time.time()
+    finish(comparison(straight, task, dtype=dtype), main=finetune.main)
+    seconds, done = time.time() - begun, []
+    for i in range(n_kills):
+        run = start(comparison(killed, task, *["--resume"] * (i > 0), dtype=dtype), main=finetune.main)
+        run.await_words("choices by")
+        time.sleep(rng.uniform(0, 1.2 * seconds / n_kills))
+        done.append(len(list((killed / "journal").iterdir())))
+        if run.has_ended():
+            break
+        run.kill()
+    finish(comparison(killed, task, "--resume", dtype=dtype), main=finetune.main)
+    assert len(done) >= min(2, n_kills) and max(done) > 1
+    assert_equal(comparison_result(killed), comparison_result(straight))
+
+
+def test_a_damaged_entry_of_the_journal_is_done_again(comparison, tmp_path, capsys):
+    finetune.main([str(flag) for flag in comparison(tmp_path / "out", "classes")])
+    before = comparison_result(tmp_path / "out")
+    rng, entries = random.Random(0), sorted((tmp_path / "out" / "journal").iterdir())
+    assert len(entries) == 1 + 4 + 3 * 3 * 2  # the beginning, the rows, and the choices of two networks
+    damaged = [entry for entry in entries if entry.name != "begun"]
+    for entry in damaged:
+        raw = bytearray(entry.read_bytes())
+        raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+        entry.write_bytes(raw)
+    capsys.readouterr()
+    finetune.main([str(flag) for flag in comparison(tmp_path / "out", "classes", "--resume")])
+    assert capsys.readouterr().out.count("damaged: it is done again") == len(damaged)
+    assert_equal(comparison_result(tmp_path / "out"), before)
+
+
+def test_a_comparison_goes_on_with_its_own_flags_and_examples_only(comparison, topics, tmp_path, capsys):
+    flags = [str(flag) for flag in comparison(tmp_path / "out", "classes", "--rows", "bag_of_words")]
+    finetune.main([*flags, "--resume"])
+    assert "starting afresh" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--resume with --seed 1, but the run in .* has 0"):
+        finetune.main([*flags, "--resume", "--seed", "1"])
+    copy = tmp_path / "train.csv"
+    shutil.copy(topics[0], copy)
+    finetune.main([*flags, "--train", str(copy)])
+    copy.write_text(copy.read_text().replace("bal", "kir"))
+    with pytest.raises(UserError, match="another model or other examples"):
+        finetune.main([*flags, "--train", str(copy), "--resume"])
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=str)
+def test_a_signal_ends_a_comparison_with_a_line(comparison, tmp_path, number, code):
+    process = command(map(str, comparison(tmp_path, "classes", "--epochs", 100)), "finetune.py")
+    await_line(process, "bag_of_words")
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == code and "Traceback" not in output
+    assert output.splitlines()[-1].startswith("stopped; the same command with --resume goes on")
+
+
+def test_five_bad_steps_in_a_row_stop_fine_tuning(comparison, tmp_path, monkeypatch, capsys):
+    forward, calls = finetune.Classifier.forward, []
+
+    def logits(model, *inputs):
+        calls.append(model.training)
+        found = forward(model, *inputs)
+        return found * torch.tensor(float("nan")) if model.training and sum(calls) in bad else found
+
+    monkeypatch.setattr(finetune.Classifier, "forward", logits)
+    flags = [
+        *map(str, comparison(tmp_path, "classes", "--rows", "scratch", "--lr", "1e-3", "--accumulate", 1))
+    ]
+    bad = {2, 4}
+    finetune.main(flags)
+    assert capsys.readouterr().out.count(": skipped") == 2
+    before, bad = (tmp_path / "metrics.json").read_bytes(), set(range(sum(calls) + 3, 10**6))
+    with pytest.raises(SystemExit) as ended:
+        finetune.main(flags)
+    assert ended.value.code == 1 and (tmp_path / "metrics.json").read_bytes() == before
+    assert "stopped after 5 bad steps in a row" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------- memory

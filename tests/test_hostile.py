@@ -46,7 +46,11 @@ CASES = [100, pytest.param(1000, marks=pytest.mark.slow)]  # of each of five pro
 
 def try_out(n_cases, strategy, test):
     """test(case) for so many cases of a strategy; always the same where they are few."""
-    settings(PROPERTY, max_examples=n_cases, derandomize=n_cases == 100)(given(strategy)(test))()
+
+    def run(case):
+        test(case)
+
+    settings(PROPERTY, max_examples=n_cases, derandomize=n_cases <= 100)(given(strategy)(run))()
 
 
 def one_line(error):
@@ -351,7 +355,7 @@ KINDS = {  # name: (beginning, what is repeated, end, what is said)
     "line.jsonl": (b'{"text": "', b"bal dom ", b'"}', ":1: a line of more than"),
     "nested.jsonl": (b'{"text": ', b"[" * 8, b"", ":1: a line of more than"),
     "line.csv": (b"text\n", b"bal dom ", b"", ":2: a line of more than"),
-    "quote.csv": (b'text\n"', b"bal do\n", b"", "field larger than field limit"),
+    "quote.csv": (b'text\n"', b"bal dom " * 99 + b"\n", b"", "field larger than field limit"),
     "header.tsv": (b"", b"bal\tdom", b"", ":1: a line of more than"),
 }
 
@@ -481,7 +485,6 @@ def test_the_cache_runs_no_code(pretrained, evil, tmp_path, name):
         {"bag_bias": None},
         {"optimizers": []},
         {"optimizers": [{}, {}]},
-        {"scaler": 3},
         {"bag_bias": torch.zeros(1, 2)},
     ],
     ids=str,

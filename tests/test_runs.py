@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import checkpoint
+import optim
 import runs
 from data import train_tokenizer
 from model import Config, MaskedLM
@@ -423,23 +424,23 @@ def test_a_run_where_a_file_stands(tmp_path):
 
 
 def test_noise_is_no_spike_and_a_leap_is_one():
-    rng, health = np.random.default_rng(0), runs.new_health(False)
+    rng, health = np.random.default_rng(0), optim.new_health(False)
     losses = 3 + 4 * np.exp(-np.arange(5000) / 300) + 0.05 * rng.standard_normal(5000)
-    assert not any(runs.judge(health, loss, 1.0) for loss in losses)
-    assert runs.judge(health, 3.2, 1.0) == "" and "leapt to 5.0" in runs.judge(health, 5.0, 1.0)
-    assert health["spikes"] == 1 and health["skipped"] == 0 and len(health["losses"]) == runs.RECENT
+    assert not any(optim.judge(health, loss, 1.0) for loss in losses)
+    assert optim.judge(health, 3.2, 1.0) == "" and "leapt to 5.0" in optim.judge(health, 5.0, 1.0)
+    assert health["spikes"] == 1 and health["skipped"] == 0 and len(health["losses"]) == optim.RECENT
 
 
 def test_losses_that_hardly_vary_leap_by_a_tenth_at_least():
-    health = runs.new_health(False)
-    assert not any(runs.judge(health, 1.0, 1.0) for _ in range(200))
-    assert not runs.judge(health, 1.05, 1.0) and runs.judge(health, 1.2, 1.0)
+    health = optim.new_health(False)
+    assert not any(optim.judge(health, 1.0, 1.0) for _ in range(200))
+    assert not optim.judge(health, 1.05, 1.0) and optim.judge(health, 1.2, 1.0)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_bad_steps_are_counted_in_a_row(bad):
-    health = runs.new_health(False)
+    health = optim.new_health(False)
     for loss, norm, in_row in ((bad, 1, 1), (1, bad, 2), (bad, bad, 3), (1, 1, 0), (1, bad, 1)):
-        said = runs.judge(health, float(loss), float(norm))
+        said = optim.judge(health, float(loss), float(norm))
         assert health["in_row"] == in_row and ("skipped" in said) == (in_row > 0)
-    assert health["skipped"] == 4 and health["patience"] == 5 < runs.new_health(True)["patience"]
+    assert health["skipped"] == 4 and health["patience"] == 5 < optim.new_health(True)["patience"]
