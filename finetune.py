@@ -340,7 +340,7 @@ def compare_rows(args: argparse.Namespace) -> dict[str, Any]:
             return lsa(vectors[on], train.targets[on], vectors[unseen], n_classes, grid), None
         if row == "frozen":
             return linear_fits(features[on], train.targets[on], features[unseen], n_classes, grid), None
-        found: Fit = {}
+        found, model = {}, None
         for (rate,) in grid:
             place = journal / f"{row}-{fold}-{rate!r}"
             if fold is not None and (kept := recall(place)):
