@@ -251,7 +251,7 @@ class Corpus:
         self.tokens = np.memmap(folder / "tokens.bin", dtype=token_dtype(self.vocab_size), mode="r")
         self.document_ends = np.cumsum(np.fromfile(folder / "lengths.bin", dtype=np.int32), dtype=np.int64)
         about = json.loads((folder / "about.json").read_text())
-        if not len(self.tokens) == self.document_ends[-1] == about["n_tokens"]:
+        if not len(self.tokens) == self.document_ends[-1:].sum() == about["n_tokens"]:
             raise UserError(f"{folder}: it lacks some of its tokens; delete it, and it is made anew")
         self.train = self._cut(np.concatenate([np.arange(first, cut) for first, cut, _ in about["blocks"]]))
         self.held_out = self._cut(np.concatenate([np.arange(cut, last) for _, cut, last in about["blocks"]]))
@@ -392,6 +392,7 @@ class Corpus:
             embedding[words == 0] = 0  # of tokens that never occurred the SVD leaves rounding errors
             with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
                 np.save(file, embedding)
+            os.sync()  # as in `prepare`
             os.replace(file.name, path)
         return np.load(path)
 

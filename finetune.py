@@ -182,12 +182,13 @@ def fit_network(
                 loss = F.cross_entropy(logits, wanted, reduction="sum")
             loss = loss / sum(np.size(targets[i]) for i in examples)
             scaler.scale(loss).backward()
-            total += float(loss.detach())
+            total += loss.detach()
         scaler.unscale_(optimizer)
         length = float(nn.utils.clip_grad_norm_(model.parameters(), args.clip))
-        if problem := judge(health, total, length):
-            print(f"rate {rate:g}, step {step + 1}: {problem}", flush=True)
-        if not health["in_row"]:  # else the step is skipped
+        said = judge(health, float(total), length)
+        if health["in_row"]:
+            print(f"rate {rate:g}, step {step + 1}: {said}", flush=True)
+        else:  # a leap of the loss is no news where batches are small
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)

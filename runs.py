@@ -151,10 +151,12 @@ def damage(folder: Path, step: int) -> str:
         if wanted == found:
             return ""
         said, files = json.loads(wanted), json.loads(found)["files"]
-        differ = [
+        if said["step"] != step:
+            return f"it is of step {said['step']!r}"
+        changed = (
             name for name in sorted(said["files"] | files) if said["files"].get(name) != files.get(name)
-        ]
-        return f"{differ[0]} is not as it was written" if differ else f"it is of step {said['step']}"
+        )
+        return f"{next(changed, MANIFEST)} is not as it was written"
     except OSError as error:
         return f"{error.strerror}: {Path(error.filename or MANIFEST).name}"
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -246,6 +248,4 @@ def advise(out: Path) -> str:
     if not (folders := step_folders(out)):
         return "there is no checkpoint yet: begin anew, with a lower --lr-adamw or --lr-muon"
     kept = f"the last good state is in {list(folders.values())[-1]}"
-    return (
-        f"{kept}: --resume goes on behind them, --model with a lower --lr-adamw or --lr-muon begins from it"
-    )
+    return f"{kept}: --resume goes on behind them, --model begins from it, perhaps with lower rates"

@@ -343,7 +343,9 @@ def pretrain(args: argparse.Namespace, rank: int, n_ranks: int) -> dict[str, Any
 
 
 if __name__ == "__main__":
-    runs.stop_with_a_line("stopped before the first step; from then on the last one is saved")
+    runs.stop_with_a_line(
+        "stopped; the same command with --resume goes on after the last step that was saved"
+    )
     try:
         main()
     except UserError as error:

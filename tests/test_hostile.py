@@ -27,6 +27,8 @@ from conftest import SMALL
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import analyze
+import bench
 import entities
 import explain
 import finetune
@@ -34,8 +36,10 @@ import flags
 import labels
 import predict
 import runs
+import scaling
 import text
 import train
+from data import Corpus
 from text import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -277,7 +281,7 @@ VALUES += [
     "pretrained,,",
     "2",
 ]
-SCRIPTS = [train, finetune, predict, explain]
+SCRIPTS = [train, finetune, predict, explain, analyze, bench, scaling]
 
 
 def flag_names(script, monkeypatch):
@@ -298,7 +302,7 @@ def flag_names(script, monkeypatch):
 @pytest.mark.parametrize("n_cases", CASES)
 def test_any_value_of_any_flag_is_taken_or_told_in_one_line(script, n_cases, monkeypatch):
     names = flag_names(script, monkeypatch)
-    assert len(names) > 8
+    assert len(names) > 3
     tokens = st.lists(st.sampled_from(names) | st.sampled_from(VALUES) | st.text(max_size=5), max_size=8)
     try_out(n_cases // 4, tokens, lambda argv: said_in_one_line(script.parse, argv))
 
@@ -404,6 +408,18 @@ def test_what_is_no_regular_file_is_no_corpus(tmp_path):
     assert text.find_files([str(tmp_path)]) == [tmp_path / "a.txt"]  # of a folder pipes are left out
 
 
+@pytest.mark.parametrize("name", ["tokens.bin", "lengths.bin"])
+@pytest.mark.parametrize("left", [0.5, 0.99])
+def test_a_cache_that_was_cut_short_is_noticed(pretrained, tmp_path, name, left):
+    cache = text.CACHE / json.loads((pretrained / "metrics.json").read_text())["tokens_folder"]
+    shutil.copytree(cache, tmp_path / "tokens")
+    Corpus(tmp_path / "tokens", 32, 512, 0)
+    raw = (cache / name).read_bytes()
+    (tmp_path / "tokens" / name).write_bytes(raw[: int(left * len(raw)) // 4 * 4])
+    with pytest.raises(UserError, match=f"^{tmp_path / 'tokens'}: it lacks some of its tokens"):
+        Corpus(tmp_path / "tokens", 32, 512, 0)
+
+
 # ------------------------------------------------------------------------------------------- foreign code
 
 
@@ -466,8 +482,6 @@ def test_a_checkpoint_runs_no_code(pretrained, evil, tmp_path):
 
 @pytest.mark.parametrize("name", ["counts.npy", "spectral-128.npy", "tokenizer.json", "about.json"])
 def test_the_cache_runs_no_code(pretrained, evil, tmp_path, name):
-    from data import Corpus
-
     folder = tmp_path / "tokens"
     shutil.copytree(
         text.CACHE / json.loads((pretrained / "metrics.json").read_text())["tokens_folder"], folder
