@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 import torch
+from tokenizers import Tokenizer
 from torch import nn
 
 import checkpoint
@@ -52,10 +53,10 @@ def claim(out: Path, model: Path | None = None) -> Iterator[None]:
         yield
 
 
-def check_space(out: Path, n_bytes: int, keep: int, n_snapshots: int) -> None:
+def check_space(out: Path, n_bytes: int, keep: int, n_saves: int, n_snapshots: int) -> None:
     """Raises UserError where a run of `n_bytes` of weights would not fit onto the disk: the last checkpoints,
     the best and the one being written, each with at most two moments of each weight; snapshots; the model."""
-    needed = n_bytes * (3 * (keep + 2) + n_snapshots + 1)
+    needed = n_bytes * (3 * (min(keep, n_saves + 1) + 2) + n_snapshots + 1)
     # what is there is of this run, or makes way for it
     held = sum(path.stat().st_size for path in (out / "checkpoints").rglob("*") if path.is_file())
     if (free := shutil.disk_usage(out).free + held) < needed:
@@ -163,7 +164,9 @@ def damage(folder: Path, step: int) -> str:
         return f"{MANIFEST} is not as it was written"
 
 
-def save_step(out: Path, model: nn.Module, tokenizer: Any, state: dict[str, Any], keep: int) -> None:
+def save_step(
+    out: Path, model: nn.Module, optimizers: list, scaler: Any, tokenizer: Tokenizer, state: dict, keep: int
+) -> None:
     """A whole checkpoint in OUT/checkpoints/step-N. Once it is in its place, all go but the last `keep` and
     the best by validation loss. Raises UserError where it cannot be written; those before stay whole."""
     step, folders = state["step"], out / "checkpoints"
@@ -171,6 +174,8 @@ def save_step(out: Path, model: nn.Module, tokenizer: Any, state: dict[str, Any]
     try:
         shutil.rmtree(work, ignore_errors=True)
         checkpoint.save_model(work, model, tokenizer)
+        state = state | {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+        state |= {"scaler": scaler.state_dict(), "bag_bias": model.bag_bias.detach().cpu()}
         torch.save(state, buffer := io.BytesIO())
         checkpoint.write(work / "training.pt", buffer.getbuffer())
         checkpoint.write(work / MANIFEST, manifest(work, step))

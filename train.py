@@ -238,23 +238,23 @@ def pretrain(args: argparse.Namespace, rank: int, n_ranks: int) -> dict[str, Any
         for layer in model.model.layers:  # in place, so that all names stay
             layer.compile()
     ddp = nn.parallel.DistributedDataParallel(model) if n_ranks > 1 else model
+    if state and n_ranks > 1:  # after its first step DDP cuts the gradients anew, and ranks sum up otherwise
+        sum(ddp(corpus.batch(0, rank, n_micro, args.mask_rate[0]).to(device))).backward()
+        model.zero_grad(set_to_none=True)
     n_weights, step_tokens = sum(p.numel() for p in model.parameters()), n_micro * row_tokens
     say(f"{n_weights:,} weights on {device}, products in {dtype_name}")
     say(f"{n_steps} steps of {step_tokens:,} tokens")
 
     if rank == 0:
-        n_kept = min(args.keep, n_steps // args.save_every + 1)
-        runs.check_space(args.out, 4 * n_weights, n_kept, args.snapshots)
+        runs.check_space(args.out, 4 * n_weights, args.keep, n_steps // args.save_every, args.snapshots)
         if not state:
             runs.begin_run(args.out, flags, environment)
 
     def save(step: int) -> None:
         if rank == 0:
-            state = {"step": step, "points": points, "health": health, "scaler": scaler.state_dict()}
-            state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-            state |= {"bag_bias": model.bag_bias.detach().cpu(), "tokens_folder": tokens_folder.name}
-            state |= {"flags": flags, "environment": environment}
-            runs.save_step(args.out, model, corpus.tokenizer, state, args.keep)
+            state = {"step": step, "points": points, "health": health, "flags": flags}
+            state |= {"environment": environment, "tokens_folder": tokens_folder.name}
+            runs.save_step(args.out, model, optimizers, scaler, corpus.tokenizer, state, args.keep)
 
     def log(point: dict[str, float]) -> None:
         points.append(point)

@@ -216,6 +216,19 @@ def test_the_same_seed_gives_the_same_run(flags, tmp_path, ranks):
 
 
 @pytest.mark.slow
+def test_three_ranks_go_on_to_the_bit(corpus_file, tmp_path):
+    """They sum up in an order that hangs on how DDP has cut the gradients, which it does anew after the first
+    step of a process; of a model of several megabytes, that is."""
+    given = ["--corpus", corpus_file, "--steps", 6, "--dtype", "float32", *SMALL, "--save-every", 3]
+    finish([*given, "--out", tmp_path / "straight"], ranks=3)
+    shutil.copytree(tmp_path / "straight", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-6")
+    said = finish([*given, "--out", tmp_path / "resumed", "--resume"], ranks=3)
+    assert "resuming after step 3" in said
+    assert_equal(result(tmp_path / "resumed"), result(tmp_path / "straight"))
+
+
+@pytest.mark.slow
 def test_torchrun_killed_with_all_its_processes(flags, tmp_path):
     """From the command line, as a user would."""
     given = flags(tmp_path / "killed", "--accumulate", "2", steps=60)

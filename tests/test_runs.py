@@ -34,7 +34,7 @@ def save(out, step, keep=1, losses=None):
     torch.manual_seed(step)
     points = [{"step": s, "validation_loss": loss} for s, loss in (losses or {}).items()]
     state = {"step": step, "points": points, "momentum": torch.randn(3), "flags": FLAGS, "environment": FOUND}
-    runs.save_step(out, MaskedLM(CONFIG), TOKENIZER, state, keep)
+    runs.save_step(out, MaskedLM(CONFIG), [], torch.amp.GradScaler(enabled=False), TOKENIZER, state, keep)
 
 
 def steps(out):
@@ -121,13 +121,14 @@ def test_the_environment_is_told(monkeypatch):
 
 def test_too_small_a_disk_is_told_before_training(begun, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, 13 * 10**6))
-    runs.check_space(begun, 10**6, keep=2, n_snapshots=0)
-    for more in ({"keep": 3, "n_snapshots": 0}, {"keep": 2, "n_snapshots": 1}):
+    runs.check_space(begun, 10**6, keep=2, n_saves=9, n_snapshots=0)
+    runs.check_space(begun, 10**6, keep=1000, n_saves=1, n_snapshots=0)
+    for more in ({"keep": 3, "n_saves": 9, "n_snapshots": 0}, {"keep": 2, "n_saves": 9, "n_snapshots": 1}):
         with pytest.raises(UserError, match="MB, and 13 MB are free"):
             runs.check_space(begun, 10**6, **more)
     (begun / "checkpoints" / "step-1").mkdir()
     (begun / "checkpoints" / "step-1" / "weights").write_bytes(bytes(10**6))  # makes way
-    runs.check_space(begun, 10**6, keep=2, n_snapshots=1)
+    runs.check_space(begun, 10**6, keep=2, n_saves=9, n_snapshots=1)
 
 
 # ------------------------------------------------------------------------------- written whole or not at all
