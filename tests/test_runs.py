@@ -369,6 +369,15 @@ def test_damage_is_neither_counted_nor_kept_in_the_place_of_a_whole_one(begun):
     assert last(begun) == (3, []) and steps(begun) == ["step-2", "step-3", "step-x"]
 
 
+def test_a_damaged_later_one_does_not_make_the_newest_go(begun):
+    for step in (1, 2, 9):
+        save(begun, step, keep=3)
+    (begun / "checkpoints" / "step-9" / "config.json").unlink()
+    assert last(begun)[0] == 2
+    save(begun, 3, keep=1)
+    assert last(begun)[0] == 3 and steps(begun) == ["step-3", "step-9"]
+
+
 # ------------------------------------------------------------------------------------------ one at a time
 
 
