@@ -76,9 +76,10 @@ class Run(NamedTuple):
         return os.waitid(os.P_PID, self.pids[0], os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def kill(self):
+        """The exit code of the first process: 0 where it had ended before."""
         for pid in self.pids:
             os.kill(pid, signal.SIGKILL)
-        assert self.wait()[0] == -signal.SIGKILL
+        return self.wait()[0]
 
     def wait(self):
         """(exit code of the first process, all that was said)."""
@@ -184,7 +185,7 @@ def kill_and_resume(given, out, ranks, n_kills, seed):
             time.sleep(rng.uniform(0, 0.01))
         else:
             time.sleep(rng.uniform(0, 0.2))
-        run.kill()
+        assert run.kill() == -signal.SIGKILL
         n_amid += (out / "checkpoints" / ".new").exists()
     finish([*given, "--resume"], ranks)
     return n_amid
@@ -249,11 +250,13 @@ def test_torchrun_killed_with_all_its_processes(flags, tmp_path):
             text=True,
             cwd=ROOT,
             env=ENVIRONMENT,
-            start_new_session=True,
         )
         await_line(torchrun, "tokens/s")
         time.sleep(0.2)
-        os.killpg(torchrun.pid, signal.SIGKILL)
+        found = subprocess.run(["pgrep", "-P", str(torchrun.pid)], capture_output=True, text=True).stdout
+        torchrun.kill()
+        for rank in map(int, found.split()):  # which outlive it, in sessions of their own
+            os.kill(rank, signal.SIGKILL)
         torchrun.communicate()
     finish([*given, "--resume"], ranks=2)
     finish(flags(tmp_path / "straight", "--accumulate", "2", steps=60), ranks=2)
@@ -286,16 +289,17 @@ def test_a_signal_saves_and_says_how_to_go_on(flags, tmp_path, number, code):
 
 @pytest.mark.slow
 def test_a_signal_before_the_first_step_is_no_traceback(flags, tmp_path):
-    os.mkfifo(tmp_path / "text")
-    with open(tmp_path / "text", "w+") as text:  # which it waits for, to the end
-        pipes = {"stdin": text, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        given = [sys.executable, "train.py", *flags(tmp_path / "out", corpus="-")]
-        process = subprocess.Popen(given, cwd=ROOT, env=ENVIRONMENT, **pipes)
-        while not (tmp_path / "out" / ".lock").exists():
-            time.sleep(0.02)
-        time.sleep(1)
-        process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
+    reading, writing = os.pipe()  # it waits for the end of its text, which does not come
+    pipes = {"stdin": reading, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    given = [sys.executable, "train.py", *flags(tmp_path / "out", corpus="-")]
+    process = subprocess.Popen(given, cwd=ROOT, env=ENVIRONMENT, **pipes)
+    while not (tmp_path / "out" / ".lock").exists():
+        time.sleep(0.02)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    os.close(reading)
+    os.close(writing)
     assert process.returncode == 130 and "Traceback" not in output
 
 
@@ -580,13 +584,11 @@ def test_a_comparison_that_is_killed_and_resumed_equals_one_that_is_not(
         run = start(comparison(killed, task, *resumed, dtype=dtype), main=finetune.main)
         run.await_words("choices by")
         time.sleep(rng.uniform(0, min(0.5, seconds / 3)))
-        if run.has_ended():  # too soon: the next one begins anew
-            assert run.wait()[0] == 0
+        if run.kill() == 0:  # too late: the next one begins anew
             assert_equal(comparison_result(killed), comparison_result(straight))
             shutil.rmtree(killed)
-            continue
-        run.kill()
-        done.append(len(list((killed / "journal").iterdir())))
+        else:
+            done.append(len(list((killed / "journal").iterdir())))
     finish(comparison(killed, task, *["--resume"] * killed.exists(), dtype=dtype), main=finetune.main)
     assert max(done) > 1
     assert_equal(comparison_result(killed), comparison_result(straight))
