@@ -1,21 +1,19 @@
-"""Save and load: the folder of a model, and the checkpoints of a run.
+"""Save and load a model: config.json, model.safetensors, tokenizer.json, tokenizer_config.json, the layout
+that `transformers` reads; convert.py has the names in them.
 
-A model's folder is the layout that `transformers` reads: config.json, model.safetensors, tokenizer.json,
-tokenizer_config.json; convert.py has the names in them. A checkpoint of a run is such a folder with
-training.pt beside (optimizers, step). Every file is written under another name and renamed into place, so
-that a reader never sees half of one.
+Every file of this program's runs is written by `write`: under another name, flushed to the disk, then renamed
+into place, so that no reader sees half of one, and no loss of power leaves half of one.
 """
 
 import contextlib
-import io
 import json
 import os
 import pickle
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -30,9 +28,6 @@ from text import UserError
 # What the libraries raise that read a config or weights which are broken.
 BROKEN = (OSError, EOFError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, SafetensorError)
 MODEL_FILES = ("config.json", "*.safetensors", "pytorch_model.bin", "tokenizer*.json", "vocab.txt")
-
-
-# -------------------------------------------------------------------------------------------------- models
 
 
 def save_model(
@@ -133,23 +128,38 @@ def load_weights(
     return missing
 
 
+def as_bytes(weights: dict[str, torch.Tensor]) -> list[np.ndarray]:
+    """(bytes,) of each, whatever its dtype."""
+    return [weight.contiguous().reshape(-1).view(torch.uint8).numpy() for weight in weights.values()]
+
+
 def to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def write(path: Path, content: bytes) -> None:
+def write(path: Path, content: bytes | memoryview) -> None:
     """Replace a file at once. Raises UserError where it cannot be written."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        rename(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
 
-# ---------------------------------------------------------------------------------------------------- runs
+def rename(old: Path, new: Path) -> None:
+    """Rename a file or folder whose content is on the disk, and bring the new name there too."""
+    os.replace(old, new)
+    folder = os.open(new.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def make_folder(out: Path, model: Path | None = None) -> None:
@@ -162,47 +172,3 @@ def make_folder(out: Path, model: Path | None = None) -> None:
         (out / ".try").unlink()
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written: {error.strerror}") from None
-
-
-def begin_run(out: Path, flags: dict[str, Any]) -> None:
-    """Write the flags, and clear what an earlier run kept, which this one must not resume from."""
-    for kept in ("checkpoints", "snapshots"):
-        shutil.rmtree(out / kept, ignore_errors=True)
-    write(out / "flags.json", to_json(flags))
-
-
-def save_step(out: Path, model: nn.Module, tokenizer: Tokenizer, state: dict[str, Any]) -> None:
-    """A whole checkpoint in OUT/checkpoints/step-N; the ones before it go once it is in its place."""
-    folder, work = out / "checkpoints" / f"step-{state['step']}", out / "checkpoints" / ".new"
-    shutil.rmtree(work, ignore_errors=True)
-    save_model(work, model, tokenizer)
-    try:
-        torch.save(state, buffer := io.BytesIO())
-        (work / "training.pt").write_bytes(buffer.getbuffer())
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(work, folder)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
-    for other in folder.parent.glob("step-*"):
-        if other != folder:
-            shutil.rmtree(other)
-
-
-def load_run(out: Path, flags: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
-    """The last checkpoint of a run and its training state, or None where there is none yet.
-
-    Raises UserError where the run was begun with other flags.
-    """
-    folders = sorted((out / "checkpoints").glob("step-*"), key=lambda folder: int(folder.name.split("-")[1]))
-    if not folders:
-        return None
-    try:
-        before = json.loads((out / "flags.json").read_text())
-        state = torch.load(folders[-1] / "training.pt", map_location="cpu", weights_only=True)
-    except Exception as error:  # json, pickle and zip each raise their own
-        raise UserError(f"{out}: cannot be resumed: {first_line(error)}") from None
-    for name in flags.keys() - {"resume", "device", "out"}:
-        if flags[name] != before.get(name):
-            flag = f"--{name.replace('_', '-')} {flags[name]}"
-            raise UserError(f"--resume with {flag}, but the run in {out} has {before.get(name)}")
-    return folders[-1], state

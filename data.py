@@ -130,6 +130,7 @@ def prepare(
             )
             sample = min(1.0, TOKENIZER_SAMPLE / max(1, n_bytes))
             _tokenize(Path(work) / "new", blocks, tokenizer or vocab_size, sample)
+            os.sync()  # else a loss of power could leave a folder with a name and half of its files
             with contextlib.suppress(OSError):  # another process was first with the same content
                 os.rename(Path(work) / "new", folder)
     size = json.loads((folder / "about.json").read_text())["vocab_size"]
@@ -249,9 +250,11 @@ class Corpus:
         self.is_special = np.isin(np.arange(self.vocab_size), list(self.special.values()))
         self.tokens = np.memmap(folder / "tokens.bin", dtype=token_dtype(self.vocab_size), mode="r")
         self.document_ends = np.cumsum(np.fromfile(folder / "lengths.bin", dtype=np.int32), dtype=np.int64)
-        blocks = json.loads((folder / "about.json").read_text())["blocks"]
-        self.train = self._cut(np.concatenate([np.arange(first, cut) for first, cut, _ in blocks]))
-        self.held_out = self._cut(np.concatenate([np.arange(cut, last) for _, cut, last in blocks]))
+        about = json.loads((folder / "about.json").read_text())
+        if not len(self.tokens) == self.document_ends[-1:].sum() == about["n_tokens"]:
+            raise UserError(f"{folder}: it lacks some of its tokens; delete it, and it is made anew")
+        self.train = self._cut(np.concatenate([np.arange(first, cut) for first, cut, _ in about["blocks"]]))
+        self.held_out = self._cut(np.concatenate([np.arange(cut, last) for _, cut, last in about["blocks"]]))
         if not len(self.held_out.start):  # a single document: hold out its end
             cut = math.floor((1 - VALIDATION_SHARE) * len(self.train.start))
             self.train, self.held_out = self.train[:cut], self.train[cut:]
@@ -389,6 +392,7 @@ class Corpus:
             embedding[words == 0] = 0  # of tokens that never occurred the SVD leaves rounding errors
             with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
                 np.save(file, embedding)
+            os.sync()  # as in `prepare`
             os.replace(file.name, path)
         return np.load(path)
 

@@ -32,10 +32,12 @@ from torch import nn
 from tqdm import tqdm
 
 import checkpoint
+import runs
 from flags import Flags, choose_hardware, number, to_record
+from journal import begin_journal, keep, recall
 from labels import Labelled, batches, draw, encode, folds, load
 from model import Classifier, Config, Tagger
-from optim import set_learning_rates
+from optim import judge, new_health, set_learning_rates
 from rivals import LSA_WIDTHS, Fit, bag_of_words, document_vectors, linear, linear_fits, lsa
 from text import UserError
 
@@ -91,6 +93,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flags.add_device()
     flags.add_dtype()
     add("--out", type=Path, default=Path("runs/finetune"), help="folder of the run")
+    add("--resume", action="store_true", help="go on after the last fit that ended in --out")
     args = flags.parse_args(argv)
     args.rows = args.rows.split(",")
     for row in args.rows:
@@ -163,11 +166,12 @@ def fit_network(
     rng = np.random.default_rng([args.seed, 5])
     order = np.concatenate([rng.permutation(which) for _ in range(args.epochs)])
     n_steps = -(-len(order) // args.batch_size)
+    health = new_health(scaler.is_enabled())
     model.train()
     for step in tqdm(range(n_steps), desc=f"rate {rate:g}", disable=None, leave=False, unit="step"):
         examples = order[step * args.batch_size : (step + 1) * args.batch_size]
         set_learning_rates([optimizer], step, n_steps, args.warmup)
-        piece = -(-len(examples) // args.accumulate)
+        piece, total = -(-len(examples) // args.accumulate), 0.0
         for members, inputs in batches(rows, examples, piece, device):
             wanted = torch.from_numpy(np.concatenate([np.atleast_1d(targets[i]) for i in members])).to(device)
             with autocast:
@@ -176,12 +180,21 @@ def fit_network(
                 loss = F.mse_loss(logits[:, 0], wanted, reduction="sum")
             else:
                 loss = F.cross_entropy(logits, wanted, reduction="sum")
-            scaler.scale(loss / sum(np.size(targets[i]) for i in examples)).backward()
+            loss = loss / sum(np.size(targets[i]) for i in examples)
+            scaler.scale(loss).backward()
+            total += loss.detach()
         scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        scaler.step(optimizer)
+        length = float(nn.utils.clip_grad_norm_(model.parameters(), args.clip))
+        said = judge(health, float(total), length)
+        if health["in_row"]:
+            print(f"rate {rate:g}, step {step + 1}: {said}", flush=True)
+        else:  # a leap of the loss is no news where batches are small
+            scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        if health["in_row"] == health["patience"]:
+            print(f"stopped after {health['patience']} bad steps in a row: a lower --lr may help", flush=True)
+            raise SystemExit(1)
 
 
 # ----------------------------------------------------------------------------- choices and results
@@ -264,12 +277,16 @@ def choose_length(config: Config, args: argparse.Namespace) -> tuple[Config, int
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the rows, and return what OUT/metrics.json says."""
     args = parse(argv)
-    if args.task == "tokens":
-        import tag  # which trains by this file's loop
+    with runs.claim(args.out, args.model):
+        if args.task == "tokens":
+            import tag  # which trains by this file's loop
 
-        return tag.run(args)
+            return tag.run(args)
+        return compare_rows(args)
+
+
+def compare_rows(args: argparse.Namespace) -> dict[str, Any]:
     device, dtype = choose_hardware(args.device, args.dtype)
-    checkpoint.make_folder(args.out, args.model)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     dtype_name = str(dtype).removeprefix("torch.")
     config, weights, tokenizer, _ = checkpoint.load_model(args.model)
@@ -280,7 +297,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     columns = (args.text_column, args.pair_column, args.label_column)
     train, test = load(args.data, args.train, args.test, columns, args.task)
     train = draw(train, args.labels, args.seed)
-    checkpoint.write(args.out / "flags.json", checkpoint.to_json(to_record(args)))
+    flags = to_record(args)
 
     grids = GRIDS if config.is_modern else GRIDS | {"pretrained": BERT_GRID}
     if args.lr is not None:
@@ -290,6 +307,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     rows, texts = train_rows + test_rows, joined(train) + joined(test)
     all_train, all_test = np.arange(n_train), n_train + np.arange(len(test))
     splits, how = choose_splits(train)
+    read = [*rows, train.targets, test.targets, *checkpoint.as_bytes(weights)]
+    journal = begin_journal(args.out, flags, read, args.resume, device)
     args.epochs = args.epochs or max(2, min(8, round(31 / (n_train / (n_classes or 2)) ** 0.35)))
     print(f"{n_train:,} labels, {len(test):,} examples to test on; choices by {how}; {args.epochs} epochs")
     cut = f"{n_cut + n_cut_test:,} texts cut to head and tail of together {max_len} tokens"
@@ -310,9 +329,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             checkpoint.load_weights(model, weights, args.model, fresh=("classifier", "pooler"))
         return model
 
-    def fit(row: str, on: np.ndarray, unseen: np.ndarray, grid: Sequence) -> tuple[Fit, Classifier | None]:
+    def fit(
+        row: str, on: np.ndarray, unseen: np.ndarray, grid: Sequence, fold: int | None = None
+    ) -> tuple[Fit, Classifier | None]:
         """Scores of `unseen` for each choice of the grid, fitted on the examples `on`; and of a network the
-        last one."""
+        last one. Those of a fold are looked up in the journal first."""
         if row == "bag_of_words":
             known, asked = ([texts[i] for i in which] for which in (on, unseen))
             return bag_of_words(known, train.targets[on], asked, n_classes, grid), None
@@ -320,8 +341,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             return lsa(vectors[on], train.targets[on], vectors[unseen], n_classes, grid), None
         if row == "frozen":
             return linear_fits(features[on], train.targets[on], features[unseen], n_classes, grid), None
-        found: Fit = {}
+        found, model = {}, None
         for (rate,) in grid:
+            place = journal / f"{row}-{fold}-{rate!r}"
+            if fold is not None and (kept := recall(place)):
+                found[rate,] = kept[1]
+                continue
             model = new_model(row)
             if row == "pretrained":  # whole fine-tuning begins from the fitted head (Kumar et al. 2022)
                 fit_head(model, features[on], targets[on], n_classes is not None)
@@ -332,10 +357,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 states = torch.from_numpy(features[unseen]).to(device)
                 logits = model.classifier(states).detach().cpu().numpy()
             found[rate,] = decide(logits)
+            if fold is not None:
+                keep(place, None, found[rate,])
         return found, model
 
     results, choices, predicted = {}, {}, {}
     for name in args.rows:
+        if kept := recall(journal / name):
+            (results[name], choices[name], line), predicted[name] = kept
+            print(line, flush=True)
+            continue
         begun, note = time.time(), ""
         most = CHOOSING if name in ("scratch", "pretrained") else n_train
         if name == "lsa":
@@ -344,9 +375,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             fresh = new_model("pretrained")
             features = outputs(fresh, rows, np.arange(len(rows)), autocast, fresh.features)
         rng, tried = np.random.default_rng([args.seed, 6]), []
-        for on, held_out in splits if len(grids[name]) > 1 else []:
+        for fold, (on, held_out) in enumerate(splits if len(grids[name]) > 1 else []):
             some = np.sort(rng.permutation(on)[:most])
-            tried.append((train.targets[held_out], fit(name, some, held_out, grids[name])[0]))
+            tried.append((train.targets[held_out], fit(name, some, held_out, grids[name], fold)[0]))
         choice, validation = best_choice(tried) if tried else (grids[name][0], None)
         fitted, model = fit(name, all_train, all_test, [choice])
         predicted[name] = fitted[choice]
@@ -357,7 +388,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         results[name]["seconds"] = time.time() - begun
         choices[name] = {"choice": choice, "validation": validation, "fitted_on": note}
         note = f"chose {', '.join(map(str, choice))}" + (f"; vectors of {note}" if note else "")
-        print(f"{name:<13} {shown}  {results[name]['seconds']:4.0f} s  {note}", flush=True)
+        line = f"{name:<13} {shown}  {results[name]['seconds']:4.0f} s  {note}"
+        keep(journal / name, (results[name], choices[name], line), predicted[name])
+        print(line, flush=True)
 
     shares = np.bincount(train.targets, minlength=n_classes) / n_train if n_classes else center
     majority = measure(test.targets, np.broadcast_to(shares, (len(test), *np.shape(shares))))
@@ -381,6 +414,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    runs.stop_with_a_line("stopped; the same command with --resume goes on after the last fit that ended")
     try:
         main()
     except UserError as error:

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -28,18 +28,25 @@ class Flags(argparse.ArgumentParser):
         choices = ("auto", "float32", "bfloat16", "float16")
         self.add_argument("--dtype", choices=choices, default="auto", help=products)
 
+    def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
+        given = sys.argv[1:] if argv is None else argv
+        for text in given:  # a path in another encoding can be opened, but neither printed nor saved
+            if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+                self.error(f"{text!a}: not UTF-8 text")
+        return super().parse_args(given)
+
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {' '.join(message.splitlines())}\n")
 
 
-def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], int | float]:
-    """The type of a flag that takes an int or float from low to high."""
+def number(kind: type, low: float, high: float | None = None) -> Callable[[str], int | float]:
+    """The type of a flag that takes a number from low to high, by default as far as arrays can count."""
+    high = {int: 2**31 - 1, float: sys.float_info.max}[kind] if high is None else high
 
     def convert(text: str) -> int | float:
         value = kind(text)
         if not low <= value <= high:
-            limit = f" and at most {high:g}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text}: it must be at least {low:g}{limit}")
+            raise argparse.ArgumentTypeError(f"{text}: it must be at least {low:g} and at most {high:g}")
         return value
 
     # argparse names it where kind(text) fails

@@ -76,9 +76,10 @@ class Config:
             raise ValueError(f"family {self.family!r} is none of {', '.join(FAMILIES)}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name in ("family", "unused_positions"):
+            if field.name == "family":
                 continue
-            if value <= 0 or (field.type is int and not isinstance(value, int)):
+            least = 0 if field.name == "unused_positions" else 1 if field.type is int else 1e-30
+            if not least <= value < 2**31 or (field.type is int and not isinstance(value, int)):
                 raise ValueError(f"{field.name} must be a positive {field.type.__name__}, got {value}")
         if self.d_model % self.n_heads or (self.d_model // self.n_heads) % 2:
             raise ValueError(f"d_model {self.d_model} does not part into {self.n_heads} heads of even size")

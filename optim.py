@@ -1,5 +1,9 @@
-"""Muon for the matrices, AdamW for the rest, and the learning-rate schedule."""
+"""Muon for the matrices, AdamW for the rest, the learning-rate schedule, and steps not to be taken."""
 
+import math
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -7,6 +11,9 @@ from torch import Tensor, nn
 FUSED_BLOCKS = {"Wqkv": 3, "Wi": 2}
 # Coefficients of the quintic Newton-Schulz iteration, chosen for slope at zero (Jordan et al. 2024, "Muon").
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+PATIENCE = 5  # bad steps in a row: a single bad batch passes, weights that are lost do not
+RECENT = 100  # losses that a spike is measured against
+LEAST_RECENT = 20
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
@@ -87,3 +94,29 @@ def set_learning_rates(
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("peak_lr", group["lr"]) * factor
     return factor
+
+
+def new_health(has_scaler: bool) -> dict[str, Any]:
+    """What `judge` remembers of a run; saved with it, so that a resumed one judges alike. Of float16 the
+    scaler begins at 2**16, and halves that at each bad step until the gradients fit."""
+    return {"losses": [], "spikes": 0, "skipped": 0, "in_row": 0, "patience": PATIENCE + 16 * has_scaler}
+
+
+def judge(health: dict[str, Any], loss: float, grad_norm: float) -> str:
+    """Count a step that must be skipped (health["in_row"] > 0 then), or a spike of the loss; returns what is
+    to be said of it, which mostly is nothing.
+
+    A spike is more than 6 standard deviations above the mean of the last losses, which the noise of batches
+    does not reach in a million steps, and more than 0.1 nats, for losses that hardly vary.
+    """
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        health["skipped"] += 1
+        health["in_row"] += 1
+        return f"loss {loss}, length of the gradient {grad_norm}: skipped"
+    recent = health["losses"]
+    limit = np.mean(recent) + max(6 * np.std(recent), 0.1) if len(recent) >= LEAST_RECENT else math.inf
+    health["in_row"], health["losses"] = 0, [*recent[1 - RECENT :], loss]
+    if loss <= limit:
+        return ""
+    health["spikes"] += 1
+    return f"the loss leapt to {loss:.3f}, from {np.mean(recent):.3f} in the steps before"

@@ -18,6 +18,7 @@ import checkpoint
 import entities
 from finetune import CHOOSING, N_FOLDS, choose_length, choose_splits, fit_network
 from flags import choose_hardware, to_record
+from journal import begin_journal, keep, recall
 from labels import Labelled, batches
 from model import Tagger
 from text import UserError
@@ -46,7 +47,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if any(columns) or args.head:
         raise UserError("--task tokens: it takes no columns and no --head")
     device, dtype = choose_hardware(args.device, args.dtype)
-    checkpoint.make_folder(args.out, args.model)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     config, weights, tokenizer, _ = checkpoint.load_model(args.model)
     config, max_len = choose_length(config, args)
@@ -57,13 +57,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         train = train[np.sort(np.random.default_rng([args.seed, 3]).permutation(len(train))[: args.labels])]
     if len(train) < N_FOLDS:
         raise UserError(f"{len(train)} sentences to train on; at least {N_FOLDS} are needed")
-    checkpoint.write(args.out / "flags.json", checkpoint.to_json(to_record(args)))
-    n_train = len(train)
+    flags, n_train = to_record(args), len(train)
     rows, places, n_cut = entities.encode_words(train.words + test.words, tokenizer, max_len)
     targets = entities.token_targets(rows, places, train.tags + test.tags)
     all_train, all_test = np.arange(n_train), n_train + np.arange(len(test))
     truth = [[train.names[i] for i in tags] for tags in train.tags + test.tags]
     splits, how = choose_splits(Labelled(train.words, None, np.zeros(n_train), None))
+    read = [*rows, *targets, *checkpoint.as_bytes(weights)]
+    journal = begin_journal(args.out, flags, read, args.resume, device)
     args.epochs = args.epochs or EPOCHS
     print(f"{n_train:,} sentences, {len(test):,} to test on; choices by {how}; {args.epochs} epochs")
     print(f"{n_cut:,} sentences cut to {max_len} tokens; products in {dtype} on {device}", flush=True)
@@ -81,16 +82,25 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     results, choices = {}, {}
     for name in ("most_frequent", *(row for row in args.rows if row in RATES)):
+        if kept := recall(journal / name):
+            results[name], choice, line = kept[0]
+            choices |= {} if choice is None else {name: choice}
+            print(line, flush=True)
+            continue
         begun, note = time.time(), ""
         if name == "most_frequent":
             results[name] = entities.measure(truth[n_train:], entities.most_frequent(train, test.words))
         else:
             rates = RATES[name] if args.lr is None else (args.lr,)
             rng, tried = np.random.default_rng([args.seed, 6]), {rate: [] for rate in rates}
-            for on, held_out in splits if len(rates) > 1 else []:
+            for fold, (on, held_out) in enumerate(splits if len(rates) > 1 else []):
                 some = np.sort(rng.permutation(on)[:CHOOSING])
                 for rate in rates:
-                    tried[rate].append(fit(name, rate, some, held_out)[0]["f1"])
+                    place = journal / f"{name}-{fold}-{rate!r}"
+                    if not (kept := recall(place)):
+                        kept = (fit(name, rate, some, held_out)[0]["f1"], None)
+                        keep(place, kept[0])
+                    tried[rate].append(kept[0])
             choices[name] = max(rates, key=lambda rate, tried=tried: float(np.mean(tried[rate] or [0])))
             results[name], model = fit(name, choices[name], all_train, all_test)
             note = f"  chose {choices[name]}"
@@ -100,7 +110,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             checkpoint.save_model(args.out, model, tokenizer, extra)
         shown = "  ".join(f"{key} {value:.3f}" for key, value in results[name].items())
         results[name]["seconds"] = time.time() - begun
-        print(f"{name:<13} {shown}  {results[name]['seconds']:4.0f} s{note}", flush=True)
+        line = f"{name:<13} {shown}  {results[name]['seconds']:4.0f} s{note}"
+        keep(journal / name, (results[name], choices.get(name), line))
+        print(line, flush=True)
     metrics = {"test": results, "choices": choices, "names": train.names, "n_train": n_train}
     metrics |= {"n_test": len(test), "n_cut": n_cut, "dtype": str(dtype).removeprefix("torch.")}
     checkpoint.write(args.out / "metrics.json", checkpoint.to_json(metrics))

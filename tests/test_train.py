@@ -14,6 +14,7 @@ import torch
 from conftest import SMALL, sentences
 
 import checkpoint
+import runs
 import train
 from data import Batch, Corpus
 from model import Config, MaskedLM
@@ -90,13 +91,13 @@ def test_slower_machines_compute_fewer_tokens_and_say_why(
 def test_resume_equals_a_straight_run(corpus_file, tmp_path, monkeypatch):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     train.main(run(corpus_file, straight, "--save-every", "5"))
-    save_step = checkpoint.save_step
+    save_step = runs.save_step
 
     def stop_after_five(out, *rest):
         save_step(out, *rest)
         raise RuntimeError("the power went")
 
-    monkeypatch.setattr(checkpoint, "save_step", stop_after_five)
+    monkeypatch.setattr(runs, "save_step", stop_after_five)
     with pytest.raises(RuntimeError):
         train.main(run(corpus_file, broken, "--save-every", "5"))
     monkeypatch.undo()

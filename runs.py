@@ -1,0 +1,256 @@
+"""The folder of a run: who may write into it, what it was begun with, and its checkpoints.
+
+OUT/checkpoints/step-N is a model's folder with training.pt beside (optimizers, curve, flags), and
+manifest.json (size and SHA-256 of each file). It is made under another name, the manifest last, and renamed
+once it is on the disk. Who goes on takes the newest that is as its manifest says.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+
+import checkpoint
+from text import UserError
+
+MANIFEST = "manifest.json"
+MAY_CHANGE = {"resume", "device", "out", "keep"}  # flags that a resumed run need not share with its beginning
+
+
+# -------------------------------------------------------------------------------------- the folder of a run
+
+
+@contextlib.contextmanager
+def claim(out: Path, model: Path | None = None) -> Iterator[None]:
+    """Make the folder of a run, and hold its lock, which ends with this process however that ends. Raises
+    UserError where it cannot be written, is that of the model read, or another run writes into it."""
+    checkpoint.make_folder(out, model)
+    with open(out / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--out {out}: another run is writing into it") from None
+        except OSError as error:  # some file systems of clusters have no locks
+            print(f"{out}: cannot be locked ({error.strerror}): let no other run write into it", flush=True)
+        yield
+
+
+def check_space(out: Path, n_bytes: int, keep: int, n_saves: int, n_snapshots: int) -> None:
+    """Raises UserError where a run of `n_bytes` of weights would not fit onto the disk: the last checkpoints,
+    the best and the one being written, each with at most two moments of each weight; snapshots; the model."""
+    needed = n_bytes * (3 * (min(keep, n_saves + 1) + 2) + n_snapshots + 1)
+    # what is there is of this run, or makes way for it
+    held = sum(path.stat().st_size for path in (out / "checkpoints").rglob("*") if path.is_file())
+    if (free := shutil.disk_usage(out).free + held) < needed:
+        sizes = f"the run needs {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free"
+        raise UserError(f"--out {out}: {sizes}; a smaller --keep, or fewer --snapshots, needs less")
+
+
+def environment(device: torch.device, n_ranks: int) -> dict[str, Any]:
+    """What, beside flags and text, the last bits of a result hang on."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"]
+    try:
+        said = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout
+    except OSError:  # no git
+        said = ""
+    found = {library.__name__: str(library.__version__) for library in (torch, np, tokenizers)}
+    found |= {"python": platform.python_version(), "commit": said.strip() or None}
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    found |= {"device": f"{device.type}, {hardware}", "threads": torch.get_num_threads(), "ranks": n_ranks}
+    return found
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder. It is renamed first: what a kill leaves of it then is never taken for the whole."""
+    shutil.rmtree(old := folder.with_name(".old"), ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, old)
+        shutil.rmtree(old)
+
+
+def stop_with_a_line(line: str) -> None:
+    """From here on Ctrl-C and SIGTERM end this process with 130 and 143, and a line on stderr."""
+
+    def stop(number: int, _: Any) -> None:
+        print(line, file=sys.stderr)
+        sys.exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+
+
+def begin_run(out: Path, flags: dict[str, Any], found: dict[str, Any]) -> None:
+    """Write the flags and the environment, and clear what an earlier run kept, which this one must not resume
+    from."""
+    try:
+        for kept in ("checkpoints", "snapshots"):
+            discard(out / kept)
+        (out / "checkpoints").mkdir()
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be cleared: {error.strerror}") from None
+    checkpoint.write(out / "flags.json", checkpoint.to_json(flags))
+    checkpoint.write(out / "environment.json", checkpoint.to_json(found))
+
+
+def draw_curve(points: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for key, label in (("loss", "training"), ("validation_loss", "validation (15% masked)")):
+        chosen = [point for point in points if key in point]
+        axes.plot([point["step"] for point in chosen], [point[key] for point in chosen], label=label)
+    axes.set(xlabel="step", ylabel="loss of a masked token, nats")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+# --------------------------------------------------------------------------------------------- checkpoints
+
+
+def step_folders(out: Path) -> dict[int, Path]:
+    """{step: folder}, the earliest first."""
+    found = (out / "checkpoints").glob("step-*")
+    return dict(sorted((int(f.name[5:]), f) for f in found if re.fullmatch(r"step-\d+", f.name)))
+
+
+def manifest(folder: Path, step: int) -> bytes:
+    """Size and SHA-256 of every file of a checkpoint but the manifest itself and hidden ones."""
+    files = {}
+    for path in sorted(folder.iterdir()):
+        if path.name != MANIFEST and not path.name.startswith("."):
+            with open(path, "rb") as file:
+                files[path.name] = [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+    return checkpoint.to_json({"step": step, "files": files})
+
+
+def damage(folder: Path, step: int) -> str:
+    """What is wrong with a checkpoint, and nothing where it is as it was written."""
+    try:
+        wanted, found = (folder / MANIFEST).read_bytes(), manifest(folder, step)
+        if wanted == found:
+            return ""
+        said, files = json.loads(wanted), json.loads(found)["files"]
+        if said["step"] != step:
+            return f"it is of step {said['step']!r}"
+        changed = (
+            name for name in sorted(said["files"] | files) if said["files"].get(name) != files.get(name)
+        )
+        return f"{next(changed, MANIFEST)} is not as it was written"
+    except OSError as error:
+        return f"{error.strerror}: {Path(error.filename or MANIFEST).name}"
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return f"{MANIFEST} is not as it was written"
+
+
+def save_step(
+    out: Path, model: nn.Module, optimizers: list, scaler: Any, tokenizer: Tokenizer, state: dict, keep: int
+) -> None:
+    """A whole checkpoint in OUT/checkpoints/step-N. Once it is in its place, all go but the last `keep` and
+    the best by validation loss. Raises UserError where it cannot be written; those before stay whole."""
+    step, folders = state["step"], out / "checkpoints"
+    folder, work = folders / f"step-{step}", folders / ".new"
+    try:
+        shutil.rmtree(work, ignore_errors=True)
+        checkpoint.save_model(work, model, tokenizer)
+        state = state | {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+        state |= {"scaler": scaler.state_dict(), "bag_bias": model.bag_bias.detach().cpu()}
+        torch.save(state, buffer := io.BytesIO())
+        checkpoint.write(work / "training.pt", buffer.getbuffer())
+        checkpoint.write(work / MANIFEST, manifest(work, step))
+        discard(folder)  # one is there only where it was damaged, and was stepped over
+        checkpoint.rename(work, folder)
+        losses = {p["step"]: p["validation_loss"] for p in state["points"] if "validation_loss" in p}
+        there = {s: f for s, f in step_folders(out).items() if s <= step}
+        measured = [s for s in there if math.isfinite(losses.get(s, math.nan))]
+        best = min(measured, key=losses.get, default=None)
+        for old in list(there)[:-keep]:
+            if old != best:
+                discard(there[old])
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def last_step(out: Path, say: Callable[[str], None]) -> Path | None:
+    """The folder of the newest whole checkpoint, or None where none was written yet. Those that are damaged
+    are stepped over, and named. Raises UserError where all are."""
+    folders = step_folders(out)
+    for step, folder in reversed(folders.items()):
+        if not (problem := damage(folder, step)):
+            return folder
+        say(f"{folder}: damaged, {problem}: stepping over it")
+    if folders:
+        raise UserError(f"{out}: none of its checkpoints is whole; without --resume it begins anew")
+    say(f"no checkpoint in {out} yet: starting afresh")
+    return None
+
+
+def load_state(
+    folder: Path, flags: dict[str, Any], found: dict[str, Any], say: Callable[[str], None]
+) -> dict[str, Any]:
+    """The training state of a checkpoint; what is different in the environment is said. Raises UserError
+    where the run was begun with other flags."""
+    try:
+        state = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
+        before, there = state["flags"], state["environment"]
+    except Exception as error:  # pickle and zip each raise their own
+        raise UserError(f"{folder}: cannot be resumed: {checkpoint.first_line(error)}") from None
+    compare(folder.parents[1], (flags, before), (found, there), say)
+    return state
+
+
+def compare(
+    out: Path, flags: tuple[dict, dict], found: tuple[dict, dict], say: Callable[[str], None]
+) -> None:
+    """(now, before) of the flags and of the environment of a run: what is different in the environment is
+    said. Raises UserError where a flag is."""
+    for name in flags[0].keys() - MAY_CHANGE:
+        if flags[0][name] != flags[1].get(name):
+            flag = f"--{name.replace('_', '-')} {flags[0][name]}"
+            raise UserError(f"--resume with {flag}, but the run in {out} has {flags[1].get(name)}")
+    names = (name for name in found[0] if found[0][name] != found[1].get(name))
+    if changed := [f"{name} {found[1].get(name)}, now {found[0][name]}" for name in names]:
+        say(f"resuming in another environment, the last bits may differ: {'; '.join(changed)}")
+
+
+def restore(folder: Path, state: dict[str, Any], model: nn.Module, optimizers: list, scaler: Any) -> None:
+    """Bring all back to where the checkpoint was written. Raises UserError where it does not fit."""
+    checkpoint.load_weights(model, checkpoint.load_model(folder)[1], folder)
+    try:
+        model.bag_bias.data.copy_(state["bag_bias"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        scaler.load_state_dict(state["scaler"])
+    except checkpoint.BROKEN as error:
+        raise UserError(f"{folder}: cannot be resumed: {checkpoint.first_line(error)}") from None
+
+
+def advise(out: Path) -> str:
+    """What is left of a run that went wrong, and how to go on."""
+    if not (folders := step_folders(out)):
+        return "there is no checkpoint yet: begin anew, with a lower --lr-adamw or --lr-muon"
+    kept = f"the last good state is in {list(folders.values())[-1]}"
+    return f"{kept}: --resume goes on behind them, --model begins from it, perhaps with lower rates"

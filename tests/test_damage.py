@@ -1,0 +1,734 @@
+"""Nothing is lost: damage done to real runs, in processes of their own.
+
+A run that was killed, over and over, and resumed, is compared with one that was left alone: every byte of
+weights and optimizers, and all that was logged but the clock. CI runs a sample of each; -m slow runs all.
+"""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from conftest import SMALL
+
+import checkpoint
+import finetune
+import predict
+import runs
+import train
+from data import train_tokenizer
+from model import Config, MaskedLM
+from text import UserError
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+CLOCK = {"tokens_per_second", "seconds"}
+STEPS = 24
+
+
+@pytest.fixture(scope="session")
+def seedling(corpus_file, tmp_path_factory):
+    """A model so small that its steps take no time, to go on from."""
+    folder, lines = tmp_path_factory.mktemp("seedling"), corpus_file.read_text().splitlines()
+    tokenizer = train_tokenizer(lines, 300)
+    config = Config(tokenizer.get_vocab_size(), d_model=32, n_layers=2, n_heads=2, d_ff=48, max_len=32)
+    torch.manual_seed(0)
+    checkpoint.save_model(folder, MaskedLM(config), tokenizer)
+    return folder
+
+
+@pytest.fixture
+def flags(corpus_file, seedling):
+    """The flags of a short run of it into a folder."""
+
+    def given(out, *more, dtype="float32", steps=STEPS, corpus=corpus_file):
+        run = ["--model", str(seedling), "--corpus", str(corpus), "--out", str(out), "--steps", str(steps)]
+        return [*run, "--dtype", dtype, *SMALL, "--save-every", "3", *more]
+
+    return given
+
+
+class Run(NamedTuple):
+    """The processes of a run, and what they say."""
+
+    pids: list[int]
+    log: Path
+
+    def await_words(self, words):
+        while words not in self.log.read_text():
+            assert not self.has_ended(), self.log.read_text()
+            time.sleep(0.005)
+
+    def has_ended(self):
+        """Whether its first process has; it stays to be waited for."""
+        return os.waitid(os.P_PID, self.pids[0], os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def kill(self):
+        """The exit code of the first process: 0 where it had ended before."""
+        for pid in self.pids:
+            os.kill(pid, signal.SIGKILL)
+        return self.wait()[0]
+
+    def wait(self):
+        """(exit code of the first process, all that was said)."""
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in self.pids]
+        return codes[0], self.log.read_text()
+
+
+def start(given, ranks=1, main=train.main):
+    """main(given) in processes of its own, forked, which spares them the seconds of the imports."""
+    with tempfile.NamedTemporaryFile(delete=False) as log, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pids = []
+    for rank in range(ranks):
+        if pid := os.fork():
+            pids.append(pid)
+            continue
+        code = 70
+        try:
+            torch.set_num_threads(1)
+            sys.stdout = sys.stderr = open(log.name, "a", buffering=1)  # noqa: SIM115
+            if ranks > 1:
+                place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
+                os.environ.update({key: str(value) for key, value in place.items()}, MASTER_ADDR="127.0.0.1")
+            main([str(flag) for flag in given])
+            code = 0
+        except UserError as error:
+            print(error)
+            code = 2
+        except SystemExit as ended:
+            code = ended.code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return Run(pids, Path(log.name))
+
+
+def finish(given, ranks=1, code=0, main=train.main):
+    found, said = start(given, ranks, main).wait()
+    assert found == code, said
+    return said
+
+
+def command(given, script="train.py"):
+    """python train.py, a process from the command line."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([sys.executable, "-u", script, *given], cwd=ROOT, env=ENVIRONMENT, **pipes)
+
+
+def await_line(process, words):
+    assert any(words in line for line in process.stdout)
+
+
+def plain(value):
+    """Tensors as bytes, and nothing of the clock."""
+    if isinstance(value, dict):
+        return {key: plain(part) for key, part in value.items() if key not in CLOCK}
+    if isinstance(value, list):
+        return [plain(part) for part in value]
+    if isinstance(value, torch.Tensor):
+        return value.dtype, tuple(value.shape), value.numpy().tobytes()
+    return value
+
+
+def result(out):
+    """All that a finished run leaves, but the clock."""
+    [*_, last] = runs.step_folders(out).values()
+    state = torch.load(last / "training.pt", weights_only=True)
+    del state["flags"], state["environment"]  # the folder, and the commit that the tests may be of
+    logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    files = {
+        name: (out / name).read_bytes() for name in ("model.safetensors", "config.json", "tokenizer.json")
+    }
+    return files | plain(
+        {"state": state, "logged": logged, "metrics": json.loads((out / "metrics.json").read_text())}
+    )
+
+
+def assert_equal(found, wanted):
+    """Without the pages that pytest would print."""
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        if isinstance(value, dict) and isinstance(found[key], dict):
+            assert_equal(found[key], value)
+        else:
+            assert bool(found[key] == value), key
+
+
+# ---------------------------------------------------------------------------------------------------- killed
+
+
+def kill_and_resume(given, out, ranks, n_kills, seed):
+    """Kill a run `n_kills` times at random moments, every other one during a save; returns how many of them
+    left a half written checkpoint."""
+    rng, n_amid = random.Random(seed), 0
+    for i in range(n_kills):
+        run = start([*given, *["--resume"] * (i > 0)], ranks)
+        run.await_words("tokens/s")
+        if i % 2 == 0:
+            while not (out / "checkpoints" / ".new").exists():
+                assert not run.has_ended()
+            time.sleep(rng.uniform(0, 0.01))
+        else:
+            time.sleep(rng.uniform(0, 0.2))
+        assert run.kill() == -signal.SIGKILL
+        n_amid += (out / "checkpoints" / ".new").exists()
+    finish([*given, "--resume"], ranks)
+    return n_amid
+
+
+CASES = [(1, "bfloat16", 3), (2, "float32", 1)]
+ALL_CASES = [(ranks, dtype, 20) for ranks in (1, 2) for dtype in ("float32", "bfloat16")]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "dtype", "n_kills"),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL_CASES)],
+)
+def test_a_run_that_is_killed_and_resumed_equals_one_that_is_not(flags, tmp_path, ranks, dtype, n_kills):
+    """With accumulation: two micro-batches a rank."""
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    more = {"dtype": dtype, "steps": 12 + 10 * n_kills}
+    finish(flags(straight, "--accumulate", str(2 * ranks), **more), ranks)
+    given = flags(killed, "--accumulate", str(2 * ranks), **more)
+    assert kill_and_resume(given, killed, ranks, n_kills, ranks) >= max(1, n_kills // 4)
+    assert_equal(result(killed), result(straight))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_same_seed_gives_the_same_run(flags, tmp_path, ranks):
+    for name in ("one", "two"):
+        finish(flags(tmp_path / name, "--accumulate", "2", steps=9), ranks)
+    assert_equal(result(tmp_path / "one"), result(tmp_path / "two"))
+
+
+@pytest.mark.slow
+def test_three_ranks_go_on_to_the_bit(corpus_file, tmp_path):
+    """They sum up in an order that hangs on how DDP has cut the gradients, which it does anew after the first
+    step of a process; of a model of several megabytes, that is."""
+    given = ["--corpus", corpus_file, "--steps", 6, "--dtype", "float32", *SMALL, "--save-every", 3]
+    finish([*given, "--out", tmp_path / "straight"], ranks=3)
+    shutil.copytree(tmp_path / "straight", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-6")
+    said = finish([*given, "--out", tmp_path / "resumed", "--resume"], ranks=3)
+    assert "resuming after step 3" in said
+    assert_equal(result(tmp_path / "resumed"), result(tmp_path / "straight"))
+
+
+@pytest.mark.slow
+def test_torchrun_killed_with_all_its_processes(flags, tmp_path):
+    """From the command line, as a user would."""
+    given = flags(tmp_path / "killed", "--accumulate", "2", steps=60)
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "train.py",
+    ]
+    for i in range(3):
+        torchrun = subprocess.Popen(
+            [*launch, *given, *["--resume"] * (i > 0)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+            env=ENVIRONMENT,
+        )
+        await_line(torchrun, "tokens/s")
+        time.sleep(0.2)
+        found = subprocess.run(["pgrep", "-P", str(torchrun.pid)], capture_output=True, text=True).stdout
+        torchrun.kill()
+        for rank in map(int, found.split()):  # which outlive it, in sessions of their own
+            os.kill(rank, signal.SIGKILL)
+        torchrun.communicate()
+    finish([*given, "--resume"], ranks=2)
+    finish(flags(tmp_path / "straight", "--accumulate", "2", steps=60), ranks=2)
+    assert_equal(result(tmp_path / "killed"), result(tmp_path / "straight"))
+
+
+def test_killed_after_the_last_step_it_is_finished(flags, tmp_path, monkeypatch):
+    train.main(flags(tmp_path, steps=6))
+    before = result(tmp_path)
+    for name in ("model.safetensors", "metrics.json", "config.json"):
+        (tmp_path / name).unlink()
+    train.main(flags(tmp_path, "--resume", steps=6))
+    assert_equal(result(tmp_path), before)
+
+
+SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+
+
+@pytest.mark.parametrize(("number", "code"), [pytest.param(*SIGNALS[0], marks=pytest.mark.slow), SIGNALS[1]])
+def test_a_signal_saves_and_says_how_to_go_on(flags, tmp_path, number, code):
+    process = command(flags(tmp_path, "--save-every", "100000", steps=100_000))
+    await_line(process, "step 3:")
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == code and "Traceback" not in output
+    assert "saved; the same command with --resume goes on" in output.splitlines()[-1]
+    [step] = runs.step_folders(tmp_path)
+    assert step >= 3 and runs.last_step(tmp_path, pytest.fail)
+
+
+@pytest.mark.slow
+def test_a_signal_before_the_first_step_is_no_traceback(flags, tmp_path):
+    reading, writing = os.pipe()  # it waits for the end of its text, which does not come
+    pipes = {"stdin": reading, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    given = [sys.executable, "train.py", *flags(tmp_path / "out", corpus="-")]
+    process = subprocess.Popen(given, cwd=ROOT, env=ENVIRONMENT, **pipes)
+    while not (tmp_path / "out" / ".lock").exists():
+        time.sleep(0.02)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    os.close(reading)
+    os.close(writing)
+    assert process.returncode == 130 and "Traceback" not in output
+
+
+def test_a_signal_to_one_rank_stops_both_after_the_same_step(flags, tmp_path):
+    run = start(flags(tmp_path, "--save-every", "100000", steps=100_000), ranks=2)
+    run.await_words("step 3:")
+    os.kill(run.pids[1], signal.SIGTERM)
+    code, said = run.wait()
+    assert code == 143 and said.count("saved; the same command with --resume goes on") == 1
+    assert len(runs.step_folders(tmp_path)) == 1 and runs.last_step(tmp_path, pytest.fail)
+
+
+# ------------------------------------------------------------------------------------- the disk, the text
+
+
+def test_a_limit_on_the_size_of_files_leaves_the_checkpoint_before(flags, tmp_path):
+    given = flags(tmp_path, "--save-every", "1", steps=400)
+    run = start(given)
+    run.await_words("step 3:")
+    run.kill()
+    before = runs.last_step(tmp_path, pytest.fail)
+
+    def limited(argv):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, 10**5))
+        train.main(argv)
+
+    said = finish([*given, "--resume"], code=2, main=limited)
+    assert "cannot be written: File too large" in said.splitlines()[-1]
+    assert runs.last_step(tmp_path, pytest.fail) == before
+
+
+FULL_DISK = """
+import os, subprocess, sys, threading, time, torch, train
+from text import UserError
+disk, given = sys.argv[1], sys.argv[2:]
+torch.set_num_threads(1)
+def mount(options):
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", disk], check=True)
+def fill():
+    while not os.path.exists(disk + "/checkpoints/step-2"):
+        time.sleep(0.001)
+    with open(disk + "/other", "wb", buffering=0) as file:
+        try:
+            while file.write(bytes(10**4)):
+                pass
+        except OSError:
+            pass
+def begin():
+    try:
+        train.main(given)
+    except UserError as error:
+        print("told", error)
+mount("size=800k")
+begin()
+mount("remount,size=4m")
+threading.Thread(target=fill, daemon=True).start()
+begin()
+os.unlink(disk + "/other")
+subprocess.run(["cp", "-r", disk, disk + "-copy"], check=True)
+given.append("--resume")
+begin()
+subprocess.run(["cp", "-r", disk, disk + "-finished"], check=True)
+"""
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(flags, tmp_path):
+    """A file system of its own, in memory: first too small from the start, then filled by others."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    given = [
+        "unshare",
+        "-rm",
+        sys.executable,
+        "-c",
+        FULL_DISK,
+        disk,
+        *flags(disk, "--save-every", "1", "--keep", "1", steps=6),
+    ]
+    try:
+        done = subprocess.run(given, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=200)
+    except OSError:
+        pytest.skip("no unshare on this machine, to mount a small file system with")
+    if done.returncode and ("unshare" in done.stderr or "'mount'" in done.stderr):
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip().splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr
+    small, full = [line for line in done.stdout.splitlines() if line.startswith("told")]
+    assert f"told --out {disk}: the run needs 1 MB, and 1 MB are free" in small
+    assert "cannot be written: No space left on device" in full
+    copy, finished = (disk.with_name(disk.name + end) for end in ("-copy", "-finished"))
+    [*_, step] = runs.step_folders(copy)
+    assert step >= 2 and runs.last_step(copy, pytest.fail) and f"resuming after step {step}\n" in done.stdout
+    finish(flags(tmp_path / "straight", "--save-every", "1", "--keep", "1", steps=6))
+    assert_equal(result(finished), result(tmp_path / "straight"))
+
+
+def test_two_runs_do_not_write_into_one_folder(flags, tmp_path):
+    given = flags(tmp_path, steps=100_000)
+    run = start(given)
+    run.await_words("step 3:")
+    said = finish([*given, "--resume"], code=2)
+    assert said == f"--out {tmp_path}: another run is writing into it\n"
+    assert not run.has_ended()
+    run.kill()
+    third = start([*given, "--resume"])  # the dead one holds no lock
+    third.await_words("resuming after step")
+    third.kill()
+
+
+def test_a_damaged_checkpoint_is_stepped_over_by_a_run(flags, tmp_path, capsys):
+    straight, damaged = tmp_path / "straight", tmp_path / "damaged"
+    for out in (straight, damaged):
+        train.main(flags(out, steps=6))
+    path = damaged / "checkpoints" / "step-6" / "training.pt"
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+    capsys.readouterr()
+    train.main(flags(damaged, "--resume", steps=6))
+    said = capsys.readouterr().out
+    assert "step-6: damaged, training.pt is not as it was written" in said and "resuming after step 3" in said
+    assert_equal(result(damaged), result(straight))
+
+
+def test_a_resumed_run_goes_on_with_its_own_text_only(flags, corpus_file, tmp_path):
+    text = tmp_path / "text.txt"
+    shutil.copy(corpus_file, text)
+    train.main(flags(tmp_path / "out", corpus=text, steps=3))
+    text.write_text(text.read_text() + "\nbal dom kist.")
+    with pytest.raises(UserError, match="--corpus is not what the run"):
+        train.main(flags(tmp_path / "out", "--resume", corpus=text, steps=3))
+
+
+def test_another_environment_is_said_and_the_run_goes_on(flags, tmp_path, monkeypatch, capsys):
+    train.main(flags(tmp_path, steps=3))
+    real = runs.environment
+    monkeypatch.setattr(runs, "environment", lambda *given: real(*given) | {"torch": "1.0"})
+    train.main(flags(tmp_path, "--resume", steps=3))
+    assert f"torch {torch.__version__}, now 1.0" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------ going wrong
+
+
+def spoil(monkeypatch, steps, spoilt):
+    """`spoilt(losses)` takes the place of the losses of these steps."""
+    batch, forward, now = train.Corpus.batch, train.MaskedLM.forward, []
+
+    def note(corpus, step, *rest):
+        now[:] = [step + 1]
+        return batch(corpus, step, *rest)
+
+    def losses(model, some):
+        found = forward(model, some)
+        return spoilt(found) if model.training and torch.is_grad_enabled() and now[0] in steps else found
+
+    monkeypatch.setattr(train.Corpus, "batch", note)
+    monkeypatch.setattr(train.MaskedLM, "forward", losses)
+
+
+NAN = {
+    "the loss": lambda found: (found[0] + torch.tensor(float("nan")), found[1]),
+    "the pooled loss": lambda found: (found[0], found[1] + torch.tensor(float("inf"))),
+    "the gradient": lambda found: (
+        found[0] + (found[0] - found[0].detach()) * torch.tensor(float("nan")),
+        found[1],
+    ),
+}
+
+
+@pytest.mark.parametrize("what", NAN)
+def test_a_bad_step_is_skipped_and_counted(flags, tmp_path, monkeypatch, capsys, what):
+    spoil(monkeypatch, {4, 6, 7, 8, 9}, NAN[what])
+    metrics = train.main(flags(tmp_path, "--snapshots", "10", steps=10))
+    weights = [
+        (tmp_path / "snapshots" / f"step-{s}" / "model.safetensors").read_bytes() for s in range(1, 11)
+    ]
+    changed = [s for s in range(2, 11) if weights[s - 1] != weights[s - 2]]
+    assert changed == [2, 3, 5, 10]
+    assert metrics["skipped"] == 5 and capsys.readouterr().out.count(": skipped\n") == 5
+
+
+def test_five_bad_steps_in_a_row_stop_the_run_with_the_last_good_state(flags, tmp_path, monkeypatch, capsys):
+    given = flags(tmp_path, "--snapshots", "20", steps=20)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        spoil(patch, set(range(8, 21)), NAN["the gradient"])
+        train.main(given)
+    said, folder = capsys.readouterr().out, tmp_path / "checkpoints" / "step-12"
+    assert (
+        ended.value.code == 1
+        and f"5 bad steps in a row; the last good state is in {folder}: --resume" in said
+    )
+    last_good = (tmp_path / "snapshots" / "step-7" / "model.safetensors").read_bytes()
+    assert (folder / "model.safetensors").read_bytes() == last_good
+    train.main([*given, "--resume"])  # behind the bad ones
+    assert "resuming after step 12" in capsys.readouterr().out
+    assert (tmp_path / "model.safetensors").read_bytes() != last_good
+
+
+def test_weights_that_are_lost_do_not_take_the_place_of_good_ones(flags, tmp_path, capsys):
+    """They are finite, but predict nothing any more: a rate far too high."""
+    with pytest.raises(SystemExit) as ended:
+        train.main(flags(tmp_path, "--lr-adamw", "1e30", "--lr-muon", "1e30", "--save-every", "100"))
+    assert ended.value.code == 1 and not runs.step_folders(tmp_path)
+    assert "there is no checkpoint yet: begin anew, with a lower --lr-adamw" in capsys.readouterr().out
+
+
+def test_a_leap_of_the_loss_is_said_and_counted(flags, tmp_path, monkeypatch, capsys):
+    spoil(monkeypatch, {30}, lambda found: (3 * found[0], found[1]))
+    assert train.main(flags(tmp_path, steps=32))["spikes"] == 1
+    assert "step 30: the loss leapt to" in capsys.readouterr().out
+
+
+def test_ranks_decide_alike_on_a_loss_that_is_bad_on_one(flags, tmp_path):
+    """Its gradient is good everywhere: only the sum over the ranks shows it."""
+
+    def one_rank_bad(argv):
+        with pytest.MonkeyPatch.context() as patch:
+            if os.environ["RANK"] == "1":
+                spoil(patch, range(5, 100), NAN["the loss"])
+            train.main(argv)
+
+    said = finish(flags(tmp_path), ranks=2, code=1, main=one_rank_bad)
+    assert said.count(": skipped\n") == 5 and "5 bad steps in a row; the last good state is in" in said
+    assert [*runs.step_folders(tmp_path)] == [6, 9]
+
+
+# ------------------------------------------------------------------------------------------- fine-tuning
+
+WORDS = "".join(
+    f"bal B-X\nkir I-X\n{word} O\n\nlem O\n{word} B-Y\n\n" for word in ("dom", "kist", "nost", "mel") * 6
+)
+
+
+@pytest.fixture
+def comparison(seedling, topics, tmp_path):
+    """The flags of a short comparison of rows, of classes or of token labels, into a folder."""
+    (tmp_path / "words.conll").write_text(WORDS)
+
+    def given(out, task, *more, dtype="float32"):
+        run = ["--model", seedling, "--out", out, "--epochs", 3, "--max-len", 32, "--accumulate", 2]
+        of_task = [
+            "--train",
+            topics[0],
+            "--test",
+            topics[1],
+            "--rows",
+            "bag_of_words,frozen,scratch,pretrained",
+        ]
+        of_words = ["--train", tmp_path / "words.conll", "--task", "tokens"]
+        return [*run, *(of_task if task == "classes" else of_words), "--dtype", dtype, *more]
+
+    return given
+
+
+def comparison_result(out):
+    """All that a finished comparison leaves, but the clock."""
+    found = {
+        name: (out / name).read_bytes() for name in ("model.safetensors", "config.json", "tokenizer.json")
+    }
+    if (out / "predictions.npz").exists():
+        found["predictions"] = (out / "predictions.npz").read_bytes()
+    return found | {"metrics": plain(json.loads((out / "metrics.json").read_text()))}
+
+
+FITTED = [("classes", "float32", 3), ("tokens", "float32", 2)]
+ALL_FITTED = [(task, dtype, 20) for task in ("classes", "tokens") for dtype in ("float32", "bfloat16")]
+
+
+@pytest.mark.parametrize(
+    ("task", "dtype", "n_kills"),
+    [*FITTED, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL_FITTED)],
+)
+def test_a_comparison_that_is_killed_and_resumed_equals_one_that_is_not(
+    comparison, tmp_path, task, dtype, n_kills
+):
+    straight, killed, rng = tmp_path / "straight", tmp_path / "killed", random.Random(n_kills)
+    begun = time.time()
+    finish(comparison(straight, task, dtype=dtype), main=finetune.main)
+    seconds, done = time.time() - begun, []
+    while len(done) < n_kills:
+        resumed = ["--resume"] * killed.exists()
+        run = start(comparison(killed, task, *resumed, dtype=dtype), main=finetune.main)
+        run.await_words("choices by")
+        time.sleep(rng.uniform(0, min(0.5, seconds / 3)))
+        if run.kill() == 0:  # too late: the next one begins anew
+            assert_equal(comparison_result(killed), comparison_result(straight))
+            shutil.rmtree(killed)
+        else:
+            done.append(len(list((killed / "journal").iterdir())))
+    finish(comparison(killed, task, *["--resume"] * killed.exists(), dtype=dtype), main=finetune.main)
+    assert max(done) > 1
+    assert_equal(comparison_result(killed), comparison_result(straight))
+
+
+def test_a_damaged_entry_of_the_journal_is_done_again(comparison, tmp_path, capsys):
+    rows = ["--rows", "bag_of_words,pretrained"]
+    finetune.main([str(flag) for flag in comparison(tmp_path / "out", "classes", *rows)])
+    before = comparison_result(tmp_path / "out")
+    rng, entries = random.Random(0), sorted((tmp_path / "out" / "journal").iterdir())
+    assert len(entries) == 1 + 2 + 3 * 3  # the beginning, the rows, and three choices in three folds
+    damaged = [entry for entry in entries if entry.name != "begun"]
+    for entry in damaged:
+        raw = bytearray(entry.read_bytes())
+        raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+        entry.write_bytes(raw)
+    capsys.readouterr()
+    finetune.main([str(flag) for flag in comparison(tmp_path / "out", "classes", *rows, "--resume")])
+    assert capsys.readouterr().out.count("damaged: it is done again") == len(damaged)
+    assert_equal(comparison_result(tmp_path / "out"), before)
+
+
+def test_a_comparison_goes_on_with_its_own_flags_and_examples_only(comparison, topics, tmp_path, capsys):
+    flags = [str(flag) for flag in comparison(tmp_path / "out", "classes", "--rows", "bag_of_words")]
+    finetune.main([*flags, "--resume"])
+    assert "starting afresh" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"--resume with --seed 1, but the run in .* has 0"):
+        finetune.main([*flags, "--resume", "--seed", "1"])
+    copy = tmp_path / "train.csv"
+    shutil.copy(topics[0], copy)
+    finetune.main([*flags, "--train", str(copy)])
+    copy.write_text(copy.read_text().replace("bal", "kir"))
+    with pytest.raises(UserError, match="another model or other examples"):
+        finetune.main([*flags, "--train", str(copy), "--resume"])
+
+
+@pytest.mark.parametrize(("number", "code"), [SIGNALS[0], pytest.param(*SIGNALS[1], marks=pytest.mark.slow)])
+def test_a_signal_ends_a_comparison_with_a_line(comparison, tmp_path, number, code):
+    process = command(map(str, comparison(tmp_path, "classes", "--epochs", 100)), "finetune.py")
+    await_line(process, "bag_of_words")
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == code and "Traceback" not in output
+    assert output.splitlines()[-1].startswith("stopped; the same command with --resume goes on")
+
+
+def test_five_bad_steps_in_a_row_stop_fine_tuning(comparison, tmp_path, monkeypatch, capsys):
+    forward, calls = finetune.Classifier.forward, []
+
+    def logits(model, *inputs):
+        calls.append(model.training)
+        found = forward(model, *inputs)
+        return found * torch.tensor(float("nan")) if model.training and sum(calls) in bad else found
+
+    monkeypatch.setattr(finetune.Classifier, "forward", logits)
+    flags = [
+        *map(str, comparison(tmp_path, "classes", "--rows", "scratch", "--lr", "1e-3", "--accumulate", 1))
+    ]
+    bad = {2, 4}
+    finetune.main(flags)
+    assert capsys.readouterr().out.count(": skipped") == 2
+    before, bad = (tmp_path / "metrics.json").read_bytes(), set(range(sum(calls) + 3, 10**6))
+    with pytest.raises(SystemExit) as ended:
+        finetune.main(flags)
+    assert ended.value.code == 1 and (tmp_path / "metrics.json").read_bytes() == before
+    assert "stopped after 5 bad steps in a row" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------- memory
+
+
+def assert_flat(module, name, given, n_calls):
+    """The memory of a script, looked at in each call of a function of it, grows by less than 2% after the
+    first tenth."""
+
+    def measured(argv):
+        real, pages = getattr(module, name), []
+
+        def noted(*given, **more):
+            pages.append(int(Path("/proc/self/statm").read_text().split()[1]))
+            return real(*given, **more)
+
+        setattr(module, name, noted)
+        module.main(argv)
+        print("\npages", len(pages), max(pages[: len(pages) // 10]), max(pages))
+
+    last = finish(given, main=measured).splitlines()[-1]
+    _, calls, early, most = last.split()
+    assert int(calls) >= n_calls and int(most) <= 1.02 * int(early), last
+
+
+SAMPLE_OR_ALL = (0.1, pytest.param(1.0, marks=pytest.mark.slow))
+
+
+@pytest.mark.parametrize("share", SAMPLE_OR_ALL)
+def test_memory_stays_flat_in_pretraining(flags, tmp_path, share):
+    n_steps = round(2000 * share)
+    given = flags(tmp_path / "out", "--save-every", "50", "--log-every", "20", steps=n_steps)
+    assert_flat(train, "mask_rate", given, n_steps)
+
+
+def finetune_flags(seedling, topics, out, n_epochs):
+    given = [
+        "--model",
+        seedling,
+        "--train",
+        topics[0],
+        "--test",
+        topics[1],
+        "--out",
+        out,
+        "--rows",
+        "pretrained",
+    ]
+    return [
+        *given,
+        "--max-len",
+        "32",
+        "--epochs",
+        n_epochs,
+        "--lr",
+        "1e-4",
+        "--labels",
+        "30",
+        "--batch-size",
+        "30",
+    ]
+
+
+@pytest.mark.parametrize("share", SAMPLE_OR_ALL)
+def test_memory_stays_flat_in_fine_tuning(topics, seedling, tmp_path, share):
+    n_epochs = round(1000 * share)
+    given = finetune_flags(seedling, topics, tmp_path / "out", n_epochs)
+    assert_flat(finetune, "set_learning_rates", given, n_epochs)
+
+
+@pytest.mark.parametrize("share", (0.02, pytest.param(1.0, marks=pytest.mark.slow)))
+def test_memory_stays_flat_in_prediction(topics, seedling, tmp_path, share):
+    finetune.main([str(flag) for flag in finetune_flags(seedling, topics, tmp_path / "out", 1)])
+    n_texts, path = round(10**6 * share), tmp_path / "texts.txt"
+    with open(path, "w") as file:
+        file.writelines(f"bal dom kist {i % 977}.\n" for i in range(n_texts))
+    assert_flat(predict, "batches", ["--model", tmp_path / "out", "--file", path], n_texts // 64)
