@@ -1,6 +1,7 @@
 """The report of analyze.py: what was found, in tables, pictures and sentences that intervals allow."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +94,7 @@ def read_curve(model: Path) -> tuple[list[int], list[float], list[float], list[f
     step_tokens = flags["micro_batch_tokens"] * flags["accumulate"]
     points = [json.loads(line) for line in (model / "metrics.jsonl").read_text().splitlines()]
     speeds = [(p["step"], p["tokens_per_second"]) for p in points if "tokens_per_second" in p]
-    losses = [(p["step"], p["validation_loss"]) for p in points if "validation_loss" in p]
+    losses = {p["step"]: p["validation_loss"] for p in points if "validation_loss" in p}
     steps, clock = np.array([0, *(step for step, _ in speeds)]), [0.0]
     for before, (step, speed) in zip(steps, speeds, strict=False):
         clock.append(clock[-1] + (step - before) * step_tokens / speed)
@@ -102,7 +103,7 @@ def read_curve(model: Path) -> tuple[list[int], list[float], list[float], list[f
         at,
         [step * step_tokens for step in at],
         np.interp(at, steps, clock).tolist(),
-        np.interp(at, *zip(*losses, strict=True)).tolist(),
+        [losses.get(step, math.nan) for step in at],
     )
 
 

@@ -307,7 +307,8 @@ def pretrain(args: argparse.Namespace, rank: int, n_ranks: int) -> dict[str, Any
                 left = (n_steps - done) * step_tokens / speed
                 say(f"step {done}: loss {loss:.3f}, {speed:,.0f} tokens/s, {left:.0f} s left")
             clock, clock_step = time.time(), done
-        if done % args.validate_every == 0 or done == n_steps:
+        is_snapshot = done * args.snapshots // n_steps > step * args.snapshots // n_steps
+        if is_snapshot or done % args.validate_every == 0 or done == n_steps:
             log({"step": done} | validate(model, validation, autocast))
             say(f"step {done}: validation loss {points[-1]['validation_loss']:.3f}")
         if health["in_row"] == health["patience"]:  # bad steps changed no weight: kept, if they still predict
@@ -318,7 +319,7 @@ def pretrain(args: argparse.Namespace, rank: int, n_ranks: int) -> dict[str, Any
             raise SystemExit(1)
         if stop or done % args.save_every == 0 or done == n_steps:
             save(done)
-        if rank == 0 and done * args.snapshots // n_steps > step * args.snapshots // n_steps:
+        if rank == 0 and is_snapshot:
             checkpoint.save_model(args.out / "snapshots" / f"step-{done}", model, corpus.tokenizer)
         if stop:
             break
