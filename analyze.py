@@ -25,6 +25,7 @@ import cost
 import finetune
 import pictures
 import report
+import runs
 import train
 from flags import Flags, choose_hardware, number, to_record
 from labels import Labelled, draw, encode, load
@@ -110,12 +111,12 @@ def fingerprint(model: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def run_all(runs: list[Run], results: Results, args: argparse.Namespace) -> None:
+def run_all(planned: list[Run], results: Results, args: argparse.Namespace) -> None:
     """What is missing of each, by finetune.main, whose lines go to OUT/log.txt."""
-    models = {run.name: run.model for run in runs}
+    models = {run.name: run.model for run in planned}
     prints = {name: fingerprint(model) for name, model in models.items()}
     results.forget_others(prints)
-    missing = {run: tuple(row for row in run.rows if run.key(row) not in results.rows) for run in runs}
+    missing = {run: tuple(row for row in run.rows if run.key(row) not in results.rows) for run in planned}
     weights = {
         run: sum(1 + (row in ("pretrained", "scratch")) * run.labels**0.65 / 5 for row in rows)
         for run, rows in missing.items()
@@ -131,12 +132,13 @@ def run_all(runs: list[Run], results: Results, args: argparse.Namespace) -> None
         if bar.disable:
             left = f"; {(time.time() - begun) * (total / done - 1) / 60:.0f} minutes left" if done else ""
             print(shown + left, file=sys.stderr, flush=True)
-        out = args.out / "models" / run.name
+        place = (run.data, run.name, prints[run.name], run.labels, run.seed)
+        out = args.out / "work" / "-".join(map(str, place)).replace("/", "-")
         flags = ["--model", str(run.model), *run.flags, "--labels", str(run.labels), "--seed", str(run.seed)]
         flags += ["--dtype", args.dtype, *(["--device", args.device] if args.device else [])]
         with open(args.out / "log.txt", "a") as log, contextlib.redirect_stdout(log):
             print(f"# {shown}")
-            metrics = finetune.main([*flags, "--rows", ",".join(rows), "--out", str(out)])
+            metrics = finetune.main([*flags, "--rows", ",".join(rows), "--out", str(out), "--resume"])
         with np.load(out / "predictions.npz") as kept:
             for row in rows:
                 chosen = metrics["choices"][row]
@@ -144,6 +146,10 @@ def run_all(runs: list[Run], results: Results, args: argparse.Namespace) -> None
                 line |= {"labels": run.labels, "seed": run.seed, "fingerprint": prints[run.name]}
                 line |= {"choice": " ".join(map(str, chosen["choice"])), "validation": chosen["validation"]}
                 results.add(run.key(row), line, kept["targets"], kept[row])
+        last = args.out / "models" / run.name  # a model of each name stays, to measure its memory
+        last.parent.mkdir(exist_ok=True)
+        runs.discard(last)
+        out.rename(last)
         bar.update(weights[run])
         done += weights[run]
     bar.close()
@@ -242,6 +248,11 @@ def measure_costs(
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run what is missing, write the report, and return {row: {labels: [mean, low, high]}}."""
     args = parse(argv)
+    with runs.claim(args.out):
+        return experiment(args)
+
+
+def experiment(args: argparse.Namespace) -> dict[str, Any]:
     device, dtype = choose_hardware(args.device, args.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     models = name_models(args.model)
@@ -254,7 +265,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     few = [b for b in budgets if b < len(examples)] or budgets
     for model in models.values():
         checkpoint.load_model(model)
-    checkpoint.make_folder(args.out)
     record = to_record(args) | {"dtype": str(dtype).removeprefix("torch.")}
     if (kept := args.out / "flags.json").exists():
         before = json.loads(kept.read_text())
@@ -268,10 +278,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     data = args.train.name if args.train else args.data
     flags = ["--train", str(args.train)] if args.train else ["--data", args.data]
     flags = tuple(flags + (["--test", str(args.test)] if args.test else []))
-    seeds, runs, shown = range(args.seeds), [], {}
+    seeds, planned, shown = range(args.seeds), [], {}
     for name, model in models.items():
         rows = tuple(row for row in args.rows if row in NETWORK or name == ours)
-        runs += [Run(data, flags, name, model, b, seed, rows) for b in budgets for seed in seeds if rows]
+        planned += [Run(data, flags, name, model, b, seed, rows) for b in budgets for seed in seeds if rows]
         called = NETWORK if len(models) > 1 else dict(zip(NETWORK, NETWORK, strict=True))
         shown |= {called[row].format(name): (name, row) for row in NETWORK if row in rows}
     shown |= {called: (ours, row) for row, called in RIVALS.items() if row in args.rows}
@@ -280,18 +290,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     ]
     for model in snapshots:
         name = f"{ours}@{model.name[5:]}"
-        runs += [Run(data, flags, name, model, b, seed, ("frozen",)) for b in few for seed in seeds]
+        planned += [Run(data, flags, name, model, b, seed, ("frozen",)) for b in few for seed in seeds]
     results, problem = Results(args.out), None
     try:
         if args.transfer:
             for name, model in pretrain_for_transfer(args).items():
-                runs += [
+                planned += [
                     Run(where, ("--data", where), name, model, b, seed, TRANSFER_ROWS)
                     for where in ("mr", "imdb")
                     for b in few
                     for seed in seeds
                 ]
-        run_all(runs, results, args)
+        run_all(planned, results, args)
     except UserError as error:  # a model that is gone, perhaps: what was computed is still reported
         problem = error
 
@@ -334,11 +344,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    runs.stop_with_a_line("stopped; the same command goes on after the last fit that ended")
     try:
         main()
     except UserError as error:
         print(f"analyze.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("analyze.py: stopped; the same command goes on where it was", file=sys.stderr)
-        sys.exit(130)

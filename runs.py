@@ -32,7 +32,8 @@ import checkpoint
 from text import UserError
 
 MANIFEST = "manifest.json"
-MAY_CHANGE = {"resume", "device", "out", "keep"}  # flags that a resumed run need not share with its beginning
+# flags that a resumed run need not share with its beginning
+MAY_CHANGE = {"resume", "device", "out", "keep", "rows"}
 
 
 # -------------------------------------------------------------------------------------- the folder of a run

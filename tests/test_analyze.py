@@ -255,6 +255,30 @@ def test_what_is_there_is_not_run_again(analysis, topics, monkeypatch):
     assert [argv[argv.index("--rows") + 1] for argv in calls] == ["frozen", "frozen"]
 
 
+def test_what_was_fitted_before_a_stop_is_not_fitted_again(analysis, topics, tmp_path, monkeypatch):
+    model, _, _ = analysis
+    fitted, fit = [], finetune.fit_network
+
+    def stops(*given):
+        if len(fitted) == 4:
+            raise KeyboardInterrupt
+        fitted.append(given)
+        fit(*given)
+
+    monkeypatch.setattr(finetune, "fit_network", stops)
+    monkeypatch.setattr(cost, "peak_memory", lambda *_: 1.0)
+    flags = [*flags_of(topics, model, tmp_path, "--labels", "12"), "--seeds", "1", "--rows", "pretrained"]
+    with pytest.raises(KeyboardInterrupt):
+        analyze.main(flags)
+    monkeypatch.setattr(finetune, "fit_network", lambda *given: (fitted.append(given), fit(*given)))
+    analyze.main(flags)
+    at_once = 3 * 2  # folds by rates, and the last fit if its rate is not 0
+    with open(tmp_path / "results.csv", newline="") as file:
+        (row,) = (row for row in csv.DictReader(file) if row["row"] == "pretrained")
+    assert len(fitted) == at_once + (row["choice"] != "0.0")
+    assert not list((tmp_path / "work").iterdir())
+
+
 def test_another_model_in_the_same_folder_is_another_result(analysis, topics, tmp_path, monkeypatch):
     model, out, _ = analysis
     here, copy = tmp_path / "out", tmp_path / "model"
