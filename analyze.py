@@ -167,11 +167,11 @@ def layer_scores(
     """{layer: {budget: what each test example has, (draws, examples)}} of logistic regression on the mean of
     the states after each layer; 0 is the embedding. C is chosen inside the labels, as finetune.py does it."""
     config, weights, tokenizer, _ = checkpoint.load_model(model)
+    config, max_len = finetune.choose_length(config, finetune.parse([]))
     (examples, test), n_classes = parts, len(parts[0].names)
     drawn = {(budget, seed): draw(examples, budget, seed) for budget in budgets for seed in range(n_seeds)}
     network = Classifier(config, n_classes).to(device).eval()
     checkpoint.load_weights(network, weights, model, fresh=("classifier", "pooler", "head"))
-    max_len = min(finetune.MAX_LEN, config.max_len)
     rows = [row for part in (test, *drawn.values()) for row in encode(part, tokenizer, max_len)[0]]
     states: list[torch.Tensor] = []
     for module in (network.model.embeddings, *network.model.layers):
