@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -85,8 +86,17 @@ def write_calibration(table: Table, out: Path, looks: dict) -> list[str]:
     ]
 
 
-def read_curve(model: Path) -> tuple[list[int], list[float], list[float], list[float]] | None:
-    """(steps of the snapshots, tokens, seconds, validation losses there), or None where there are none."""
+class Curve(NamedTuple):
+    """Where the snapshots of a run stand."""
+
+    steps: list[int]
+    tokens: list[int]
+    seconds: list[float]
+    losses: list[float]  # of validation
+
+
+def read_curve(model: Path) -> Curve | None:
+    """Of the run that left this folder, or None where it kept no snapshots."""
     folders = sorted((model / "snapshots").glob("step-*"), key=lambda folder: int(folder.name[5:]))
     if len(folders) < 2:
         return None
@@ -99,29 +109,32 @@ def read_curve(model: Path) -> tuple[list[int], list[float], list[float], list[f
     for before, (step, speed) in zip(steps, speeds, strict=False):
         clock.append(clock[-1] + (step - before) * step_tokens / speed)
     at = [int(folder.name[5:]) for folder in folders]
-    return (
-        at,
-        [step * step_tokens for step in at],
-        np.interp(at, steps, clock).tolist(),
-        [losses.get(step, math.nan) for step in at],
-    )
+    seconds = np.interp(at, steps, clock).tolist()
+    return Curve(at, [step * step_tokens for step in at], seconds, [losses.get(x, math.nan) for x in at])
 
 
 def write_time(
-    model: Path, name: str, results: Results, data: str, budgets: list[int], n_seeds: int, out: Path
+    curve: Curve | None,
+    name: str,
+    results: Results,
+    data: str,
+    budgets: list[int],
+    n_seeds: int,
+    out: Path,
 ) -> list[str]:
     """The snapshots of a run, by their frozen vectors."""
-    curve = read_curve(model)
     if curve is None:
-        return [f"{name} has no snapshots; `train.py --snapshots 8` keeps some.", ""]
-    steps, tokens, seconds, losses = curve
-    names = [f"{name}@{step}" for step in steps]
+        return [
+            "Not measured: `train.py --snapshots 8` keeps models along the way, `--quick` leaves them out.",
+            "",
+        ]
+    names = [f"{name}@{step}" for step in curve.steps]
     table = Table(results, data, {at: (at, "frozen") for at in names}, budgets, n_seeds)
     found = {f"{budget:,} labels": [table.scores[at][budget].level() for at in names] for budget in budgets}
-    pictures.over_time(tokens, seconds, losses, found, table.figure, out / "time.png")
+    pictures.over_time(*curve[1:], found, table.figure, out / "time.png")
     rows = [
         [f"{step:,}", f"{t / 1e6:.1f}", f"{s:.0f}", f"{loss:.3f}", *(str(found[b][i]) for b in found)]
-        for i, (step, t, s, loss) in enumerate(zip(steps, tokens, seconds, losses, strict=True))
+        for i, (step, t, s, loss) in enumerate(zip(*curve, strict=True))
     ]
     head = ["step", "million tokens", "seconds", "validation loss", *found]
     return [
