@@ -184,9 +184,9 @@ def kill_and_resume(given, out, ranks, n_kills, seed):
         if i % 2 == 0:  # of a save that is not the first of this process, so that the run comes on
             while set(runs.step_folders(out)) == before or not (out / "checkpoints" / ".new").exists():
                 assert not run.has_ended()
-            time.sleep(rng.uniform(0, 0.01))
+            time.sleep(rng.uniform(0, 0.005) * (i > 0))
         else:
-            time.sleep(rng.uniform(0, 0.2))
+            time.sleep(rng.uniform(0, 0.1))
         assert run.kill() == -signal.SIGKILL
         n_amid += (out / "checkpoints" / ".new").exists()
         steps |= {int(step) for step in re.findall(r"resuming after step (\d+)", run.log.read_text())}
@@ -205,11 +205,11 @@ ALL_CASES = [(ranks, dtype, 20) for ranks in (1, 2) for dtype in ("float32", "bf
 def test_a_run_that_is_killed_and_resumed_equals_one_that_is_not(flags, tmp_path, ranks, dtype, n_kills):
     """With accumulation: two micro-batches a rank."""
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    more = {"dtype": dtype, "steps": 12 + 10 * n_kills}
+    more = {"dtype": dtype, "steps": 12 + 14 * n_kills}
     finish(flags(straight, "--accumulate", str(2 * ranks), **more), ranks)
     given = flags(killed, "--accumulate", str(2 * ranks), **more)
     steps, n_amid = kill_and_resume(given, killed, ranks, n_kills, ranks)
-    assert len(steps) >= n_kills // 2 and steps and n_amid >= max(1, n_kills // 4)
+    assert len(steps) >= n_kills // 2 and steps and n_amid >= max(1, n_kills // 10)
     assert_equal(result(killed), result(straight))
 
 
