@@ -302,7 +302,7 @@ def flag_names(script, monkeypatch):
 @pytest.mark.parametrize("n_cases", CASES)
 def test_any_value_of_any_flag_is_taken_or_told_in_one_line(script, n_cases, monkeypatch):
     names = flag_names(script, monkeypatch)
-    assert len(names) > 3
+    assert "--out" in names or "--model" in names
     tokens = st.lists(st.sampled_from(names) | st.sampled_from(VALUES) | st.text(max_size=5), max_size=8)
     try_out(n_cases // 4, tokens, lambda argv: said_in_one_line(script.parse, argv))
 
