@@ -300,6 +300,8 @@ def compare_rows(args: argparse.Namespace) -> dict[str, Any]:
     flags = to_record(args)
 
     grids = GRIDS if config.is_modern else GRIDS | {"pretrained": BERT_GRID}
+    if len(train) > CHOOSING:  # some of the labels cannot tell what all of them add to a network that learns
+        grids = grids | {"pretrained": tuple(choice for choice in grids["pretrained"] if choice[0])}
     if args.lr is not None:
         grids = grids | dict.fromkeys(("scratch", "pretrained"), ((args.lr,),))
     n_classes, n_train = train.names and len(train.names), len(train)  # None where numbers are learned
