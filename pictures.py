@@ -161,7 +161,7 @@ def pareto(
         there = [(costs[cost], e, row) for row, costs, e in points if cost in costs]
         there.sort(key=lambda point: (point[0], -point[1].mean))
         axes.set(xlabel=name, xscale="log")
-        axes.margins(x=0.2)
+        axes.set_xlim(there[0][0] / 2, there[-1][0] * 2)  # margins fail where there is a single point
         front, best = [], -np.inf
         for x, e, row in there:
             around = [[e.mean - e.low], [e.high - e.mean]]
