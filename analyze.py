@@ -27,14 +27,14 @@ import pictures
 import report
 import runs
 import train
-from flags import Flags, choose_hardware, number, to_record
+from flags import Flags, choose_hardware, number, run_script, to_record
 from labels import Labelled, draw, encode, load
 from model import Classifier, mean_pool
 from results import Results, Table
 from rivals import linear_fits
 from text import UserError, reviews
 
-NETWORK = {"pretrained": "{}", "frozen": "{}, frozen"}  # rows of each model, and what they are called
+NETWORK = ("pretrained", "frozen")  # rows of each model
 RIVALS = {"scratch": "random weights", "lsa": "LSA", "bag_of_words": "bag of words"}
 QUICK = {"labels": "100,500", "seeds": 2, "rows": "pretrained,frozen,lsa,bag_of_words"}
 TRANSFER_ROWS = ("frozen", "lsa")
@@ -62,7 +62,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         vars(args).update(QUICK)
     args.rows = args.rows.split(",")
     for row in args.rows:
-        if row not in NETWORK | RIVALS:
+        if row not in (*NETWORK, *RIVALS):
             flags.error(f"--rows {row}: choose from {','.join((*NETWORK, *RIVALS))}")
     args.labels = args.labels.split(",")
     for budget in args.labels:
@@ -101,14 +101,22 @@ def name_models(models: list[Path]) -> dict[str, Path]:
     return {name.replace("/", "-"): model for name, model in zip(names, models, strict=True)}
 
 
+def weight_files(model: Path) -> list[Path]:
+    there = sorted(checkpoint.find_model(model).glob("*"))
+    return [file for file in there if file.suffix in (".safetensors", ".bin")]
+
+
 def fingerprint(model: Path) -> str:
     """Of the weights: a model that was trained anew has other results."""
     digest = hashlib.sha256()
-    for file in sorted(checkpoint.find_model(model).glob("*")):
-        if file.suffix in (".safetensors", ".bin"):
-            with open(file, "rb") as weights:
-                digest.update(hashlib.file_digest(weights, "sha256").digest())
+    for file in weight_files(model):
+        with open(file, "rb") as weights:
+            digest.update(hashlib.file_digest(weights, "sha256").digest())
     return digest.hexdigest()[:12]
+
+
+def hardware_flags(args: argparse.Namespace) -> list[str]:
+    return ["--dtype", args.dtype, *(["--device", args.device] if args.device else [])]
 
 
 def run_all(planned: list[Run], results: Results, args: argparse.Namespace) -> None:
@@ -135,7 +143,7 @@ def run_all(planned: list[Run], results: Results, args: argparse.Namespace) -> N
         place = (run.data, run.name, prints[run.name], run.labels, run.seed)
         out = args.out / "work" / "-".join(map(str, place)).replace("/", "-")
         flags = ["--model", str(run.model), *run.flags, "--labels", str(run.labels), "--seed", str(run.seed)]
-        flags += ["--dtype", args.dtype, *(["--device", args.device] if args.device else [])]
+        flags += hardware_flags(args)
         with open(args.out / "log.txt", "a") as log, contextlib.redirect_stdout(log):
             print(f"# {shown}")
             metrics = finetune.main([*flags, "--rows", ",".join(rows), "--out", str(out), "--resume"])
@@ -167,7 +175,7 @@ def layer_scores(
     """{layer: {budget: what each test example has, (draws, examples)}} of logistic regression on the mean of
     the states after each layer; 0 is the embedding. C is chosen inside the labels, as finetune.py does it."""
     config, weights, tokenizer, _ = checkpoint.load_model(model)
-    config, max_len = finetune.choose_length(config, finetune.parse([]))
+    config, max_len = finetune.choose_length(config, None, model)
     (examples, test), n_classes = parts, len(parts[0].names)
     drawn = {(budget, seed): draw(examples, budget, seed) for budget in budgets for seed in range(n_seeds)}
     network = Classifier(config, n_classes).to(device).eval()
@@ -213,7 +221,7 @@ def pretrain_for_transfer(args: argparse.Namespace) -> dict[str, Path]:
         steps = ["--steps", str(args.transfer_steps)] if args.transfer_steps else []
         print(f"pretraining on {source}", file=sys.stderr, flush=True)
         with open(args.out / "log.txt", "a") as log, contextlib.redirect_stdout(log):
-            train.main(["--corpus", str(corpus), "--out", str(out), "--dtype", args.dtype, *steps])
+            train.main(["--corpus", str(corpus), "--out", str(out), *hardware_flags(args), *steps])
     return models
 
 
@@ -229,8 +237,10 @@ def measure_costs(
     examples, test = parts
     n_classes, costs, measured = len(examples.names or ["value"]), {}, {}
     for name, model in models.items():
-        config, max_len = finetune.choose_length(checkpoint.load_model(model)[0], finetune.parse([]))
-        measured[name] = cost.of_network(model, max_len, test.texts, n_classes, device, autocast)
+        config, _, tokenizer, _ = checkpoint.load_model(model)
+        config, max_len = finetune.choose_length(config, None, model)
+        measured[name] = cost.of_network(config, tokenizer, max_len, test.texts, n_classes, device, autocast)
+        measured[name]["megabytes"] = sum(file.stat().st_size for file in weight_files(model)) / 1e6
         if (classifier := args.out / "models" / name / "config.json").exists():
             measured[name]["peak_megabytes"] = cost.peak_memory(classifier.parent, test.texts, args.out)
         measured[name] |= cost.of_pretraining(model, config)
@@ -282,8 +292,8 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
     for name, model in models.items():
         rows = tuple(row for row in args.rows if row in NETWORK or name == ours)
         planned += [Run(data, flags, name, model, b, seed, rows) for b in budgets for seed in seeds if rows]
-        called = NETWORK if len(models) > 1 else dict(zip(NETWORK, NETWORK, strict=True))
-        shown |= {called[row].format(name): (name, row) for row in NETWORK if row in rows}
+        called = NETWORK if len(models) == 1 else (name, f"{name}, frozen")
+        shown |= {shown_as: (name, row) for shown_as, row in zip(called, NETWORK, strict=True) if row in rows}
     shown |= {called: (ours, row) for row, called in RIVALS.items() if row in args.rows}
     curve = None if args.quick else report.read_curve(models[ours])
     for step in curve.steps if curve else ():
@@ -342,9 +352,4 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    runs.stop_with_a_line("stopped; the same command goes on after the last fit that ended")
-    try:
-        main()
-    except UserError as error:
-        print(f"analyze.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main, "stopped; the same command goes on after the last fit that ended")

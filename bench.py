@@ -37,10 +37,9 @@ import labels
 import peers
 import train
 from data import Corpus, prepare
-from flags import Flags, choose_hardware, number
+from flags import Flags, choose_hardware, number, run_script
 from model import PRESETS, Classifier, Config, MaskedLM
 from optim import make_optimizers
-from text import UserError
 
 PARTS = ("step", "memory", "operations", "finetune", "predict", "start")
 # The comparison is fixed, whatever the presets become.
@@ -320,25 +319,6 @@ def open_corpus() -> Corpus:
     return Corpus(prepare([], VOCAB_SIZE), max_len=MAX_LEN, row_tokens=ROW_TOKENS, seed=0)
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
-    """A bar chart of tokens a second, a group a shape."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    shapes = result["steps"]
-    size = (7 * len(shapes), 4)
-    figure, axes = pyplot.subplots(1, len(shapes), figsize=size, layout="constrained", squeeze=False)
-    for axis, (shape, found) in zip(axes[0], shapes.items(), strict=True):
-        low, middle, high = np.array(list(found["tokens_per_second"].values())).T
-        axis.barh(list(found["tokens_per_second"]), middle, xerr=(middle - low, high - middle))
-        axis.set(title=f"{shape}, {result['dtype']}", xlabel="tokens a second")
-        axis.invert_yaxis()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Measure, and return what OUT/bench.json says."""
     args = parse(argv)
@@ -363,7 +343,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         result["steps"] = {
             shape: measure_step(corpus, shape, not problem, args, place, say) for shape in args.shape
         }
-        draw(result, args.out / "bench.png")
+        import pictures  # matplotlib takes a second to import
+
+        pictures.speeds(result, args.out / "bench.png")
         narrow, wide = (result["steps"].get(shape, {}) for shape in ("2x256", "6x384"))
         result |= {key: figure for key, figure in narrow.items() if key != "tokens_per_second"}
         result |= {"ratio_6x384": wide["ratio_eager"]} if "ratio_eager" in wide else {}
@@ -387,8 +369,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"bench.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

@@ -16,8 +16,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import Normalizer
+from tokenizers import Tokenizer
 
-import checkpoint
 from labels import Labelled, batches, encode
 from model import Classifier, Config
 from rivals import LSA_WIDTHS
@@ -81,27 +81,32 @@ def peak_memory(model: Path, texts: list[str], folder: Path) -> float:
 
 
 def of_network(
-    folder: Path, max_len: int, texts: list[str], n_classes: int, device: torch.device, autocast
+    config: Config,
+    tokenizer: Tokenizer,
+    max_len: int,
+    texts: list[str],
+    n_classes: int,
+    device: torch.device,
+    autocast,
 ) -> dict[str, float]:
     """Of a classifier of this network, whatever it has learned."""
-    config, _, tokenizer, _ = checkpoint.load_model(folder)
     model = Classifier(config, n_classes).to(device).eval()
+
+    def rows_of(some: list[str]) -> list[np.ndarray]:
+        return encode(Labelled(some, None, np.zeros(len(some)), None), tokenizer, max_len)[0]
 
     @torch.no_grad()
     def answer(some: list[str]) -> None:
-        rows, _ = encode(Labelled(some, None, np.zeros(len(some)), None), tokenizer, max_len)
+        rows = rows_of(some)
         for _, inputs in batches(rows, np.arange(len(rows)), len(rows), device):
             with autocast:
                 model(*inputs).cpu()
 
-    rows, _ = encode(Labelled(texts, None, np.zeros(len(texts)), None), tokenizer, max_len)
-    length = float(np.mean([len(row) for row in rows]))
+    length = float(np.mean([len(row) for row in rows_of(texts)]))
     costs = time_answers(answer, texts)
     costs["weights"] = sum(p.numel() for p in model.parameters())
     costs["flops_per_token"] = flops_per_token(config, round(length))
     costs["tokens_per_text"] = length
-    files = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model.bin")]
-    costs["megabytes"] = sum(file.stat().st_size for file in files) / 1e6
     return costs
 
 

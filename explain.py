@@ -23,7 +23,7 @@ import checkpoint
 import labels
 import predict
 from data import special_ids
-from flags import Flags, choose_hardware, number
+from flags import Flags, choose_hardware, number, run_script
 from model import Classifier
 from page import AGAINST, FOR, attention_maps, page, section
 from text import UserError, read_lines
@@ -250,8 +250,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"explain.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

@@ -14,7 +14,6 @@ then `main`.
 
 import argparse
 import io
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -26,14 +25,14 @@ import torch
 import torch.nn.functional as F
 from scipy import stats
 from scipy.special import softmax
-from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix, f1_score
+from sklearn.metrics import confusion_matrix, f1_score
 from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
 
 import checkpoint
 import runs
-from flags import Flags, choose_hardware, number, to_record
+from flags import Flags, choose_hardware, number, run_script, to_record
 from journal import begin_journal, keep, recall
 from labels import Labelled, batches, draw, encode, folds, load
 from model import Classifier, Config, Tagger
@@ -225,22 +224,14 @@ def best_choice(tried: list[tuple[np.ndarray, Fit]]) -> tuple[Any, float]:
 
 def show_confusion(confusion: np.ndarray, names: list[str], path: Path) -> None:
     """Print the matrix, and draw it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    import pictures  # matplotlib takes a second to import
 
     body = [[name, *map(str, row)] for name, row in zip(names, confusion, strict=True)]
     cells = [[cell[:20] for cell in row] for row in [["true, predicted", *names], *body]]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
         print("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))
-    size = max(4.0, 0.5 * len(names) + 2)
-    figure, axes = pyplot.subplots(figsize=(size, size), layout="constrained")
-    shown = ConfusionMatrixDisplay(confusion, display_labels=names)
-    shown.plot(ax=axes, xticks_rotation="vertical", colorbar=False, include_values=len(names) <= 20)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    pictures.confusion(confusion, names, path)
 
 
 def save_classifier(
@@ -264,14 +255,14 @@ def choose_splits(examples: Labelled) -> tuple[list[tuple[np.ndarray, np.ndarray
     return folds(examples, 1, HOLD_OUT), "a hold-out of a tenth"
 
 
-def choose_length(config: Config, args: argparse.Namespace) -> tuple[Config, int]:
+def choose_length(config: Config, asked: int | None, model: Path) -> tuple[Config, int]:
     """(config, tokens of an example): RoPE reaches beyond the windows of pretraining, learned positions do
     not. Raises UserError where --max-len asks for more of them than there are."""
     if config.is_modern:
-        config = replace(config, max_len=args.max_len or MAX_LEN)
-    elif (args.max_len or 0) > config.max_len:
-        raise UserError(f"--max-len {args.max_len}: {args.model} has {config.max_len} positions")
-    return config, min(args.max_len or MAX_LEN, config.max_len)
+        config = replace(config, max_len=asked or MAX_LEN)
+    elif (asked or 0) > config.max_len:
+        raise UserError(f"--max-len {asked}: {model} has {config.max_len} positions")
+    return config, min(asked or MAX_LEN, config.max_len)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -293,7 +284,7 @@ def compare_rows(args: argparse.Namespace) -> dict[str, Any]:
     heads = ("mean", "head(mean)") if config.is_modern else ("pooler", "its pooler")
     if args.head not in (None, heads[0]):
         raise UserError(f"--head {args.head}: {args.model} is a {config.family} model, which has {heads[1]}")
-    config, max_len = choose_length(config, args)
+    config, max_len = choose_length(config, args.max_len, args.model)
     columns = (args.text_column, args.pair_column, args.label_column)
     train, test = load(args.data, args.train, args.test, columns, args.task)
     train = draw(train, args.labels, args.seed)
@@ -363,7 +354,7 @@ def compare_rows(args: argparse.Namespace) -> dict[str, Any]:
                 keep(place, None, found[rate,])
         return found, model
 
-    results, choices, predicted = {}, {}, {}
+    results, choices, predicted, features = {}, {}, {}, None
     for name in args.rows:
         if kept := recall(journal / name):
             (results[name], choices[name], line), predicted[name] = kept
@@ -373,7 +364,7 @@ def compare_rows(args: argparse.Namespace) -> dict[str, Any]:
         most = CHOOSING if name in ("scratch", "pretrained") else n_train
         if name == "lsa":
             vectors, note = document_vectors(texts, texts[:n_train], args.model, args.seed)
-        elif name in ("frozen", "pretrained"):
+        elif name in ("frozen", "pretrained") and features is None:
             fresh = new_model("pretrained")
             features = outputs(fresh, rows, np.arange(len(rows)), autocast, fresh.features)
         rng, tried = np.random.default_rng([args.seed, 6]), []
@@ -416,9 +407,4 @@ def compare_rows(args: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    runs.stop_with_a_line("stopped; the same command with --resume goes on after the last fit that ended")
-    try:
-        main()
-    except UserError as error:
-        print(f"finetune.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main, "stopped; the same command with --resume goes on after the last fit that ended")

@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,3 +89,20 @@ def choose_hardware(device_name: str | None, dtype_name: str) -> tuple[torch.dev
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     return device, torch.bfloat16 if native else torch.float32
+
+
+def run_script(main: Callable[[], dict[str, Any]], stopped: str = "") -> dict[str, Any]:
+    """What `main` returns. A user's mistake ends the process with 2 and a line on stderr; Ctrl-C and SIGTERM,
+    where the line `stopped` says how to go on, with 130 and 143."""
+
+    def stop(number: int, _: Any) -> None:
+        print(stopped, file=sys.stderr)
+        sys.exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM) if stopped else ():
+        signal.signal(number, stop)
+    try:
+        return main()
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 N_SAMPLES = 4000
 LEVEL = 0.95
@@ -49,9 +49,9 @@ class Score:
         if n_draws > 1:
             rng, quantile = np.random.default_rng(0), (1 + LEVEL) / 2
             chosen = rng.integers(n_draws, size=(len(deviations), n_draws))
-            widened = math.sqrt(n_draws / (n_draws - 1)) * stats.t.ppf(quantile, n_draws - 1)
+            widened = math.sqrt(n_draws / (n_draws - 1)) * special.stdtrit(n_draws - 1, quantile)
             drawn = self.by_draw[chosen].mean(1) - mean
-            deviations = deviations + drawn * widened / stats.norm.ppf(quantile)
+            deviations = deviations + drawn * widened / special.ndtri(quantile)
         low, high = np.quantile(deviations, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
         return Estimate(mean, mean + float(low), mean + float(high))
 

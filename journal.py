@@ -37,13 +37,7 @@ def begin_journal(
         return journal
     if resume:
         print(f"no journal in {out} yet: starting afresh", flush=True)
-    try:
-        runs.discard(journal)
-        journal.mkdir()
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be cleared: {error.strerror}") from None
-    checkpoint.write(out / "flags.json", checkpoint.to_json(flags))
-    checkpoint.write(out / "environment.json", checkpoint.to_json(found))
+    runs.begin_run(out, flags, found, kept=("journal",))
     keep(journal / "begun", now)
     return journal
 

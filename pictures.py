@@ -1,8 +1,9 @@
-"""The pictures of analyze.py: labels stand at the ends of lines, bands are intervals, and colours are those
-of Okabe & Ito, which the colour-blind tell apart."""
+"""The pictures. Those of analyze.py have their labels at the ends of lines, intervals as bands, and the
+colours of Okabe & Ito, which the colour-blind tell apart."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -16,7 +17,49 @@ from intervals import Estimate
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555", "#000000")
 MARKERS = "osD^vP*X"
 LINE_HEIGHT = 12  # points between two labels, so that they do not overlap
-DPI = 130
+DPI = 120
+
+
+# --------------------------------------------------------- of train.py, finetune.py and bench.py
+
+
+def loss_curve(points: list[dict[str, Any]], path: Path) -> None:
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for key, label in (("loss", "training"), ("validation_loss", "validation (15% masked)")):
+        chosen = [point for point in points if key in point]
+        axes.plot([point["step"] for point in chosen], [point[key] for point in chosen], label=label)
+    axes.set(xlabel="step", ylabel="loss of a masked token, nats")
+    axes.legend()
+    figure.savefig(path, dpi=DPI)
+    pyplot.close(figure)
+
+
+def confusion(matrix: np.ndarray, names: list[str], path: Path) -> None:
+    from sklearn.metrics import ConfusionMatrixDisplay  # a second too, and of no use to train.py
+
+    size = max(4.0, 0.5 * len(names) + 2)
+    figure, axes = pyplot.subplots(figsize=(size, size), layout="constrained")
+    shown = ConfusionMatrixDisplay(matrix, display_labels=names)
+    shown.plot(ax=axes, xticks_rotation="vertical", colorbar=False, include_values=len(names) <= 20)
+    figure.savefig(path, dpi=DPI)
+    pyplot.close(figure)
+
+
+def speeds(result: dict[str, Any], path: Path) -> None:
+    """A bar chart of tokens a second, a group a shape."""
+    shapes = result["steps"]
+    size = (7 * len(shapes), 4)
+    figure, axes = pyplot.subplots(1, len(shapes), figsize=size, layout="constrained", squeeze=False)
+    for axis, (shape, found) in zip(axes[0], shapes.items(), strict=True):
+        low, middle, high = np.array(list(found["tokens_per_second"].values())).T
+        axis.barh(list(found["tokens_per_second"]), middle, xerr=(middle - low, high - middle))
+        axis.set(title=f"{shape}, {result['dtype']}", xlabel="tokens a second")
+        axis.invert_yaxis()
+    figure.savefig(path, dpi=DPI)
+    pyplot.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------- of analyze.py
 
 
 def look_of(rows: Sequence[str]) -> dict[str, dict[str, str]]:

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 import checkpoint
 from data import special_ids, special_tokens
 from entities import find_entities
-from flags import Flags, choose_hardware, number
+from flags import Flags, choose_hardware, number, run_script
 from labels import LABEL_NAMES, Labelled, batches, choose_texts, encode
 from model import Classifier, MaskedLM, Tagger
 from text import TABLE_SUFFIXES, Report, UserError, read_lines, read_table, text_suffix
@@ -247,10 +247,7 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
 
 if __name__ == "__main__":
     try:
-        sys.exit(2 if main()["broken"] else 0)
-    except UserError as error:
-        print(f"predict.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if run_script(main)["broken"] else 0)
     except BrokenPipeError:  # the reader, `head` perhaps, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

@@ -46,9 +46,8 @@ class Results:
 
     def add(self, key: tuple[str, ...], row: dict[str, Any], targets: np.ndarray, found: np.ndarray) -> None:
         """The predictions first: a line in the table says that they are there."""
-        with open(work := self.out / "predictions" / ".new.npz", "wb") as file:
-            np.savez_compressed(file, targets=targets, found=found)
-        work.replace(self.predictions(key))
+        np.savez_compressed(content := io.BytesIO(), targets=targets, found=found)
+        checkpoint.write(self.predictions(key), content.getbuffer())
         self.rows[key] = {name: str(row.get(name, "")) for name in COLUMNS}
         table = csv.DictWriter(text := io.StringIO(), COLUMNS)
         table.writeheader()

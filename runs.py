@@ -15,9 +15,7 @@ import os
 import platform
 import re
 import shutil
-import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -87,44 +85,22 @@ def discard(folder: Path) -> None:
         shutil.rmtree(old)
 
 
-def stop_with_a_line(line: str) -> None:
-    """From here on Ctrl-C and SIGTERM end this process with 130 and 143, and a line on stderr."""
-
-    def stop(number: int, _: Any) -> None:
-        print(line, file=sys.stderr)
-        sys.exit(128 + number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-
-
-def begin_run(out: Path, flags: dict[str, Any], found: dict[str, Any]) -> None:
+def begin_run(
+    out: Path,
+    flags: dict[str, Any],
+    found: dict[str, Any],
+    kept: tuple[str, ...] = ("checkpoints", "snapshots"),
+) -> None:
     """Write the flags and the environment, and clear what an earlier run kept, which this one must not resume
-    from."""
+    from; the first of the folders is made anew."""
     try:
-        for kept in ("checkpoints", "snapshots"):
-            discard(out / kept)
-        (out / "checkpoints").mkdir()
+        for folder in kept:
+            discard(out / folder)
+        (out / kept[0]).mkdir()
     except OSError as error:
         raise UserError(f"--out {out}: cannot be cleared: {error.strerror}") from None
     checkpoint.write(out / "flags.json", checkpoint.to_json(flags))
     checkpoint.write(out / "environment.json", checkpoint.to_json(found))
-
-
-def draw_curve(points: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for key, label in (("loss", "training"), ("validation_loss", "validation (15% masked)")):
-        chosen = [point for point in points if key in point]
-        axes.plot([point["step"] for point in chosen], [point[key] for point in chosen], label=label)
-    axes.set(xlabel="step", ylabel="loss of a masked token, nats")
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 # --------------------------------------------------------------------------------------------- checkpoints

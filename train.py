@@ -12,7 +12,6 @@ import json
 import math
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from tqdm import tqdm
 import checkpoint
 import runs
 from data import Corpus, prepare
-from flags import Flags, choose_hardware, number, to_record
+from flags import Flags, choose_hardware, number, run_script, to_record
 from model import PRESETS, Config, MaskedLM, preset
 from optim import judge, make_optimizers, new_health, set_learning_rates
 from text import UserError
@@ -78,9 +77,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--validate-every", type=positive, default=200, help="steps between validations")
     add("--validate-batches", type=positive, default=8, help="micro-batches of a validation")
     add("--save-every", type=positive, default=200, help="steps between checkpoints")
-    kept = (
-        "checkpoints kept, beside the best by validation loss: should the last be damaged, one is before it"
-    )
+    kept = "checkpoints kept beside the best by validation loss; should one be damaged, another is there"
     add("--keep", type=positive, default=2, help=kept)
     kept = "models kept along the way, evenly, in OUT/snapshots: to see what the steps are worth"
     add("--snapshots", type=number(int, 0), default=0, help=kept)
@@ -332,11 +329,12 @@ def pretrain(args: argparse.Namespace, rank: int, n_ranks: int) -> dict[str, Any
 
     metrics = {"seconds": time.time() - started, "steps": n_steps, "tokens": n_steps * step_tokens}
     metrics |= {"n_weights": n_weights, "device": str(device), "dtype": dtype_name}
-    metrics |= (
-        {"tokens_folder": tokens_folder.name} | {k: health[k] for k in ("skipped", "spikes")} | points[-1]
-    )
+    metrics |= {"tokens_folder": tokens_folder.name, "skipped": health["skipped"]}
+    metrics |= {"spikes": health["spikes"]} | points[-1]
     if rank == 0:
-        runs.draw_curve(points, args.out / "curve.png")
+        import pictures  # matplotlib takes a second to import
+
+        pictures.loss_curve(points, args.out / "curve.png")
         checkpoint.write(args.out / "metrics.json", checkpoint.to_json(metrics))
         checkpoint.save_model(args.out, model, corpus.tokenizer)
     say(f"{args.out}: validation loss {metrics['validation_loss']:.3f} after {metrics['seconds']:.0f} s")
@@ -344,11 +342,4 @@ def pretrain(args: argparse.Namespace, rank: int, n_ranks: int) -> dict[str, Any
 
 
 if __name__ == "__main__":
-    runs.stop_with_a_line(
-        "stopped; the same command with --resume goes on after the last step that was saved"
-    )
-    try:
-        main()
-    except UserError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main, "stopped; the same command with --resume goes on after the last step that was saved")
