@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import SMALL
+from tqdm import tqdm
 
 import checkpoint
 import finetune
@@ -101,6 +103,7 @@ def start(given, ranks=1, main=train.main):
         code = 70
         try:
             torch.set_num_threads(1)
+            tqdm.set_lock(threading.RLock())  # its own is shared with us, whom a kill would leave locked out
             sys.stdout = sys.stderr = open(log.name, "a", buffering=1)  # noqa: SIM115
             if ranks > 1:
                 place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
