@@ -45,6 +45,9 @@ PARTS = ("step", "memory", "operations", "finetune", "predict", "start")
 # The comparison is fixed, whatever the presets become.
 VOCAB_SIZE, MASKED, ROW_TOKENS, MAX_LEN = 8192, 0.22, 8192, 256
 WIDE_VOCAB = 32_768  # of the comparison of memory
+GPU_TOKENS = (
+    65_536  # of the comparison of single operations on a GPU, where fewer take no longer than a launch
+)
 BATCH_SIZE = 32  # examples of a fine-tuning step
 # bfloat16 products a second without sparsity, of the makers' data sheets (SXM and OAM boards).
 PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "MI300X": 1307e12}
@@ -244,13 +247,14 @@ def measure_memory(place: SimpleNamespace, say) -> list[float]:
 
 
 def measure_operations(
-    corpus: Corpus, compiles: bool, rounds: int, place: SimpleNamespace, say
+    compiles: bool, rounds: int, place: SimpleNamespace, say
 ) -> dict[str, dict[str, list[float]]]:
+    corpus = open_corpus(GPU_TOKENS if place.device.type == "cuda" else ROW_TOKENS)
     batch, found = corpus.batch(0, 0, 1, MASKED).to(place.device), {}
     for name, steps in peers.operations(batch, config_of("2x256"), place, compiles).items():
         seconds = alternate(steps, rounds)
         found[name] = {key: ratio(s, seconds["ours"]) for key, s in seconds.items() if key != "ours"}
-        times = ", ".join(f"{key} {1e3 * statistics.median(s):.1f} ms" for key, s in seconds.items())
+        times = ", ".join(f"{key} {1e3 * statistics.median(s):.2f} ms" for key, s in seconds.items())
         say(f"operation {name:12}{times}")
     return found
 
@@ -315,8 +319,8 @@ def first_step_seconds(rounds: int, out: Path, say) -> list[float]:
     return spread(found[1:])
 
 
-def open_corpus() -> Corpus:
-    return Corpus(prepare([], VOCAB_SIZE), max_len=MAX_LEN, row_tokens=ROW_TOKENS, seed=0)
+def open_corpus(row_tokens: int = ROW_TOKENS) -> Corpus:
+    return Corpus(prepare([], VOCAB_SIZE), max_len=MAX_LEN, row_tokens=row_tokens, seed=0)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -352,7 +356,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if "memory" in args.parts:
         result["peak_memory_ratio"] = measure_memory(place, say)
     if "operations" in args.parts:
-        result["operations"] = measure_operations(corpus, not problem, args.rounds, place, say)
+        result["operations"] = measure_operations(not problem, args.rounds, place, say)
         result["head_ratio"] = result["operations"]["head"]["eager"]
     if "finetune" in args.parts:
         for data, suffix in (("mr", ""), ("imdb", "_imdb")):

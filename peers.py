@@ -125,7 +125,13 @@ def attention_of_gpus(batch: Batch, rope: kernels.Rope) -> dict[str, Callable[[T
     position = torch.arange(n_tokens, device=lengths.device) - cu_seqlens[sequence]
     cos, sin = (table[position, None] for table in rope)  # (T, 1, D / 2)
     is_seen = create_block_mask(
-        lambda b, h, i, j: sequence[i] == sequence[j], None, None, n_tokens, n_tokens, lengths.device
+        lambda b, h, i, j: sequence[i] == sequence[j],
+        None,
+        None,
+        n_tokens,
+        n_tokens,
+        lengths.device,
+        _compile=True,  # else a mask of n_tokens squared would be written out first
     )
     compiled_flex = torch.compile(flex_attention)
 
@@ -247,7 +253,8 @@ def like(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, de
 def product_seconds(step: Callable[[], None], repeats: int = 5) -> tuple[float, int]:
     """Seconds that the matrix products of a step take by themselves, at its precision; and their FLOPs.
 
-    Those of attention are counted as the torch code has them, since Triton's are inside its kernels.
+    Those of attention are counted as the torch code has them, since Triton's are inside its kernels. On a GPU
+    each is launched many times before the clock is read, so that no launch is waited for.
     """
     chosen, kernels.FORCED = kernels.FORCED, "torch"
     with Products() as products:
@@ -256,6 +263,8 @@ def product_seconds(step: Callable[[], None], repeats: int = 5) -> tuple[float, 
     seconds, flops = 0.0, 0
     for factors, count in products.found.items():
         a, b = (like(*factor) for factor in factors)
-        seconds += count * min(seconds_of(lambda a=a, b=b: a @ b) for _ in range(1 + repeats))
+        launches = range(50 if a.is_cuda else 1)
+        times = [seconds_of(lambda a=a, b=b, n=launches: [a @ b for _ in n]) for _ in range(1 + repeats)]
+        seconds += count * min(times) / len(launches)
         flops += count * 2 * a.numel() * b.shape[-1]
     return seconds, flops

@@ -8,10 +8,13 @@ from pathlib import Path
 # before any module of the program is imported: it reads the variables once
 USERS_CACHE = os.environ.get("CLOZE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "cloze"
 os.environ["CLOZE_CACHE"] = tempfile.mkdtemp(prefix="cloze-tests-")
-os.environ["TRITON_INTERPRET"] = "1"  # kernels.py is tested without a GPU, where it is asked for its kernels
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+import torch  # noqa: E402
+
+if not torch.cuda.is_available():  # with a GPU everything runs there, the kernels too
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import finetune  # noqa: E402
 import text  # noqa: E402

@@ -21,6 +21,10 @@ def as_leaf(x):
     return x.detach().clone().requires_grad_()
 
 
+def generator_of(seed):
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 # ------------------------------------------------------------------------------------------------ attention
 
 
@@ -58,7 +62,7 @@ def both_attentions(qkv, lengths, rope, window, max_seqlen, d_out):
 
 
 def attention_inputs(lengths, head_dim, seed, n_heads=2):
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     qkv = torch.randn(sum(lengths), 3, n_heads, head_dim, generator=generator, dtype=torch.float64)
     qkv[:, :2] *= 1.5  # peaked probabilities, so that a wrong key is no small matter
     return qkv, torch.randn(sum(lengths), n_heads, head_dim, generator=generator, dtype=torch.float64)
@@ -137,7 +141,7 @@ def test_attention_refuses_a_rope_that_is_too_short():
 
 def head_inputs(n_rows, d_model, vocab_size, bags, seed=0, dtype=torch.float64):
     """hidden, weight, bias; then ids, bag_weights, cu_bags (the last two None for single targets)."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     shapes = (n_rows, d_model), (vocab_size, d_model), (vocab_size,)
     parts = [torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
     if not bags:

@@ -1,5 +1,5 @@
-"""The Triton kernels under Triton's interpreter: values and every gradient against plain torch in float64, at
-most twice as far from it as plain torch is at the same precision."""
+"""The Triton kernels, on a GPU or else under Triton's interpreter: values and every gradient against plain
+torch in float64, at most twice as far from it as plain torch is at the same precision."""
 
 import os
 import subprocess
@@ -21,10 +21,14 @@ from test_kernels import (
 )
 
 import kernels
+from data import Batch
 from kernels import add_norm, geglu, linear_cross_entropy
 from model import Config, MaskedLM
 
-PRECISIONS = (torch.float32, torch.float16)  # the interpreter multiplies bfloat16 wrongly
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PRECISIONS = [torch.float32, torch.float16]
+if DEVICE == "cuda":
+    PRECISIONS.append(torch.bfloat16)  # which the interpreter multiplies wrongly
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +37,8 @@ def on_triton(monkeypatch):
         assert sys.platform != "linux", "pip install -r requirements-dev.txt brings Triton"
         pytest.skip("Triton is not to be had on this system: its kernels stay untested here")
     monkeypatch.setattr(kernels, "FORCED", "triton")
+    with torch.device(DEVICE):
+        yield
 
 
 def deviation(x, exact):
@@ -64,10 +70,12 @@ def test_attention(monkeypatch, dtype, head_dim, window, rotated):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_attention_in_its_own_blocks():
+@pytest.mark.parametrize("dtype", PRECISIONS if DEVICE == "cuda" else [torch.float32])
+@pytest.mark.parametrize("head_dim", (32, 64, 128) if DEVICE == "cuda" else (64,))
+def test_attention_in_its_own_blocks(dtype, head_dim):
     lengths = [65, 3, 130]
-    qkv, d_out = (x.float() for x in attention_inputs(lengths, 64, seed=0, n_heads=1))
-    rope = rope_double(130, 64)
+    qkv, d_out = (x.to(dtype) for x in attention_inputs(lengths, head_dim, seed=0, n_heads=1))
+    rope = rope_double(130, head_dim)
     exact = both_attentions(qkv.double(), lengths, rope, 30, 130, d_out.double())[1]
     low_rope = tuple(table.float() for table in rope)
     compare(*both_attentions(qkv, lengths, low_rope, 30, 130, d_out), exact)
@@ -128,15 +136,18 @@ def test_geglu(monkeypatch, dtype):
     compare(results(geglu, dtype), results(plain, dtype), results(plain, torch.float64))
 
 
-class Batch:
-    """Three sequences and an empty one, as `data.Batch` names their parts."""
-
-    ids = torch.arange(3, 40)
-    cu_seqlens = torch.tensor([0, 11, 12, 37, 37], dtype=torch.int32)
-    max_seqlen = 25
-    masked, targets = torch.tensor([2, 5, 30, 33, 36]), torch.tensor([40, 41, 7, 7, 9])
-    bag_ids, cu_bags = torch.tensor([4, 5, 5, 60, 61, 8]), torch.tensor([0, 2, 3, 5, 6])
-    bag_weights = torch.tensor([0.5, 0.5, 1.0, 0.25, 0.75, 1.0])
+def small_batch():
+    """Three sequences and an empty one."""
+    return Batch(
+        ids=torch.arange(3, 40),
+        cu_seqlens=torch.tensor([0, 11, 12, 37, 37], dtype=torch.int32),
+        max_seqlen=25,
+        masked=torch.tensor([2, 5, 30, 33, 36]),
+        targets=torch.tensor([40, 41, 7, 7, 9]),
+        bag_ids=torch.tensor([4, 5, 5, 60, 61, 8]),
+        bag_weights=torch.tensor([0.5, 0.5, 1.0, 0.25, 0.75, 1.0]),
+        cu_bags=torch.tensor([0, 2, 3, 5, 6]),
+    )
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -144,11 +155,11 @@ def test_the_whole_model(monkeypatch):
     config = Config(vocab_size=64, d_model=64, n_layers=3, n_heads=2, d_ff=72, max_len=32,
                     local_attention=8, global_attn_every_n_layers=2)  # fmt: skip
     torch.manual_seed(0)
-    model = MaskedLM(config)
+    model, batch = MaskedLM(config), small_batch()
 
     def results():
         model.zero_grad()
-        losses = model(Batch)
+        losses = model(batch)
         (losses[0] + losses[1]).backward()
         return [*losses, *(parameter.grad.clone() for parameter in model.parameters())]
 
