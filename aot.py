@@ -33,7 +33,7 @@ ARGUMENTS = {
     "fp32": "eps sign",
     "*i32": "cu_seqlens",
     "*i64": "ids cu_bags",
-    "*fp32": "cos sin lse delta bias bag_weights losses weight mean inverse_std strips "
+    "*fp32": "cos sin lse delta bias bag_weights losses d_targets weight mean inverse_std strips "
     "residual total normed d_total d_normed d_sum",
 }
 TYPES = {name: kind for kind, names in ARGUMENTS.items() for name in names.split()}
@@ -42,13 +42,13 @@ TYPES = {name: kind for kind, names in ARGUMENTS.items() for name in names.split
 def kernel_table(dtype: torch.dtype, on_hip: bool) -> list[tuple[Any, dict[str, Any], bool]]:
     """(kernel, its constants, whether it has a dot) of every kernel at the sizes of the presets."""
     attention = kernels.flash_options(64, dtype, on_hip)  # the head size of all presets
-    rows = {"BLOCK": kernels.ROW_BLOCK}
+    rows, bag = {"BLOCK": kernels.ROW_BLOCK}, {"BAG": kernels.BAG_BLOCK}
     table = [(kernels._flash_rotate, {"HALF": 32, "BLOCK": kernels.ROTATED}, False)]
     for window in ({"window": None}, {}):  # None is compiled in, a number is an argument
         for kernel in (kernels._flash_forward, kernels._flash_d_q, kernels._flash_d_kv):
             table.append((kernel, attention | window, True))
     for wants_gradient in (False, True):
-        table.append((kernels._bag_softmax, rows | {"WANTS_GRADIENT": wants_gradient}, False))
+        table.append((kernels._bag_softmax, rows | bag | {"WANTS_GRADIENT": wants_gradient}, False))
     for width in sorted({preset["d_model"] for preset in PRESETS.values()}):
         block = {"BLOCK": kernels.triton.next_power_of_2(width)}
         table += [(kernels._add_norm, block, False), (kernels._add_norm_backward, block, False)]

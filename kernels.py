@@ -42,6 +42,7 @@ CHUNK_LOGITS = 2**23
 # Head sizes of Triton's attention, whose blocks are powers of 2; others take the torch code.
 FLASH_HEAD_DIMS = (32, 64, 128)
 ROW_BLOCK = 1024  # what of a row a program of Triton's has at a time
+BAG_BLOCK = 64  # targets of a row that it has at a time
 ROTATED = 64  # tokens that a program rotates
 NORM_STRIPS = 512  # programs that the rows of a norm's backward pass are dealt to, each a partial d_weight
 
@@ -315,7 +316,8 @@ def _flash_rotate(qkv, out, cu_seqlens, cos, sin, sign, n_heads, HALF: tl.conste
     a = _load(qkv + place, rows, length, stride, HALF).to(tl.float32)
     b = _load(qkv + place + HALF, rows, length, stride, HALF).to(tl.float32)
     if head < 2 * n_heads:  # behind q and k comes v, which is copied
-        c, s = _load(cos, rows, length, HALF, HALF), sign * _load(sin, rows, length, HALF, HALF)
+        c, s = _load(cos, rows, length, HALF, HALF), _load(sin, rows, length, HALF, HALF)
+        s = (s * sign).to(tl.float32)  # compilers pass numbers in float64
         a, b = a * c - b * s, b * c + a * s
     _store(out + place, rows, length, stride, a, HALF)
     _store(out + place + HALF, rows, length, stride, b, HALF)
@@ -519,9 +521,10 @@ def bag_softmax(
     logits: Tensor, bias: Tensor, ids: Tensor, bag_weights: Tensor, cu_bags: Tensor, d_bias: Tensor | None
 ) -> Tensor:
     """The same by one Triton program a row."""
-    losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-    given = (logits, bias, ids, bag_weights, cu_bags, losses, logits.shape[1])
-    wrap_triton(_bag_softmax)[(len(logits),)](*given, WANTS_GRADIENT=d_bias is not None, BLOCK=ROW_BLOCK)
+    losses, d_targets = (logits.new_empty(len(x), dtype=torch.float32) for x in (logits, ids))
+    given = (logits, bias, ids, bag_weights, cu_bags, losses, d_targets, logits.shape[1])
+    options = {"WANTS_GRADIENT": d_bias is not None, "BLOCK": ROW_BLOCK, "BAG": BAG_BLOCK}
+    wrap_triton(_bag_softmax)[(len(logits),)](*given, **options)
     if d_bias is not None:
         d_bias += logits.sum(0, dtype=torch.float32)
     return losses.sum()
@@ -529,8 +532,8 @@ def bag_softmax(
 
 @jit
 def _bag_softmax(
-    logits, bias, ids, bag_weights, cu_bags, losses, vocab_size,
-    WANTS_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    logits, bias, ids, bag_weights, cu_bags, losses, d_targets, vocab_size,
+    WANTS_GRADIENT: tl.constexpr, BLOCK: tl.constexpr, BAG: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     logits += row.to(tl.int64) * vocab_size
@@ -542,21 +545,33 @@ def _bag_softmax(
         z += tl.load(bias + word, mask=word < vocab_size, other=0.0)
         higher = tl.maximum(largest, tl.max(z, 0))
         total, largest = total * tl.exp(largest - higher) + tl.sum(tl.exp(z - higher), 0), higher
-    for i in range(begin, end):
-        target = tl.load(ids + i)
-        z_target = tl.load(logits + target).to(tl.float32) + tl.load(bias + target)
-        at_targets += tl.load(bag_weights + i) * z_target
     lse = largest + tl.log(total)
+    for start in range(begin, end, BAG):
+        i = start + tl.arange(0, BAG)
+        word = tl.load(ids + i, mask=i < end, other=0)
+        z = (tl.load(logits + word) + tl.load(bias + word)).to(tl.float32)
+        at_targets += tl.sum(z * tl.load(bag_weights + i, mask=i < end, other=0.0), 0)
+        if WANTS_GRADIENT:
+            share = tl.zeros((BAG,), tl.float32)  # of the word in its bag, where it may stand often
+            for other in range(begin, end, BAG):
+                j = other + tl.arange(0, BAG)
+                is_same = word[:, None] == tl.load(ids + j, mask=j < end, other=-1)[None, :]
+                weight = tl.load(bag_weights + j, mask=j < end, other=0.0)
+                share += tl.sum(tl.where(is_same, weight[None, :], 0.0), 1)
+            tl.store(d_targets + i, tl.exp(z - lse) - share, mask=i < end)
     tl.store(losses + row, lse - at_targets)
     if WANTS_GRADIENT:
         tl.debug_barrier()  # all targets are read before the first logit is overwritten
         for start in range(0, vocab_size, BLOCK):
             word = start + tl.arange(0, BLOCK)
             z = tl.load(logits + word, mask=word < vocab_size, other=0.0).to(tl.float32)
-            d_z = tl.exp(z + tl.load(bias + word, mask=word < vocab_size, other=0.0) - lse)
-            for i in range(begin, end):
-                d_z -= tl.where(word == tl.load(ids + i), tl.load(bag_weights + i), 0.0)
-            tl.store(logits + word, d_z.to(logits.dtype.element_ty), mask=word < vocab_size)
+            p = tl.exp(z + tl.load(bias + word, mask=word < vocab_size, other=0.0) - lse)
+            tl.store(logits + word, p.to(logits.dtype.element_ty), mask=word < vocab_size)
+        tl.debug_barrier()
+        for start in range(begin, end, BAG):  # a word that stands often is written often, each time alike
+            i = start + tl.arange(0, BAG)
+            word, d = tl.load(ids + i, mask=i < end, other=0), tl.load(d_targets + i, mask=i < end)
+            tl.store(logits + word, d.to(logits.dtype.element_ty), mask=i < end)
 
 
 def add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -623,7 +638,7 @@ def _add_norm(x, residual, weight, total, normed, mean, inverse_std, width, eps,
     stream = stream.to(tl.float32)
     mu = tl.sum(stream, 0) / width
     centred = tl.where(inside, stream - mu, 0.0)
-    rstd = 1 / tl.sqrt(tl.sum(centred * centred, 0) / width + eps)
+    rstd = 1 / tl.sqrt((tl.sum(centred * centred, 0) / width + eps).to(tl.float32))
     scaled = centred * rstd * tl.load(weight + column, mask=inside, other=0.0)
     tl.store(normed + place, scaled.to(normed.dtype.element_ty), mask=inside)
     tl.store(mean + row, mu)

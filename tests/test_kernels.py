@@ -69,7 +69,9 @@ def attention_inputs(lengths, head_dim, seed, n_heads=2):
 
 
 def rope_double(n_positions, head_dim):
-    return tuple(table.double() for table in rope_tables(n_positions, head_dim, 100.0))
+    return tuple(
+        table.double() for table in rope_tables(n_positions, head_dim, 100.0, torch.get_default_device())
+    )
 
 
 @settings(max_examples=60, deadline=None)

@@ -85,7 +85,8 @@ def test_attention_in_its_own_blocks(dtype, head_dim):
 @pytest.mark.parametrize("bags", (False, True))
 def test_cross_entropy(monkeypatch, dtype, bags):
     monkeypatch.setattr(kernels, "CHUNK_LOGITS", 9 * 301)  # several chunks of rows,
-    monkeypatch.setattr(kernels, "ROW_BLOCK", 128)  # several blocks of a row, the last one cut
+    monkeypatch.setattr(kernels, "ROW_BLOCK", 128)  # several blocks of a row, the last one cut,
+    monkeypatch.setattr(kernels, "BAG_BLOCK", 4)  # and of a bag
     parts, targets = head_inputs(31, 32, 301, bags, dtype=dtype)
     exact = loss_and_gradients(plain_cross_entropy, [part.double() for part in parts], targets)
     plain = loss_and_gradients(plain_cross_entropy, parts, targets)
