@@ -38,7 +38,7 @@ import peers
 import train
 from data import Corpus, prepare
 from flags import Flags, choose_hardware, number, run_script
-from model import PRESETS, Classifier, Config, MaskedLM
+from model import Classifier, Config, MaskedLM, preset
 from optim import make_optimizers
 
 PARTS = ("step", "memory", "operations", "finetune", "predict", "start")
@@ -104,8 +104,9 @@ def ratio(theirs: list[float], ours: list[float]) -> list[float]:
 
 def config_of(shape: str, vocab_size: int = VOCAB_SIZE) -> Config:
     n_layers, d_model = map(int, shape.split("x"))
-    d_ff = -(-(8 * d_model // 3) // 64) * 64
-    return Config(vocab_size, d_model, n_layers, d_model // 64, d_ff, MAX_LEN)
+    return Config(
+        **preset("tiny", "modern", n_layers, d_model) | {"vocab_size": vocab_size, "max_len": MAX_LEN}
+    )
 
 
 def training_step(
@@ -264,7 +265,7 @@ def measure_finetuning(
 ) -> dict[str, list[float]]:
     """Examples a second of fine-tuning, unpadded against transformers' ModernBERT, padded."""
     examples, _ = labels.load(data)
-    config = Config(**PRESETS["tiny"] | {"vocab_size": VOCAB_SIZE, "max_len": 512})
+    config = Config(**preset("tiny") | {"vocab_size": VOCAB_SIZE, "max_len": 512})
     rows, _ = labels.encode(examples[range(2000)], corpus.tokenizer, config.max_len)
     targets = torch.from_numpy(examples.targets)
 

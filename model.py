@@ -43,9 +43,15 @@ PRESETS = {
 FAMILIES = ("modern", "bert", "roberta")
 
 
-def preset(name: str, family: str = "modern") -> dict[str, int | float | str]:
-    """The fields of a Config; BERT's have two matrices for GeGLU's three, with as many weights together."""
-    row = PRESETS[name]
+def preset(
+    name: str, family: str = "modern", n_layers: int | None = None, d_model: int | None = None
+) -> dict[str, int | float | str]:
+    """The fields of a Config, perhaps with another depth, or another width in heads of 64. BERT's have two
+    matrices for GeGLU's three, with as many weights together."""
+    row = PRESETS[name] | ({"n_layers": n_layers} if n_layers else {})
+    if d_model:
+        d_ff = -(-8 * d_model // 3 // 64) * 64
+        row |= {"d_model": d_model, "n_heads": d_model // 64, "d_ff": d_ff}
     bert = {"family": family, "d_ff": 3 * row["d_ff"] // 2, "norm_eps": 1e-12}
     return row if family == "modern" else row | bert
 

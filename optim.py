@@ -67,7 +67,8 @@ def make_optimizers(
     model: nn.Module, lr_muon: float, lr_adamw: float, weight_decay: float, dtype: torch.dtype
 ) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks and the head; AdamW for embedding, norms and biases, where a row or
-    a number has a meaning of its own that orthogonalising would mix. Only the embedding decays."""
+    a number has a meaning of its own that orthogonalising would mix. Only the embedding decays. Where Muon's
+    rate is 0, AdamW takes the matrices too."""
     fused = FUSED_BLOCKS if model.config.is_modern else FUSED_BLOCKS | {"Wi": 1}  # BERT's has no gate
     matrices: dict[int, list[nn.Parameter]] = {}
     embeddings, vectors = [], []
@@ -78,9 +79,13 @@ def make_optimizers(
             embeddings.append(parameter)
         else:
             matrices.setdefault(fused.get(name.split(".")[-2], 1), []).append(parameter)
-    muon = Muon([{"params": p, "n_blocks": n} for n, p in matrices.items()], lr_muon, dtype)
+    if not lr_muon:
+        vectors += [parameter for members in matrices.values() for parameter in members]
     groups = [{"params": embeddings, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [muon, torch.optim.AdamW(groups, lr=lr_adamw, betas=(0.9, 0.98), eps=1e-8, fused=True)]
+    adamw = torch.optim.AdamW(groups, lr=lr_adamw, betas=(0.9, 0.98), eps=1e-8, fused=True)
+    if not lr_muon:
+        return [adamw]
+    return [Muon([{"params": p, "n_blocks": n} for n, p in matrices.items()], lr_muon, dtype), adamw]
 
 
 def set_learning_rates(

@@ -51,6 +51,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("runs/pretrain"), help="folder of the run")
     add("--model", type=Path, help="folder of a model to go on from, on new text, with its own tokenizer")
     add("--preset", choices=PRESETS, help="size of a new model; by default tiny, which suits 2 CPU cores")
+    add("--layers", type=positive, help="of a new model; by default the preset's")
+    add("--d-model", type=number(int, 64), help="of a new model, in heads of 64; by default the preset's")
     families = "ModernBERT's arithmetic or BERT's, of a new model"
     add("--family", choices=("modern", "bert"), help=f"{families}; by default modern")
     add("--vocab-size", type=number(int, 100), help="word pieces; else the preset's, or what the text fills")
@@ -59,7 +61,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     tokens = f"tokens computed at a time; by default {ROW_TOKENS}, half of it where the default steps are few"
     add("--micro-batch-tokens", type=number(int, 64), help=tokens)
     add("--accumulate", type=positive, help="micro-batches a step, over all ranks; by default one a rank")
-    add("--lr-muon", type=rate, default=0.02, help="peak rate of the matrices: Muon's usual one")
+    add(
+        "--lr-muon",
+        type=rate,
+        default=0.02,
+        help="peak rate of the matrices: Muon's usual one; at 0 AdamW takes them",
+    )
     add("--lr-adamw", type=rate, default=3e-3, help="peak rate of embedding, norms and biases")
     add("--weight-decay", type=rate, default=0.0, help="of the embedding")
     add("--warmup", type=share, default=0.05, help="share of the steps in which the rate rises")
@@ -83,8 +90,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--snapshots", type=number(int, 0), default=0, help=kept)
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     args = flags.parse_args(argv)
-    if args.model and (args.preset or args.vocab_size or args.family):
-        flags.error("--preset, --family and --vocab-size are of a new model; --model brings its own")
+    if args.model and (args.preset or args.vocab_size or args.family or args.layers or args.d_model):
+        names = "--preset, --layers, --d-model, --family and --vocab-size"
+        flags.error(f"{names} are of a new model; --model brings its own")
+    if args.d_model and args.d_model % 64:
+        flags.error(f"--d-model {args.d_model}: it must be a multiple of 64")
     args.preset = args.preset or "tiny"
     return args
 
@@ -154,6 +164,8 @@ def global_sums(sums: torch.Tensor, n_ranks: int) -> list[float]:
 
 def no_compiler(device: torch.device) -> str:
     """Why torch.compile does not work here, and nothing where it does."""
+    if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
+        return "switched off by TORCH_COMPILE_DISABLE"
     try:
         torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
     except Exception as error:  # whatever it is that is wanting: a C++ compiler, Python's headers, Triton
@@ -188,7 +200,8 @@ def pretrain(args: argparse.Namespace, rank: int, n_ranks: int) -> dict[str, Any
     dtype_name = str(dtype).removeprefix("torch.")
     say = functools.partial(print, flush=True) if rank == 0 else lambda text: None
     begun = checkpoint.load_model(args.model) if args.model else None  # (config, weights, tokenizer, ...)
-    shape = dataclasses.asdict(begun[0]) if begun else preset(args.preset, args.family or "modern")
+    fresh = preset(args.preset, args.family or "modern", args.layers, args.d_model)
+    shape = dataclasses.asdict(begun[0]) if begun else fresh
     vocab = (args.vocab_size or shape["vocab_size"], args.vocab_size is not None, begun and begun[2])
     max_len, n_micro = args.max_len or shape["max_len"], args.accumulate or n_ranks
     n_steps, row_tokens = args.steps, args.micro_batch_tokens or ROW_TOKENS

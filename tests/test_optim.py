@@ -34,6 +34,13 @@ def test_orthogonalize_brings_singular_values_near_1(dtype, shape):
     assert values.min() > 0.5 and values.max() < 1.5
 
 
+def test_without_a_rate_of_muon_adamw_takes_every_weight():
+    model = MaskedLM(CONFIG)
+    (adamw,) = make_optimizers(model, 0.0, 1e-3, 0.1, torch.float32)
+    taken = [p for group in adamw.param_groups for p in group["params"]]
+    assert len(taken) == len(set(taken)) and set(taken) == set(model.parameters())
+
+
 def test_muon_updates_each_block_apart():
     """Two steps by hand: Nesterov's momentum, then Q, K and V, or the halves of Wi, each orthogonalised."""
     torch.manual_seed(0)

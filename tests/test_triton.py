@@ -22,8 +22,8 @@ from test_kernels import (
 
 import kernels
 from data import Batch
-from kernels import add_norm, geglu, linear_cross_entropy
-from model import Config, MaskedLM
+from kernels import add_norm, geglu, linear_cross_entropy, rope_tables
+from model import Block, Config, MaskedLM
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PRECISIONS = [torch.float32, torch.float16]
@@ -200,3 +200,19 @@ def test_a_compiler_sees_one_graph_with_the_kernels_of_a_block_in_it():
     names = ("flash_rotate", "flash_forward", "flash_backward", "add_norm_forward", "add_norm_backward")
     for name in (*names, "geglu_forward", "geglu_backward"):
         assert f"cloze.{name}.default" in done.stdout.split(), done.stderr
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="what the compiler makes of the kernels takes a GPU to run")
+def test_a_compiled_block_is_the_block():
+    torch.manual_seed(0)
+    block, x = Block(Config(100, 64, 1, 2, 96, 32), 1), torch.randn(40, 64)
+    cu_seqlens, rope = torch.tensor([0, 10, 40], dtype=torch.int32), rope_tables(32, 32, 1e4, DEVICE)
+    compiled = torch.compile(block, fullgraph=True)
+
+    def results(function):
+        leaf = as_leaf(x)
+        out = function(leaf, cu_seqlens, 32, rope, torch.nn.Identity())
+        return out, *torch.autograd.grad(out.square().sum(), [leaf, *block.parameters()])
+
+    for a, b in zip(results(compiled), results(block), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
