@@ -160,12 +160,14 @@ def operations(
     lengths = batch.cu_seqlens.diff()
     longest = int(lengths.max())
     rope = kernels.rope_tables(longest, config.head_dim, 1e4, place.device)
-    is_token = torch.arange(longest, **exact) < lengths[:, None]  # (S, L)
+    place_in = torch.arange(longest, **exact)
+    is_token = place_in < lengths[:, None]  # (S, L)
+    index = (batch.cu_seqlens[:-1, None] + place_in).clamp(max=n_tokens - 1)
     bias, weight = torch.zeros(vocab_size, **exact), torch.ones(d_model, **exact)
     words = 0.1 * torch.randn(vocab_size, d_model, **exact)  # exp of logits of noise would underflow
 
     def attention(qkv: Tensor) -> Tensor:
-        q, k, v = pad_sequence(qkv.split(lengths.tolist()), batch_first=True).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv[index].permute(2, 0, 3, 1, 4)
         q, k = rotate(q, *rope), rotate(k, *rope)  # (S, H, L, D)
         out = F.scaled_dot_product_attention(q, k, v, is_token[:, None, None])
         return out.transpose(1, 2)[is_token]

@@ -1,6 +1,7 @@
 """The Triton kernels, on a GPU or else under Triton's interpreter: values and every gradient against plain
 torch in float64, at most twice as far from it as plain torch is at the same precision."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -27,17 +28,20 @@ from model import Block, Config, MaskedLM
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PRECISIONS = [torch.float32, torch.float16]
+SLACK = 0.1  # units in the last place beyond twice the error of plain torch
 if DEVICE == "cuda":
     PRECISIONS.append(torch.bfloat16)  # which the interpreter multiplies wrongly
+    SLACK = 1  # exp2 and sums of products of GPUs are a unit or two off
 
 
 @pytest.fixture(autouse=True)
-def on_triton(monkeypatch):
+def on_triton(monkeypatch, request):
     if kernels.triton is None:
         assert sys.platform != "linux", "pip install -r requirements-dev.txt brings Triton"
         pytest.skip("Triton is not to be had on this system: its kernels stay untested here")
     monkeypatch.setattr(kernels, "FORCED", "triton")
-    with torch.device(DEVICE):
+    is_compiled = "compiled" in request.node.name  # the compiler cannot see through a default device
+    with contextlib.nullcontext() if is_compiled else torch.device(DEVICE):
         yield
 
 
@@ -49,7 +53,7 @@ def deviation(x, exact):
 def compare(found, plain, exact):
     for ours, other, truth in zip(found, plain, exact, strict=True):
         assert ours.dtype == other.dtype and ours.shape == other.shape
-        slack = torch.finfo(ours.dtype).eps * 1e-1 * float(truth.detach().square().mean().sqrt())
+        slack = SLACK * torch.finfo(ours.dtype).eps * float(truth.detach().square().mean().sqrt())
         assert deviation(ours, truth) <= 2 * deviation(other, truth) + slack
 
 
@@ -99,7 +103,7 @@ def test_cross_entropy(monkeypatch, dtype, bags):
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
-@pytest.mark.parametrize("d_model", (1, 48, 64))
+@pytest.mark.parametrize("d_model", (6, 48, 64))
 def test_add_norm(monkeypatch, dtype, d_model):
     monkeypatch.setattr(kernels, "NORM_STRIPS", 4)
     torch.manual_seed(d_model)
@@ -205,8 +209,9 @@ def test_a_compiler_sees_one_graph_with_the_kernels_of_a_block_in_it():
 @pytest.mark.skipif(DEVICE == "cpu", reason="what the compiler makes of the kernels takes a GPU to run")
 def test_a_compiled_block_is_the_block():
     torch.manual_seed(0)
-    block, x = Block(Config(100, 64, 1, 2, 96, 32), 1), torch.randn(40, 64)
-    cu_seqlens, rope = torch.tensor([0, 10, 40], dtype=torch.int32), rope_tables(32, 32, 1e4, DEVICE)
+    block, x = Block(Config(100, 64, 1, 2, 96, 32), 1).to(DEVICE), torch.randn(40, 64, device=DEVICE)
+    cu_seqlens = torch.tensor([0, 10, 40], dtype=torch.int32, device=DEVICE)
+    rope = rope_tables(32, 32, 1e4, DEVICE)
     compiled = torch.compile(block, fullgraph=True)
 
     def results(function):
