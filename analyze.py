@@ -277,12 +277,11 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
         checkpoint.load_model(model)
     record = to_record(args) | {"dtype": str(dtype).removeprefix("torch.")}
     if (kept := args.out / "flags.json").exists():
-        before = json.loads(kept.read_text())
-        for flag in ("train", "test", "dtype"):
-            if before.get(flag) != record[flag]:
-                raise UserError(
-                    f"--out {args.out}: its results are of --{flag} {before.get(flag)}, not {record[flag]}"
-                )
+        with checkpoint.reading(kept):
+            before = {flag: json.loads(kept.read_text()).get(flag) for flag in ("train", "test", "dtype")}
+        for flag, value in before.items():
+            if value != record[flag]:
+                raise UserError(f"--out {args.out}: its results are of --{flag} {value}, not {record[flag]}")
     checkpoint.write(kept, checkpoint.to_json(record))
 
     data = args.train.name if args.train else args.data

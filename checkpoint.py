@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,15 @@ def save_model(
 
 def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Whatever is wrong with what a run left there is a UserError that names it."""
+    try:
+        yield
+    except BROKEN as error:
+        raise UserError(f"{path}: not as it was written: {first_line(error)}") from None
 
 
 def find_model(name: Path) -> Path:

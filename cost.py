@@ -18,6 +18,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import Normalizer
 from tokenizers import Tokenizer
 
+import checkpoint
 from labels import Labelled, batches, encode
 from model import Classifier, Config
 from rivals import LSA_WIDTHS
@@ -42,11 +43,12 @@ def of_pretraining(folder: Path, config: Config) -> dict[str, float]:
     times those of the forward pass, the vocabulary at the masked tokens, windows of the greatest length."""
     if not (run := folder / "metrics.json").is_file():
         return {}
-    metrics, flags = (json.loads((folder / name).read_text()) for name in (run.name, "flags.json"))
-    masked = float(np.mean(flags["mask_rate"]))
-    head = 2 * masked * config.d_model * (config.d_model + config.vocab_size)
-    flops = 3 * metrics["tokens"] * (flops_per_token(config, flags["max_len"]) + head)
-    measured = {"seconds": metrics["seconds"], "tokens": metrics["tokens"], "flops": flops}
+    with checkpoint.reading(run):
+        metrics, flags = (json.loads((folder / name).read_text()) for name in (run.name, "flags.json"))
+        masked = float(np.mean(flags["mask_rate"]))
+        head = 2 * masked * config.d_model * (config.d_model + config.vocab_size)
+        flops = 3 * metrics["tokens"] * (flops_per_token(config, flags["max_len"]) + head)
+        measured = {"seconds": metrics["seconds"], "tokens": metrics["tokens"], "flops": flops}
     return {f"pretraining_{name}": value for name, value in measured.items()}
 
 

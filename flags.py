@@ -91,15 +91,15 @@ def choose_hardware(device_name: str | None, dtype_name: str) -> tuple[torch.dev
     return device, torch.bfloat16 if native else torch.float32
 
 
-def run_script(main: Callable[[], dict[str, Any]], stopped: str = "") -> dict[str, Any]:
-    """What `main` returns. A user's mistake ends the process with 2 and a line on stderr; Ctrl-C and SIGTERM,
-    where the line `stopped` says how to go on, with 130 and 143."""
+def run_script(main: Callable[[], dict[str, Any]], stopped: str = "stopped") -> dict[str, Any]:
+    """What `main` returns. A user's mistake ends the process with 2 and a line on stderr; Ctrl-C and SIGTERM
+    with 130 and 143, and the line `stopped`, which may say how to go on."""
 
     def stop(number: int, _: Any) -> None:
         print(stopped, file=sys.stderr)
         sys.exit(128 + number)
 
-    for number in (signal.SIGINT, signal.SIGTERM) if stopped else ():
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:
         return main()

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+import checkpoint
 import cost
 import intervals
 import pictures
@@ -100,14 +101,15 @@ def read_curve(model: Path) -> Curve | None:
     folders = sorted((model / "snapshots").glob("step-*"), key=lambda folder: int(folder.name[5:]))
     if len(folders) < 2:
         return None
-    flags = json.loads((model / "flags.json").read_text())
-    step_tokens = flags["micro_batch_tokens"] * flags["accumulate"]
-    points = [json.loads(line) for line in (model / "metrics.jsonl").read_text().splitlines()]
-    speeds = [(p["step"], p["tokens_per_second"]) for p in points if "tokens_per_second" in p]
-    losses = {p["step"]: p["validation_loss"] for p in points if "validation_loss" in p}
-    steps, clock = np.array([0, *(step for step, _ in speeds)]), [0.0]
-    for before, (step, speed) in zip(steps, speeds, strict=False):
-        clock.append(clock[-1] + (step - before) * step_tokens / speed)
+    with checkpoint.reading(model):
+        flags = json.loads((model / "flags.json").read_text())
+        step_tokens = flags["micro_batch_tokens"] * flags["accumulate"]
+        points = [json.loads(line) for line in (model / "metrics.jsonl").read_text().splitlines()]
+        speeds = [(p["step"], p["tokens_per_second"]) for p in points if "tokens_per_second" in p]
+        losses = {p["step"]: p["validation_loss"] for p in points if "validation_loss" in p}
+        steps, clock = np.array([0, *(step for step, _ in speeds)]), [0.0]
+        for before, (step, speed) in zip(steps, speeds, strict=False):
+            clock.append(clock[-1] + (step - before) * step_tokens / speed)
     at = [int(folder.name[5:]) for folder in folders]
     seconds = np.interp(at, steps, clock).tolist()
     return Curve(at, [step * step_tokens for step in at], seconds, [losses.get(x, math.nan) for x in at])

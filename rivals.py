@@ -16,6 +16,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import normalize
 
+import checkpoint
 from data import CACHE, Corpus
 
 LSA_WIDTHS = (100, 256, 512)
@@ -92,10 +93,11 @@ def document_vectors(
     """The vectors of `texts` in the space of the text that pretraining saw, whose token cache the run's
     folder names, or, where there is none, of the labelled texts; and a name for it."""
     run = model_folder / "metrics.json"
-    cache = run.is_file() and json.loads(run.read_text()).get("tokens_folder")
-    if cache and (CACHE / cache).is_dir():
-        takes_all = len(open_corpus(CACHE / cache).train.start) <= LSA_WINDOWS  # whatever the seed
-        tfidf, svd = corpus_semantics(CACHE / cache, 0 if takes_all else seed)
+    with checkpoint.reading(run):
+        cache = run.is_file() and CACHE / json.loads(run.read_text()).get("tokens_folder", "none")
+    if cache and cache.is_dir():
+        takes_all = len(open_corpus(cache).train.start) <= LSA_WINDOWS  # whatever the seed
+        tfidf, svd = corpus_semantics(cache, 0 if takes_all else seed)
         name = "the unlabelled text of pretraining"
     else:
         (tfidf, svd), name = fit_latent_semantics(labelled), "the training texts"

@@ -335,6 +335,9 @@ def test_a_table_of_something_else_is_refused(analysis, topics, tmp_path):
     (tmp_path / "flags.json").write_text(json.dumps({"train": "other.csv"}))
     with pytest.raises(UserError, match=r"its results are of --train other\.csv"):
         analyze.main(flags_of(topics, model, tmp_path, "--labels", "12"))
+    (tmp_path / "flags.json").write_text("[1")
+    with pytest.raises(UserError, match=r"flags\.json: not as it was written"):
+        analyze.main(flags_of(topics, model, tmp_path, "--labels", "12"))
 
 
 def test_numbers_have_r_squared(pretrained, tmp_path):

@@ -205,6 +205,14 @@ def test_a_spoilt_model_is_named(folder, pretrained, capsys, name, spoil):
     assert str(model) in complaint(finetune, flags, capsys)
 
 
+def test_what_a_spoilt_run_says_of_its_text_is_named(folder, pretrained, capsys):
+    model = folder / "unreadable"
+    shutil.copytree(pretrained, model, ignore=shutil.ignore_patterns("checkpoints"))
+    (model / "metrics.json").write_text('{"tokens_folder": 5}')
+    flags = finetune_flags("--rows lsa", folder, model)
+    assert f"{model}/metrics.json: not as it was written" in complaint(finetune, flags, capsys)
+
+
 def test_a_spoilt_run_cannot_be_resumed(folder, pretrained, corpus_file, capsys):
     run = folder / "run"
     shutil.copytree(pretrained, run)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import signal
 import subprocess
 import sys
 
@@ -157,6 +158,18 @@ def test_standard_input_is_answered_as_it_comes(finetuned):
         process.stdin.close()
         assert b"predict.py: -:3: not UTF-8" in process.stderr.read()
     assert process.returncode == 2
+
+
+def test_ctrl_c_is_no_traceback(finetuned):
+    command = [sys.executable, "predict.py", "--model", str(finetuned[0]), "--batch-size", "1", "-"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as process:
+        process.stdin.write(b"bal dom\n")
+        process.stdin.flush()
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == b"stopped\n"
+    assert process.returncode == 130
 
 
 def test_a_long_text_keeps_head_and_tail_and_is_counted(finetuned, capsys):
