@@ -115,6 +115,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             lower = not about.is_file() or json.loads(about.read_text()).get("do_lower_case", True)
             tokenizer = Tokenizer.from_str(BertWordPieceTokenizer(str(path), lowercase=lower).to_str())
         special_ids(tokenizer)
+        tokenizer.encode("\N{CUNEIFORM SIGN A}")  # fails where there is no token for what is unknown
     except Exception as error:  # tokenizers raises nothing more special
         raise UserError(f"{path}: {first_line(error)}") from None
     tokenizer.no_truncation()

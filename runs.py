@@ -27,6 +27,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 import checkpoint
+from model import Config, MaskedLM
 from text import UserError
 
 MANIFEST = "manifest.json"
@@ -50,6 +51,18 @@ def claim(out: Path, model: Path | None = None) -> Iterator[None]:
         except OSError as error:  # some file systems of clusters have no locks
             print(f"{out}: cannot be locked ({error.strerror}): let no other run write into it", flush=True)
         yield
+
+
+def check_memory(config: Config, device: torch.device) -> None:
+    """Raises UserError where weights, gradients and two moments of such a model are more than there is."""
+    with torch.device("meta"):
+        n_weights = sum(weight.numel() for weight in MaskedLM(config).parameters())
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    if (needed := 16 * n_weights) > there:
+        sizes = f"{needed / 1e9:,.0f} GB to train, and there are {there / 1e9:,.0f}"
+        raise UserError(f"{n_weights:,} weights take {sizes}: fewer --layers, or a smaller --d-model")
 
 
 def check_space(out: Path, n_bytes: int, keep: int, n_saves: int, n_snapshots: int) -> None:

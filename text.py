@@ -36,6 +36,9 @@ LONGEST_LINE = 2**24  # bytes of a line, and characters of a field, that has to:
 class UserError(Exception):
     """The user's mistake, told in one line that names the file, the line or the flag; scripts exit with 2."""
 
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.splitlines()))  # a name may have lines of its own
+
 
 Report = Callable[[UserError], None] | None
 

@@ -51,7 +51,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("runs/pretrain"), help="folder of the run")
     add("--model", type=Path, help="folder of a model to go on from, on new text, with its own tokenizer")
     add("--preset", choices=PRESETS, help="size of a new model; by default tiny, which suits 2 CPU cores")
-    add("--layers", type=positive, help="of a new model; by default the preset's")
+    add("--layers", type=number(int, 1, 1000), help="of a new model; by default the preset's")
     add("--d-model", type=number(int, 64), help="of a new model, in heads of 64; by default the preset's")
     families = "ModernBERT's arithmetic or BERT's, of a new model"
     add("--family", choices=("modern", "bert"), help=f"{families}; by default modern")
@@ -219,16 +219,15 @@ def pretrain(args: argparse.Namespace, rank: int, n_ranks: int) -> dict[str, Any
     environment = runs.environment(device, n_ranks)
     resumed = from_first(runs.last_step(args.out, say) if args.resume and rank == 0 else None, n_ranks)
     state = runs.load_state(resumed, flags, environment, say) if resumed else None
-    open_corpus = functools.partial(Corpus, max_len=max_len, row_tokens=row_tokens, seed=args.seed)
-    if rank == 0:
-        corpus = open_corpus(prepare(args.corpus, *vocab))
-        if args.start == "spectral" and not begun:
-            corpus.spectral_embedding(shape["d_model"])  # into the cache, where the other ranks find it
-    tokens_folder = from_first(corpus.folder if rank == 0 else None, n_ranks)
-    corpus = corpus if rank == 0 else open_corpus(tokens_folder)
+    tokens_folder = from_first(prepare(args.corpus, *vocab) if rank == 0 else None, n_ranks)
+    corpus = Corpus(tokens_folder, max_len, row_tokens, args.seed)
     if state and state["tokens_folder"] != tokens_folder.name:
         raise UserError(f"--resume: the text of --corpus is not what the run in {args.out} was begun with")
     config = begun[0] if begun else Config(**shape | {"vocab_size": corpus.vocab_size, "max_len": max_len})
+    runs.check_memory(config, device)
+    if args.start == "spectral" and not begun and rank == 0:
+        corpus.spectral_embedding(config.d_model)  # into the cache, where the other ranks find it
+    from_first(None, n_ranks)
     model = build_model(config, corpus, "random" if begun else args.start, args.seed).to(device)
     if begun:
         lacking = ("decoder.bias", "head", "pooler")  # in a classifier, or in a bare encoder

@@ -51,6 +51,7 @@ TRAIN = {  # flags -> what the message says at least; {} is the folder of FILES
     "--preset huge": "huge",
     "--model {}/nothing": "{}/nothing: no checkpoint",
     "--model {}/model --out {}/model": "--out {}/model: this is the folder of --model",
+    "--d-model 1048576": "weights take",
     "--d-model 100": "--d-model 100: it must be a multiple of 64",
     "--model {}/model --preset tiny": "--family and --vocab-size are of a new model",
     "--device abacus": "abacus: no such device",
