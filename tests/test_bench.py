@@ -20,21 +20,39 @@ from data import Batch
 from text import UserError
 
 
-def test_kernels_compile_without_spills_to_tensor_cores(tmp_path):
+@pytest.fixture
+def compiling(tmp_path):
+    """The environment of a process that compiles kernels: in this one they are for the interpreter."""
     if kernels.triton is None:
         assert sys.platform != "linux", "pip install -r requirements-dev.txt brings Triton"
         pytest.skip("Triton is not to be had on this system: its kernels stay uncompiled here")
-    # in a process of its own: in this one the kernels are for the interpreter
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    folder = str(Path(bench.__file__).parent)
+    return environment | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": folder}
+
+
+def test_kernels_compile_without_spills_to_tensor_cores(compiling):
     command = [sys.executable, Path(bench.__file__), "--aot", "--targets", "sm_90", "--json"]
-    rows = json.loads(subprocess.run(command, env=environment, check=True, capture_output=True).stdout)["aot"]
+    rows = json.loads(subprocess.run(command, env=compiling, check=True, capture_output=True).stdout)["aot"]
     launched = re.findall(r"wrap_triton\(_(\w+)\)", Path(kernels.__file__).read_text())
     assert {row["kernel"] for row in rows} == set(launched)
     for row in rows:
         assert row["registers"] > 0 and row["spills"] == 0, row
         if row["has_dot"] and row["dtype"] != "fp32":
             assert row["tensor_cores"].get("wgmma"), row
+
+
+def test_kernels_take_numbers_in_float64(compiling):
+    """As torch.compile passes them."""
+    program = """
+import aot, kernels
+aot.TYPES |= {"eps": "fp64", "sign": "fp64"}
+table = aot.kernel_table(aot.DTYPES["bf16"], False)
+aot.kernel_table = lambda *_: [row for row in table if {"eps", "sign"} & set(row[0].arg_names)]
+print(len(aot.report(["sm_90"], lambda text: None)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], env=compiling, capture_output=True, text=True)
+    assert int(done.stdout) >= 2, done.stderr
 
 
 def test_refuses_what_it_cannot_do(capsys):
