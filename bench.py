@@ -45,9 +45,7 @@ PARTS = ("step", "memory", "operations", "finetune", "predict", "start")
 # The comparison is fixed, whatever the presets become.
 VOCAB_SIZE, MASKED, ROW_TOKENS, MAX_LEN = 8192, 0.22, 8192, 256
 WIDE_VOCAB = 32_768  # of the comparison of memory
-GPU_TOKENS = (
-    65_536  # of the comparison of single operations on a GPU, where fewer take no longer than a launch
-)
+GPU_TOKENS = 65_536  # of single operations on a GPU, where fewer take no longer than a launch
 BATCH_SIZE = 32  # examples of a fine-tuning step
 # bfloat16 products a second without sparsity, of the makers' data sheets (SXM and OAM boards).
 PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "MI300X": 1307e12}
@@ -104,9 +102,8 @@ def ratio(theirs: list[float], ours: list[float]) -> list[float]:
 
 def config_of(shape: str, vocab_size: int = VOCAB_SIZE) -> Config:
     n_layers, d_model = map(int, shape.split("x"))
-    return Config(
-        **preset("tiny", "modern", n_layers, d_model) | {"vocab_size": vocab_size, "max_len": MAX_LEN}
-    )
+    row = preset("tiny", n_layers=n_layers, d_model=d_model)
+    return Config(**row | {"vocab_size": vocab_size, "max_len": MAX_LEN})
 
 
 def training_step(

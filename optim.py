@@ -79,13 +79,11 @@ def make_optimizers(
             embeddings.append(parameter)
         else:
             matrices.setdefault(fused.get(name.split(".")[-2], 1), []).append(parameter)
+    muon = [Muon([{"params": p, "n_blocks": n} for n, p in matrices.items()], lr_muon, dtype)]
     if not lr_muon:
-        vectors += [parameter for members in matrices.values() for parameter in members]
+        muon, vectors = [], vectors + [parameter for members in matrices.values() for parameter in members]
     groups = [{"params": embeddings, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, lr=lr_adamw, betas=(0.9, 0.98), eps=1e-8, fused=True)
-    if not lr_muon:
-        return [adamw]
-    return [Muon([{"params": p, "n_blocks": n} for n, p in matrices.items()], lr_muon, dtype), adamw]
+    return [*muon, torch.optim.AdamW(groups, lr=lr_adamw, betas=(0.9, 0.98), eps=1e-8, fused=True)]
 
 
 def set_learning_rates(

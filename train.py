@@ -61,12 +61,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     tokens = f"tokens computed at a time; by default {ROW_TOKENS}, half of it where the default steps are few"
     add("--micro-batch-tokens", type=number(int, 64), help=tokens)
     add("--accumulate", type=positive, help="micro-batches a step, over all ranks; by default one a rank")
-    add(
-        "--lr-muon",
-        type=rate,
-        default=0.02,
-        help="peak rate of the matrices: Muon's usual one; at 0 AdamW takes them",
-    )
+    matrices = "peak rate of the matrices: Muon's usual one; at 0 AdamW takes them"
+    add("--lr-muon", type=rate, default=0.02, help=matrices)
     add("--lr-adamw", type=rate, default=3e-3, help="peak rate of embedding, norms and biases")
     add("--weight-decay", type=rate, default=0.0, help="of the embedding")
     add("--warmup", type=share, default=0.05, help="share of the steps in which the rate rises")

@@ -53,7 +53,9 @@ TRAIN = {  # flags -> what the message says at least; {} is the folder of FILES
     "--model {}/model --out {}/model": "--out {}/model: this is the folder of --model",
     "--d-model 1048576": "weights take",
     "--d-model 100": "--d-model 100: it must be a multiple of 64",
-    "--model {}/model --preset tiny": "--family and --vocab-size are of a new model",
+    "--model {}/model --preset tiny": (
+        "--preset, --layers, --d-model, --family and --vocab-size are of a new model"
+    ),
     "--device abacus": "abacus: no such device",
     "--device cuda": "cuda: not on this machine",
     "--device cuda:7": "cuda:7: not on this machine",

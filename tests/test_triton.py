@@ -103,7 +103,8 @@ def test_cross_entropy(monkeypatch, dtype, bags):
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
-@pytest.mark.parametrize("d_model", (6, 48, 64))
+# of width 1 the gradient is 0, and all that a GPU's fused multiply-add leaves of it is its rounding
+@pytest.mark.parametrize("d_model", (1 if DEVICE == "cpu" else 6, 48, 64))
 def test_add_norm(monkeypatch, dtype, d_model):
     monkeypatch.setattr(kernels, "NORM_STRIPS", 4)
     torch.manual_seed(d_model)
