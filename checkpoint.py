@@ -123,6 +123,12 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
+def empty(device: torch.device, kind: type, *given: Any) -> nn.Module:
+    """A model to load: drawing weights that the file's replace would take longer than reading those."""
+    with torch.device("meta"):
+        return kind(*given).to_empty(device=device).eval()
+
+
 def load_weights(
     model: nn.Module, weights: dict[str, torch.Tensor], folder: Path, fresh: tuple[str, ...] = ()
 ) -> list[str]:

@@ -132,19 +132,21 @@ def load(folder: Path, device: torch.device) -> tuple[torch.nn.Module, Tokenizer
     if kind is None:
         raise UserError(f"{folder}: architecture {architecture!r} is none of those {', '.join(kinds)}")
     if kind is MaskedLM:  # which in BERT's families has no use for the pooler
-        model = MaskedLM(config)
+        model = checkpoint.empty(device, kind, config)
+        model.decoder.weight = model.model.embeddings.tok_embeddings.weight  # emptied, they were parted
         checkpoint.load_weights(model, weights, folder, fresh=("pooler",))
-        return model.to(device).eval(), tokenizer, None
+        return model, tokenizer, None
     if kind is Classifier and config.is_modern and pooling != "mean":
         raise UserError(f"{folder}: classifier_pooling {pooling!r} is not supported, only 'mean' is")
     if problem not in (None, "single_label_classification", "regression"):
         raise UserError(f"{folder}: problem_type {problem!r} is not supported")
     if "classifier.weight" not in weights:
         raise UserError(f"{folder}/model.safetensors: no weight classifier.weight")
-    model, given = kind(config, len(weights["classifier.weight"])), given if isinstance(given, dict) else {}
+    model = checkpoint.empty(device, kind, config, len(weights["classifier.weight"]))
+    given = given if isinstance(given, dict) else {}
     names = [str(given.get(str(i), f"LABEL_{i}")) for i in range(model.classifier.out_features)]
     checkpoint.load_weights(model, weights, folder)
-    return model.to(device).eval(), tokenizer, None if problem == "regression" else names
+    return model, tokenizer, None if problem == "regression" else names
 
 
 def fill_masks(
