@@ -7,6 +7,7 @@ UserError that names the file and the line.
 import codecs
 import contextlib
 import csv
+import functools
 import gzip
 import hashlib
 import io
@@ -207,6 +208,7 @@ def find_files(paths: Iterable[str]) -> list[Path]:
 # -------------------------------------------------------------------------------------- the default corpus
 
 
+@functools.lru_cache(1)  # analyze.py asks a hundred times, a second each
 def reviews() -> dict[str, dict[str, list[tuple[str, str]]]]:
     """{"imdb" | "mr": {"train" | "test": [(text, label)]}}: IMDb reviews (Maas et al. 2011) and sentences of
     MR (Pang & Lee 2005), labels "negative" and "positive".
