@@ -18,7 +18,7 @@ from transformers import (
 import checkpoint
 import convert
 from data import Batch, train_tokenizer
-from model import Classifier, Config, MaskedLM
+from model import Classifier, Config, Dropout, MaskedLM
 
 SMALL = Config(vocab_size=97, d_model=32, n_layers=3, n_heads=2, d_ff=48, max_len=64)
 # a window of 4 to each side; sizes, thetas and eps that are nobody's default
@@ -352,3 +352,25 @@ def test_first_weights(make):
         std = uncut["tok_embeddings" if name == "decoder.weight" else name.split(".")[-2]]
         assert float(weight.std()) == pytest.approx(cut * std, rel=0.03), name
         assert 1.95 * std < float(weight.abs().max()) <= 2 * std * 1.000001, name
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_drops_the_share_that_it_says(p, dtype):
+    def near(found: torch.Tensor, share: float) -> bool:
+        return abs(found.double().mean() - share) < 4 * (share / found.numel()) ** 0.5
+
+    torch.manual_seed(0)
+    x, dropout = torch.full((333, 777), 2.0, dtype=dtype, requires_grad=True), Dropout(p)
+    y = dropout(x)
+    dropped = (y == 0).flatten()
+    assert all(near(dropped[i::4], p) for i in range(4))  # the four that share a draw
+    assert all(near(dropped[i:] & dropped[:-i], p * p) for i in (1, 2, 3, 4))
+    rounding = 1e-4 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(y[y != 0], torch.full_like(y[y != 0], 2 / (1 - p)), rtol=rounding, atol=0)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, y.detach() / 2)
+    assert not torch.equal(dropout(x), y)
+    torch.manual_seed(0)
+    assert torch.equal(dropout(x), y)
+    assert dropout.eval()(x) is x
