@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")
-from matplotlib import pyplot
+from matplotlib import patheffects, pyplot
 from matplotlib.axes import Axes
 
 from intervals import Estimate
@@ -71,7 +71,8 @@ def look_of(rows: Sequence[str]) -> dict[str, dict[str, str]]:
 
 
 def label_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
-    """Write (x, y, text, colour) to the right of each point, moved apart where they would overlap."""
+    """Write (x, y, text, colour) to the right of each point, moved apart where they would overlap, in a white
+    rim that keeps the bars of other points off the letters."""
     axes.figure.canvas.draw()  # fixes the scales
     to_points = 72 / axes.figure.dpi
     previous = -np.inf
@@ -87,6 +88,8 @@ def label_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
             color=colour,
             va="center",
             annotation_clip=False,
+            path_effects=[patheffects.withStroke(linewidth=3, foreground="white")],
+            zorder=5,
         )
 
 
