@@ -170,7 +170,7 @@ class MLP(nn.Module):
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout; on a CPU, whose random numbers would take a tenth of a step, one of 64 bits serves four."""
+    """nn.Dropout; on a CPU, where random numbers would take 8% of a step, one of 64 bits serves four."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or not (self.training and self.p):

@@ -89,7 +89,6 @@ def label_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
             va="center",
             annotation_clip=False,
             path_effects=[patheffects.withStroke(linewidth=3, foreground="white")],
-            zorder=5,
         )
 
 
