@@ -23,7 +23,7 @@ from torch import nn
 
 import convert
 from data import special_ids, special_tokens
-from model import Config
+from model import Classifier, Config, MaskedLM, Tagger
 from text import UserError
 
 # What the libraries raise that read a config or weights which are broken.
@@ -143,6 +143,34 @@ def load_weights(
     if wanted := [name for name in missing if not name.startswith(fresh)]:
         raise UserError(f"{folder}/model.safetensors: no weight {wanted[0]}")
     return missing
+
+
+def open_model(folder: Path, device: torch.device) -> tuple[nn.Module, Tokenizer, list[str] | None]:
+    """To be used: (MaskedLM, Classifier or Tagger; its tokenizer; the names of its classes or tags, or None).
+    Raises UserError where the folder holds another kind of model."""
+    config, weights, tokenizer, raw = load_model(folder)
+    kinds = {f"For{kind.task}": kind for kind in (MaskedLM, Classifier, Tagger)}
+    architecture, problem = next(iter(raw.get("architectures") or [""])), raw.get("problem_type")
+    kind = next((kind for name, kind in kinds.items() if architecture.endswith(name)), None)
+    pooling, given = raw.get("classifier_pooling"), raw.get("id2label")
+    if kind is None:
+        raise UserError(f"{folder}: architecture {architecture!r} is none of those {', '.join(kinds)}")
+    if kind is MaskedLM:  # which in BERT's families has no use for the pooler
+        model = empty(device, kind, config)
+        model.decoder.weight = model.model.embeddings.tok_embeddings.weight  # emptied, they were parted
+        load_weights(model, weights, folder, fresh=("pooler",))
+        return model, tokenizer, None
+    if kind is Classifier and config.is_modern and pooling != "mean":
+        raise UserError(f"{folder}: classifier_pooling {pooling!r} is not supported, only 'mean' is")
+    if problem not in (None, "single_label_classification", "regression"):
+        raise UserError(f"{folder}: problem_type {problem!r} is not supported")
+    if "classifier.weight" not in weights:
+        raise UserError(f"{folder}/model.safetensors: no weight classifier.weight")
+    model = empty(device, kind, config, len(weights["classifier.weight"]))
+    given = given if isinstance(given, dict) else {}
+    names = [str(given.get(str(i), f"LABEL_{i}")) for i in range(model.classifier.out_features)]
+    load_weights(model, weights, folder)
+    return model, tokenizer, None if problem == "regression" else names
 
 
 def as_bytes(weights: dict[str, torch.Tensor]) -> list[np.ndarray]:

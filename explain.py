@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 import checkpoint
 import labels
-import predict
 from data import special_ids
 from flags import Flags, choose_hardware, number, run_script
 from model import Classifier
@@ -212,7 +211,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Print explanations, or the check of them, and return them."""
     args = parse(argv)
     device, _ = choose_hardware(args.device, "float32")
-    model, tokenizer, names = predict.load(args.model, device)
+    model, tokenizer, names = checkpoint.open_model(args.model, device)
     if not isinstance(model, Classifier):
         raise UserError(f"{args.model}: it fills masks; a classifier, of finetune.py, is wanted")
     if names is None and (args.check or args.wanted):

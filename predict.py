@@ -10,10 +10,13 @@ Axes: T tokens of a batch, S texts of it, M masks.
 import argparse
 import itertools
 import json
+import math
 import operator
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +29,7 @@ from data import special_ids, special_tokens
 from entities import find_entities
 from flags import Flags, choose_hardware, number, run_script
 from labels import LABEL_NAMES, Labelled, batches, choose_texts, encode
-from model import Classifier, MaskedLM, Tagger
+from model import MaskedLM, Tagger
 from text import TABLE_SUFFIXES, Report, UserError, read_lines, read_table, text_suffix
 
 GUESSED_ON = 200  # rows of a table in which the column of the text is looked for
@@ -121,34 +124,6 @@ def best(probabilities: torch.Tensor, names: Callable[[int], str], k: int) -> An
     return [(names(i), p) for i, p in zip(which.tolist(), values.tolist(), strict=True)]
 
 
-def load(folder: Path, device: torch.device) -> tuple[torch.nn.Module, Tokenizer, list[str] | None]:
-    """(MaskedLM, Classifier or Tagger; its tokenizer; the names of its classes or tags, or None). Raises
-    UserError where the folder holds another kind of model."""
-    config, weights, tokenizer, raw = checkpoint.load_model(folder)
-    kinds = {f"For{kind.task}": kind for kind in (MaskedLM, Classifier, Tagger)}
-    architecture, problem = next(iter(raw.get("architectures") or [""])), raw.get("problem_type")
-    kind = next((kind for name, kind in kinds.items() if architecture.endswith(name)), None)
-    pooling, given = raw.get("classifier_pooling"), raw.get("id2label")
-    if kind is None:
-        raise UserError(f"{folder}: architecture {architecture!r} is none of those {', '.join(kinds)}")
-    if kind is MaskedLM:  # which in BERT's families has no use for the pooler
-        model = checkpoint.empty(device, kind, config)
-        model.decoder.weight = model.model.embeddings.tok_embeddings.weight  # emptied, they were parted
-        checkpoint.load_weights(model, weights, folder, fresh=("pooler",))
-        return model, tokenizer, None
-    if kind is Classifier and config.is_modern and pooling != "mean":
-        raise UserError(f"{folder}: classifier_pooling {pooling!r} is not supported, only 'mean' is")
-    if problem not in (None, "single_label_classification", "regression"):
-        raise UserError(f"{folder}: problem_type {problem!r} is not supported")
-    if "classifier.weight" not in weights:
-        raise UserError(f"{folder}/model.safetensors: no weight classifier.weight")
-    model = checkpoint.empty(device, kind, config, len(weights["classifier.weight"]))
-    given = given if isinstance(given, dict) else {}
-    names = [str(given.get(str(i), f"LABEL_{i}")) for i in range(model.classifier.out_features)]
-    checkpoint.load_weights(model, weights, folder)
-    return model, tokenizer, None if problem == "regression" else names
-
-
 def fill_masks(
     model: MaskedLM,
     tokenizer: Tokenizer,
@@ -194,26 +169,26 @@ def as_json(item: Item, answer: Any) -> str:
     return json.dumps(record, ensure_ascii=False)
 
 
-@torch.no_grad()
 def main(argv: list[str] | None = None) -> dict[str, int]:
     """Print the answers, and return how many there were and how many texts were broken."""
     args = parse(argv)
     device, dtype = choose_hardware(args.device, args.dtype)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    model, tokenizer, names = load(args.model, device)
+    model, tokenizer, names = checkpoint.open_model(args.model, device)
     fills, mask = isinstance(model, MaskedLM), special_tokens(tokenizer)["mask"]
     mask_id = tokenizer.token_to_id(mask)
     k = args.top or (5 if fills else len(names or [""]) if args.json else 1)
-    counts = {"answered": 0, "broken": 0, "cut": 0}
+    counts, counting = {"answered": 0, "broken": 0, "cut": 0}, threading.Lock()
 
     def report(error: UserError) -> None:
-        counts["broken"] += 1
+        with counting:
+            counts["broken"] += 1
         print(f"predict.py: {error}", file=sys.stderr)
 
-    items = read_items(args, report)
-    while some := list(itertools.islice(items, args.batch_size)):
+    @torch.no_grad()
+    def answer(some: list[Item], before: Future | None) -> None:
+        """Print the answers of a batch once those of the batch `before` it are printed."""
         texts, pairs = ([item[i] for item in some] for i in (1, 2))
-        with autocast:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             if isinstance(model, Tagger):
                 found, n_cut = find_entities(model, tokenizer, names, texts)
             else:
@@ -235,11 +210,26 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
                     else:
                         probabilities = model(*inputs).float().softmax(-1)  # (S, n_labels)
                         found = [best(p, names.__getitem__, k) for p in probabilities]
-        for item, answer in zip(some, found, strict=False):  # the last sequence may be a filler
-            print(as_json(item, answer) if args.json else as_line(item, answer))
+        if before:
+            before.result()
+        for item, found_one in zip(some, found, strict=False):  # the last sequence may be a filler
+            print(as_json(item, found_one) if args.json else as_line(item, found_one))
         sys.stdout.flush()
         counts["answered"] += len(some)
         counts["cut"] += n_cut
+
+    # Two batches at once, each on half of the cores: products as small as these share them badly.
+    items, last, n_threads = read_items(args, report), None, torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(2, "", torch.set_num_threads, [math.ceil(n_threads / 2)]) as pool:
+            while some := list(itertools.islice(items, args.batch_size)):
+                before, last = last, pool.submit(answer, some, last)
+                if before:
+                    before.result()  # so memory does not grow, and what fails ends the reading
+        if last:
+            last.result()
+    finally:
+        torch.set_num_threads(n_threads)
     if not counts["answered"] + counts["broken"]:
         raise UserError(f"{args.file}: no texts in it")
     if counts["cut"]:

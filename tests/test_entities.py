@@ -217,7 +217,7 @@ def test_predict_tells_entities_and_their_places(tagger, capsys):
     predict.main(["--model", str(out), "--json", "--batch-size", "7", "--dtype", "float32", *texts])
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [answer["text"] for answer in answers] == texts and any(a["entities"] for a in answers)
-    model, tokenizer, names = predict.load(out, torch.device("cpu"))
+    model, tokenizer, names = checkpoint.open_model(out, torch.device("cpu"))
     for (words, _), text, answer in zip(sentences, texts, answers, strict=False):
         rows, (first,), _ = encode_words([words], tokenizer, 32)
         ids = torch.from_numpy(rows[0][:, 0])
@@ -235,7 +235,7 @@ def test_predict_tells_entities_and_their_places(tagger, capsys):
 @pytest.mark.parametrize("name", ("bert", "roberta"))
 def test_a_tagger_of_another_family(tmp_path, name):
     other = their_folder(tmp_path, name, "ForTokenClassification", num_labels=3)
-    model, tokenizer, names = predict.load(tmp_path, torch.device("cpu"))
+    model, tokenizer, names = checkpoint.open_model(tmp_path, torch.device("cpu"))
     ids = tokenizer.encode(f"{WORDS[0]} {WORDS[1]}").ids
     flat = torch.tensor(ids), torch.tensor([0, len(ids)], dtype=torch.int32), len(ids)
     torch.testing.assert_close(model(*flat), other(flat[0][None]).logits[0], rtol=1e-5, atol=1e-5)

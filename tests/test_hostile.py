@@ -29,6 +29,7 @@ from hypothesis import strategies as st
 
 import analyze
 import bench
+import checkpoint
 import entities
 import explain
 import finetune
@@ -452,7 +453,7 @@ def test_a_model_runs_no_code(model, evil, write, name):
         (model / "model.safetensors").unlink()
     write({"classifier.weight": evil}, model / name)
     with pytest.raises(UserError) as error:
-        predict.load(model, torch.device("cpu"))
+        checkpoint.open_model(model, torch.device("cpu"))
     one_line(error.value)
 
 

@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -158,6 +159,28 @@ def test_standard_input_is_answered_as_it_comes(finetuned):
         process.stdin.close()
         assert b"predict.py: -:3: not UTF-8" in process.stderr.read()
     assert process.returncode == 2
+
+
+def test_batches_that_end_early_wait_for_their_turn_and_a_failure_ends_the_reading(
+    finetuned, tmp_path, capsys, monkeypatch
+):
+    path, encode, n_threads = tmp_path / "texts.txt", predict.encode, torch.get_num_threads()
+    path.write_text("\n".join(["bal", *["kir"] * 6, "dom", *["nost"] * 9]))
+    asked = []
+
+    def slow_first(examples, *given):
+        asked.append(examples.texts[0])
+        if examples.texts == ["bal"]:
+            time.sleep(0.5)
+        if examples.texts == ["dom"]:
+            raise RuntimeError("broken")
+        return encode(examples, *given)
+
+    monkeypatch.setattr(predict, "encode", slow_first)
+    with pytest.raises(RuntimeError, match="broken"):
+        predict.main(["--model", str(finetuned[0]), "--file", str(path), "--batch-size", "1"])
+    printed = [line.rpartition("\t")[2] for line in capsys.readouterr().out.splitlines()]
+    assert printed == ["bal", *["kir"] * 6] and len(asked) < 10 and torch.get_num_threads() == n_threads
 
 
 def test_ctrl_c_is_no_traceback(finetuned):
