@@ -331,7 +331,10 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
         )
         lines += ["## What it costs", "", *report.write_costs(table, costs, looks, args.out)]
         lines += ["## Over the time of pretraining", ""]
-        lines += report.write_time(curve, ours, results, data, few, args.seeds, args.out)
+        flat = {
+            row: table.scores[row] for row in (RIVALS["lsa"], RIVALS["bag_of_words"]) if row in table.scores
+        }
+        lines += report.write_time(curve, ours, results, data, few, args.seeds, flat, args.out)
     if is_classes:
         if problem is None:
             found = layer_scores(models[ours], parts, few, args.seeds, device, autocast)

@@ -37,8 +37,9 @@ GROUP_MULTIPLE = 16
 GROUP_TOKENS = 2048
 BLOCK_TOKENS = 1024
 BLOCK_LOGITS = 2**18
-# Logits that exist at a time in the vocabulary head: enough rows for fast products.
-CHUNK_LOGITS = 2**23
+# Logits that exist at a time in the vocabulary head: enough rows for fast products, and on a GPU enough for
+# the work of a chunk to outlast its launches.
+CHUNK_LOGITS, GPU_CHUNK_LOGITS = 2**23, 2**26
 # Head sizes of Triton's attention, whose blocks are powers of 2; others take the torch code.
 FLASH_HEAD_DIMS = (32, 64, 128)
 ROW_BLOCK = 1024  # what of a row a program of Triton's has at a time
@@ -246,7 +247,7 @@ def flash_rotate(
     """qkv with q and k rotated by their positions in float32, backwards where the sign is -1."""
     out, (n_heads, head_dim) = torch.empty_like(qkv), qkv.shape[2:]
     # sequences come first: of the three only the first size may exceed 65,535
-    grid = (len(cu_seqlens) - 1, 3 * n_heads, -(-max_seqlen // ROTATED))
+    grid = (cu_seqlens.shape[0] - 1, 3 * n_heads, -(-max_seqlen // ROTATED))
     options = {"HALF": head_dim // 2, "BLOCK": ROTATED}
     wrap_triton(_flash_rotate)[grid](qkv, out, cu_seqlens, cos, sin, sign, n_heads, **options)
     return out
@@ -261,7 +262,7 @@ def flash_forward(
     out = qkv.new_empty(n_tokens, n_heads, head_dim)
     lse = qkv.new_empty(n_heads, n_tokens, dtype=torch.float32)
     options = flash_options(head_dim, qkv.dtype)
-    grid = (len(cu_seqlens) - 1, n_heads, -(-max_seqlen // options["BLOCK"]))
+    grid = (cu_seqlens.shape[0] - 1, n_heads, -(-max_seqlen // options["BLOCK"]))
     wrap_triton(_flash_forward)[grid](qkv, cu_seqlens, out, lse, n_tokens, n_heads, window, **options)
     return out, lse
 
@@ -280,7 +281,7 @@ def flash_backward(
     n_tokens, _, n_heads, head_dim = qkv.shape
     d_qkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
     options = flash_options(head_dim, qkv.dtype)
-    grid = (len(cu_seqlens) - 1, n_heads, -(-max_seqlen // options["BLOCK"]))
+    grid = (cu_seqlens.shape[0] - 1, n_heads, -(-max_seqlen // options["BLOCK"]))
     given = (qkv, cu_seqlens, out, lse, d_out, delta, d_qkv, n_tokens, n_heads, window)
     wrap_triton(_flash_d_q)[grid](*given, **options)
     wrap_triton(_flash_d_kv)[grid](*given, **options)
@@ -465,7 +466,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if bag_weights is None:
             bag_weights = torch.ones(len(ids), device=device)
         bag_weights = bag_weights.to(exact)
-        rows_of_chunk = max(1, CHUNK_LOGITS // vocab_size)
+        rows_of_chunk = max(1, (GPU_CHUNK_LOGITS if hidden.is_cuda else CHUNK_LOGITS) // vocab_size)
         softmax = bag_softmax if on_triton(hidden) else _bag_softmax_by_blocks
 
         loss, d_bias = torch.zeros((), dtype=exact, device=device), None

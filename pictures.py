@@ -104,14 +104,19 @@ def lines(
     axes: Axes,
     found: dict[str, list[tuple[float, Estimate]]],
     looks: dict[str, dict[str, str]],
+    levels: Sequence[tuple[str, str, float]] = (),
 ) -> None:
-    """A line of means in a band of intervals for each row, its name at its right end."""
+    """A line of means in a band of intervals for each row, its name at its right end; of each level,
+    (row, name, height), a flat one in the row's colour."""
     for row, points in found.items():
         x = [at for at, _ in points]
         mean, low, high = ([getattr(e, part) for _, e in points] for part in ("mean", "low", "high"))
         axes.plot(x, mean, markersize=4, **looks[row])
         axes.fill_between(x, low, high, color=looks[row]["color"], alpha=0.13, linewidth=0)
     ends = [(*(points[-1][0], points[-1][1].mean), row, looks[row]["color"]) for row, points in found.items()]
+    for row, name, height in levels:
+        axes.axhline(height, color=looks[row]["color"], linewidth=1, linestyle=":")
+        ends.append((found[row][-1][0], height, name, looks[row]["color"]))
     label_ends(axes, ends)
 
 
@@ -163,18 +168,20 @@ def over_time(
     seconds: Sequence[float],
     losses: Sequence[float],
     found: dict[str, list[Estimate]],
+    levels: Sequence[tuple[str, str, float]],
     figure_name: str,
     path: Path,
 ) -> None:
-    """Validation loss above, what the snapshots' frozen vectors are worth below; by tokens and by seconds."""
-    figure, panels = pyplot.subplots(2, 2, figsize=(9.5, 5.6), sharex="col", sharey="row")
-    figure.subplots_adjust(wspace=0.32, hspace=0.1)
+    """Validation loss above, what the snapshots' frozen vectors are worth below, beside the levels of rivals;
+    by tokens and by minutes."""
+    figure, panels = pyplot.subplots(2, 2, figsize=(10.5, 5.6), sharex="col", sharey="row")
+    figure.subplots_adjust(wspace=0.5, hspace=0.1)
     looks = look_of(list(found))
-    axis = (("million tokens", np.array(tokens) / 1e6), ("seconds of pretraining", np.array(seconds)))
+    axis = (("million tokens", np.array(tokens) / 1e6), ("minutes of pretraining", np.array(seconds) / 60))
     for (above, below), (name, x) in zip(panels.T, axis, strict=True):
         above.plot(x, losses, color="#000000", marker="o", markersize=4)
         below.set_xlabel(name)
-        lines(below, {row: list(zip(x, points, strict=True)) for row, points in found.items()}, looks)
+        lines(below, {row: list(zip(x, points, strict=True)) for row, points in found.items()}, looks, levels)
     panels[0][0].set_ylabel("validation loss, nats")
     panels[1][0].set_ylabel(figure_name)
     save(figure, path)

@@ -122,9 +122,10 @@ def write_time(
     data: str,
     budgets: list[int],
     n_seeds: int,
+    rivals: dict[str, dict[int, Score]],
     out: Path,
 ) -> list[str]:
-    """The snapshots of a run, by their frozen vectors."""
+    """The snapshots of a run, by their frozen vectors, beside rivals that need no pretraining."""
     if curve is None:
         return [
             "Not measured: `train.py --snapshots 8` keeps models along the way, `--quick` leaves them out.",
@@ -133,7 +134,12 @@ def write_time(
     names = [f"{name}@{step}" for step in curve.steps]
     table = Table(results, data, {at: (at, "frozen") for at in names}, budgets, n_seeds)
     found = {f"{budget:,} labels": [table.scores[at][budget].level() for at in names] for budget in budgets}
-    pictures.over_time(*curve[1:], found, table.figure, out / "time.png")
+    levels = [
+        (f"{b:,} labels", f"{rival}, {b:,}", scores[b].level().mean)
+        for rival, scores in rivals.items()
+        for b in budgets
+    ]
+    pictures.over_time(*curve[1:], found, levels, table.figure, out / "time.png")
     rows = [
         [f"{step:,}", f"{t / 1e6:.1f}", f"{s:.0f}", f"{loss:.3f}", *(str(found[b][i]) for b in found)]
         for i, (step, t, s, loss) in enumerate(zip(*curve, strict=True))

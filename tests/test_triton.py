@@ -88,7 +88,8 @@ def test_attention_in_its_own_blocks(dtype, head_dim):
 @pytest.mark.parametrize("dtype", PRECISIONS)
 @pytest.mark.parametrize("bags", (False, True))
 def test_cross_entropy(monkeypatch, dtype, bags):
-    monkeypatch.setattr(kernels, "CHUNK_LOGITS", 9 * 301)  # several chunks of rows,
+    for name in ("CHUNK_LOGITS", "GPU_CHUNK_LOGITS"):
+        monkeypatch.setattr(kernels, name, 9 * 301)  # several chunks of rows,
     monkeypatch.setattr(kernels, "ROW_BLOCK", 128)  # several blocks of a row, the last one cut,
     monkeypatch.setattr(kernels, "BAG_BLOCK", 4)  # and of a bag
     parts, targets = head_inputs(31, 32, 301, bags, dtype=dtype)
@@ -181,18 +182,21 @@ CAPTURE = """
 import contextlib, torch, kernels
 from model import Block, Config
 
-found = set()
+found, times = set(), []
 
 def backend(module, inputs):
+    times.append(module)
     graphs = [part.graph for part in module.modules() if hasattr(part, "graph")]
     found.update(str(node.target) for graph in graphs for node in graph.nodes)
     return module.forward
 
 block = torch.compile(Block(Config(100, 64, 1, 2, 96, 32), 1), backend=backend, fullgraph=True)
-x, cu_seqlens = torch.randn(40, 64, requires_grad=True), torch.tensor([0, 10, 40], dtype=torch.int32)
-with contextlib.suppress(RuntimeError, ValueError):  # the graph is whole; to run it would take a GPU
-    block(x, cu_seqlens, 32, kernels.rope_tables(32, 32, 1e4), torch.nn.Identity())
-print(*found, sep="\\n")
+x, rope = torch.randn(40, 64, requires_grad=True), kernels.rope_tables(32, 32, 1e4)
+for n in (2, 3, 4, 5):
+    cu_seqlens = torch.tensor([*range(n), 40], dtype=torch.int32)
+    with contextlib.suppress(RuntimeError, ValueError):  # the graph is whole; to run it would take a GPU
+        block(x, cu_seqlens, 32 - n, rope, torch.nn.Identity())
+print(*found, f"compiled {len(times)} times", sep="\\n")
 """
 
 
@@ -205,6 +209,8 @@ def test_a_compiler_sees_one_graph_with_the_kernels_of_a_block_in_it():
     names = ("flash_rotate", "flash_forward", "flash_backward", "add_norm_forward", "add_norm_backward")
     for name in (*names, "geglu_forward", "geglu_backward"):
         assert f"cloze.{name}.default" in done.stdout.split(), done.stderr
+    # for the first batch, and once for all other numbers of sequences and longest ones
+    assert "compiled 2 times" in done.stdout, done.stdout
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="what the compiler makes of the kernels takes a GPU to run")
