@@ -10,7 +10,6 @@ Axes: T tokens of a batch, S texts of it, M masks.
 import argparse
 import itertools
 import json
-import math
 import operator
 import os
 import sys
@@ -221,7 +220,7 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     # Two batches at once, each on half of the cores: products as small as these share them badly.
     items, last, n_threads = read_items(args, report), None, torch.get_num_threads()
     try:
-        with ThreadPoolExecutor(2, "", torch.set_num_threads, [math.ceil(n_threads / 2)]) as pool:
+        with ThreadPoolExecutor(min(2, n_threads), "", torch.set_num_threads, [-(-n_threads // 2)]) as pool:
             while some := list(itertools.islice(items, args.batch_size)):
                 before, last = last, pool.submit(answer, some, last)
                 if before:
