@@ -23,7 +23,7 @@ from torch import nn
 
 import convert
 from data import special_ids, special_tokens
-from model import Classifier, Config, MaskedLM, Tagger
+from model import Classifier, Config, MaskedLM, ShapesOnly, Tagger
 from text import UserError
 
 # What the libraries raise that read a config or weights which are broken.
@@ -125,7 +125,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 def empty(device: torch.device, kind: type, *given: Any) -> nn.Module:
     """A model to load: drawing weights that the file's replace would take longer than reading those."""
-    with torch.device("meta"):
+    with torch.device("meta"), ShapesOnly():
         return kind(*given).to_empty(device=device).eval()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model import Config, Encoder
+from model import Config, Encoder, ShapesOnly
 
 CLASS_PREFIX = {"modern": "ModernBert", "bert": "Bert", "roberta": "Roberta"}  # of `architectures`
 
@@ -177,7 +177,7 @@ def import_weights(weights: dict[str, Tensor], config: Config, task: str) -> dic
 def check_shapes(config: Config, weights: dict[str, Tensor]) -> None:
     """Raises ValueError where an encoder of that config has other weights than these: before a model takes
     the memory that an absurd config asks for."""
-    with torch.device("meta"):
+    with torch.device("meta"), ShapesOnly():
         expected = Encoder(config).state_dict(prefix="model.")
     for name, weight in expected.items():
         if name not in weights:

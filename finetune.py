@@ -36,7 +36,7 @@ from flags import Flags, choose_hardware, number, run_script, to_record
 from journal import begin_journal, keep, recall
 from labels import Labelled, batches, draw, encode, folds, load
 from model import Classifier, Config, Tagger
-from optim import judge, new_health, set_learning_rates
+from optim import AdamW, judge, new_health, set_learning_rates
 from rivals import LSA_WIDTHS, Fit, bag_of_words, document_vectors, linear, linear_fits, lsa
 from text import UserError
 
@@ -160,7 +160,7 @@ def fit_network(
         {"params": matrices, "weight_decay": args.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=rate, fused=True)
+    optimizer = AdamW(groups, lr=rate, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=autocast.fast_dtype == torch.float16)
     rng = np.random.default_rng([args.seed, 5])
     order = np.concatenate([rng.permutation(which) for _ in range(args.epochs)])

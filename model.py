@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from kernels import Rope, add_norm, attention, geglu, linear_cross_entropy, rope_tables
 
@@ -371,6 +372,16 @@ class Tagger(nn.Module):
     ) -> Tensor:
         states = self.head(self.model(ids, cu_seqlens, max_seqlen, token_types))
         return self.classifier(self.dropout(states))  # (T, n_labels)
+
+
+class ShapesOnly(TorchFunctionMode):
+    """Within it, on the meta device, a model is made without numbers: to draw them there, from nothing, would
+    import the compiler, seconds of every start."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function.__name__ in ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
 
 
 def init_weights(module: nn.Module, config: Config) -> None:

@@ -1,5 +1,6 @@
 """Muon for the matrices, AdamW for the rest, the learning-rate schedule, and steps not to be taken."""
 
+import inspect
 import math
 from typing import Any
 
@@ -27,7 +28,21 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype, steps: int = 5) -> Tenso
     return x
 
 
-class Muon(torch.optim.Optimizer):
+class WithoutCompiler:
+    """Methods of torch's optimizers without what is wrapped around them: it imports the compiler, seconds of
+    every start, to tell it to leave them alone."""
+
+    add_param_group, zero_grad, state_dict, load_state_dict = (
+        inspect.unwrap(getattr(torch.optim.Optimizer, name))
+        for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+    )
+
+
+class AdamW(WithoutCompiler, torch.optim.AdamW):
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
+class Muon(WithoutCompiler, torch.optim.Optimizer):
     """Momentum, orthogonalised (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
 
     A block of (rows, columns) moves by lr * sqrt(max(1, rows / columns)) times an orthogonal matrix, so that
@@ -83,7 +98,7 @@ def make_optimizers(
     if not lr_muon:
         muon, vectors = [], vectors + [parameter for members in matrices.values() for parameter in members]
     groups = [{"params": embeddings, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [*muon, torch.optim.AdamW(groups, lr=lr_adamw, betas=(0.9, 0.98), eps=1e-8, fused=True)]
+    return [*muon, AdamW(groups, lr=lr_adamw, betas=(0.9, 0.98), eps=1e-8, fused=True)]
 
 
 def set_learning_rates(

@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 import checkpoint
-from model import Config, MaskedLM
+from model import Config, MaskedLM, ShapesOnly
 from text import UserError
 
 MANIFEST = "manifest.json"
@@ -55,7 +55,7 @@ def claim(out: Path, model: Path | None = None) -> Iterator[None]:
 
 def check_memory(config: Config, device: torch.device) -> None:
     """Raises UserError where weights, gradients and two moments of such a model are more than there is."""
-    with torch.device("meta"):
+    with torch.device("meta"), ShapesOnly():
         n_weights = sum(weight.numel() for weight in MaskedLM(config).parameters())
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if device.type == "cuda":

@@ -19,7 +19,7 @@ import torch
 import checkpoint
 from bench import MASKED, ROW_TOKENS, spread
 from flags import Flags, number, run_script
-from model import PRESETS, Config, MaskedLM
+from model import PRESETS, Config, MaskedLM, ShapesOnly
 from optim import make_optimizers
 from text import UserError
 
@@ -74,7 +74,7 @@ def costs(preset: str) -> dict[str, float]:
     Muon's five iterations on (m, n), m <= n, are 5 (4 m^2 n + 2 m^3), on every rank alike.
     """
     config = Config(**PRESETS[preset])
-    with torch.device("meta"):
+    with torch.device("meta"), ShapesOnly():
         model = MaskedLM(config)
         muon, _ = make_optimizers(model, 1.0, 1.0, 0.0, torch.bfloat16)
     in_blocks = sum(p.numel() for p in model.model.layers.parameters())

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import Classifier, Config, MaskedLM
@@ -92,6 +92,7 @@ def test_groups_part_all_parameters(make):
             assert group["weight_decay"] == (0.1 if "tok_embeddings" in name else 0.0), name
 
 
+@settings(deadline=None)
 @given(n_steps=st.integers(1, 400), warmup=st.floats(0, 0.9))
 def test_schedule_rises_to_1_and_falls_near_0(n_steps, warmup):
     parameters = [torch.nn.Parameter(torch.zeros(2, 2)) for _ in range(2)]

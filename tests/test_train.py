@@ -237,6 +237,14 @@ def test_compiled_blocks_learn_the_same(corpus_file, tmp_path, monkeypatch, caps
     assert weights(tmp_path / "compiled").keys() == weights(tmp_path / "eager").keys()
 
 
+def test_a_run_does_not_wait_for_the_compiler_to_be_imported(corpus_file, tmp_path):
+    code = "import sys, train; train.main(sys.argv[1:]); sys.exit('torch._dynamo' in sys.modules)"
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.path.dirname(train.__file__)
+    command = [sys.executable, "-c", code, *run(corpus_file, tmp_path, steps=2)]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+
+
 def test_without_a_compiler_it_goes_on_and_says_so(corpus_file, tmp_path, monkeypatch, capsys):
     def refuse(function):
         raise RuntimeError("No working C++ compiler found\nhere is a list of them")
