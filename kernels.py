@@ -75,7 +75,8 @@ def jit(kernel):
 
 def launches(name: str, mutates_args: tuple[str, ...] = ()):
     """Make a function that launches kernels an operator that torch.compile sees through; where nothing can
-    launch them, not: the operator imports the compiler, seconds at every start."""
+    launch them, not: the operator imports the compiler, seconds at every start. Sizes that vary are asked for
+    by `.shape`: `len` would have a graph compiled for each."""
     asked_for = FORCED == "triton" or os.environ.get("TRITON_INTERPRET") == "1"
     if triton and (asked_for or torch.cuda.is_available()):
         return triton_op(name, mutates_args=mutates_args)
