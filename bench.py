@@ -136,7 +136,7 @@ def our_step(
     model, counter = MaskedLM(config).to(place.device), itertools.count()
     for layer in model.model.layers if compiled else ():
         layer.compile()
-    optimizers = make_optimizers(model, 1e-3, 1e-4, 0.0, place.dtype)
+    optimizers = make_optimizers(model, (1e-3, 1e-4, 1e-4), 0.0, place.dtype)
 
     def next_loss() -> Tensor:
         batch = corpus.batch(next(counter), 0, 1, MASKED).to(place.device)

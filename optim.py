@@ -79,11 +79,12 @@ class Muon(WithoutCompiler, torch.optim.Optimizer):
 
 
 def make_optimizers(
-    model: nn.Module, lr_muon: float, lr_adamw: float, weight_decay: float, dtype: torch.dtype
+    model: nn.Module, rates: tuple[float, float, float], weight_decay: float, dtype: torch.dtype
 ) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks and the head; AdamW for embedding, norms and biases, where a row or
-    a number has a meaning of its own that orthogonalising would mix. Only the embedding decays. Where Muon's
-    rate is 0, AdamW takes the matrices too."""
+    a number has a meaning of its own that orthogonalising would mix. `rates` are Muon's, of norms and biases,
+    and the embedding's, which alone decays. Where Muon's is 0, AdamW takes the matrices too."""
+    lr_muon, lr_adamw, lr_embedding = rates
     fused = FUSED_BLOCKS if model.config.is_modern else FUSED_BLOCKS | {"Wi": 1}  # BERT's has no gate
     matrices: dict[int, list[nn.Parameter]] = {}
     embeddings, vectors = [], []
@@ -97,7 +98,10 @@ def make_optimizers(
     muon = [Muon([{"params": p, "n_blocks": n} for n, p in matrices.items()], lr_muon, dtype)]
     if not lr_muon:
         muon, vectors = [], vectors + [parameter for members in matrices.values() for parameter in members]
-    groups = [{"params": embeddings, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": embeddings, "lr": lr_embedding, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     return [*muon, AdamW(groups, lr=lr_adamw, betas=(0.9, 0.98), eps=1e-8, fused=True)]
 
 

@@ -76,7 +76,7 @@ def costs(preset: str) -> dict[str, float]:
     config = Config(**PRESETS[preset])
     with torch.device("meta"), ShapesOnly():
         model = MaskedLM(config)
-        muon, _ = make_optimizers(model, 1.0, 1.0, 0.0, torch.bfloat16)
+        muon, _ = make_optimizers(model, (1.0, 1.0, 1.0), 0.0, torch.bfloat16)
     in_blocks = sum(p.numel() for p in model.model.layers.parameters())
     in_head = model.head.dense.weight.numel() + model.decoder.weight.numel()
     a_token = 6 * (in_blocks + MASKED * in_head) + 12 * config.max_len * config.d_model * config.n_layers

@@ -63,7 +63,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--accumulate", type=positive, help="micro-batches a step, over all ranks; by default one a rank")
     matrices = "peak rate of the matrices: Muon's usual one; at 0 AdamW takes them"
     add("--lr-muon", type=rate, default=0.02, help=matrices)
-    add("--lr-adamw", type=rate, default=3e-3, help="peak rate of embedding, norms and biases")
+    add("--lr-adamw", type=rate, default=3e-3, help="peak rate of norms and biases")
+    slower = "peak rate of the embedding: a faster one soon forgets what the spectral start knew"
+    add("--lr-embedding", type=rate, default=1e-3, help=slower)
     add("--weight-decay", type=rate, default=0.0, help="of the embedding")
     add("--warmup", type=share, default=0.05, help="share of the steps in which the rate rises")
     add("--clip", type=rate, default=1.0, help="the gradient's greatest length")
@@ -228,7 +230,8 @@ def pretrain(args: argparse.Namespace, rank: int, n_ranks: int) -> dict[str, Any
     if begun:
         lacking = ("decoder.bias", "head", "pooler")  # in a classifier, or in a bare encoder
         checkpoint.load_weights(model, begun[1], args.model, fresh=lacking)
-    optimizers = make_optimizers(model, args.lr_muon, args.lr_adamw, args.weight_decay, dtype)
+    rates = (args.lr_muon, args.lr_adamw, args.lr_embedding)
+    optimizers = make_optimizers(model, rates, args.weight_decay, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     validation = [batch.to(device) for batch in corpus.validation(args.validate_batches)]
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

@@ -36,7 +36,7 @@ def test_orthogonalize_brings_singular_values_near_1(dtype, shape):
 
 def test_without_a_rate_of_muon_adamw_takes_every_weight():
     model = MaskedLM(CONFIG)
-    (adamw,) = make_optimizers(model, 0.0, 1e-3, 0.1, torch.float32)
+    (adamw,) = make_optimizers(model, (0.0, 1e-3, 1e-3), 0.1, torch.float32)
     taken = [p for group in adamw.param_groups for p in group["params"]]
     assert len(taken) == len(set(taken)) and set(taken) == set(model.parameters())
 
@@ -69,7 +69,7 @@ def test_muon_updates_each_block_apart():
 def test_groups_part_all_parameters(make):
     """Each parameter in exactly one group; Q, K and V are three blocks, Wi two; only the embedding decays."""
     model = make(CONFIG)
-    muon, adamw = make_optimizers(model, 0.02, 3e-3, 0.1, torch.float32)
+    muon, adamw = make_optimizers(model, (0.02, 3e-3, 1e-3), 0.1, torch.float32)
     assert isinstance(muon, Muon) and isinstance(adamw, torch.optim.AdamW)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     grouped = [
@@ -88,8 +88,8 @@ def test_groups_part_all_parameters(make):
             assert group["lr"] == 0.02
             assert group["n_blocks"] == (3 if "Wqkv" in name else 2 if "Wi" in name else 1), name
         else:
-            assert group["lr"] == 3e-3
-            assert group["weight_decay"] == (0.1 if "tok_embeddings" in name else 0.0), name
+            found = group["lr"], group["weight_decay"]
+            assert found == ((1e-3, 0.1) if "tok_embeddings" in name else (3e-3, 0.0)), name
 
 
 @settings(deadline=None)

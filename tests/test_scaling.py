@@ -18,7 +18,7 @@ def test_costs_are_what_torch_counts(monkeypatch):
     monkeypatch.setattr(scaling, "ROW_TOKENS", 1024)
     torch.manual_seed(0)
     network = MaskedLM(Config(**SIZES))
-    muon, _ = make_optimizers(network, 0.02, 1e-3, 0.0, torch.float32)
+    muon, _ = make_optimizers(network, (0.02, 1e-3, 1e-3), 0.0, torch.float32)
     n_masked, starts = round(scaling.MASKED * 1024), torch.arange(0, 1025, 64, dtype=torch.int32)
     bags = (torch.zeros(16, dtype=torch.long), torch.ones(16), torch.arange(17))
     ids = torch.randint(500, (1024,))
