@@ -241,6 +241,6 @@ def restore(folder: Path, state: dict[str, Any], model: nn.Module, optimizers: l
 def advise(out: Path) -> str:
     """What is left of a run that went wrong, and how to go on."""
     if not (folders := step_folders(out)):
-        return "there is no checkpoint yet: begin anew, with lower --lr-adamw, --lr-embedding and --lr-muon"
+        return "there is no checkpoint yet: begin anew, with a lower --lr-adamw, --lr-embedding or --lr-muon"
     kept = f"the last good state is in {list(folders.values())[-1]}"
     return f"{kept}: --resume goes on behind them, --model begins from it, perhaps with lower rates"

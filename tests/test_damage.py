@@ -510,7 +510,7 @@ def test_weights_that_are_lost_do_not_take_the_place_of_good_ones(flags, tmp_pat
     with pytest.raises(SystemExit) as ended:
         train.main(flags(tmp_path, "--lr-adamw", "1e30", "--lr-muon", "1e30", "--save-every", "100"))
     assert ended.value.code == 1 and not runs.step_folders(tmp_path)
-    assert "there is no checkpoint yet: begin anew, with lower --lr-adamw" in capsys.readouterr().out
+    assert "there is no checkpoint yet: begin anew, with a lower --lr-adamw" in capsys.readouterr().out
 
 
 def test_a_leap_of_the_loss_is_said_and_counted(flags, tmp_path, monkeypatch, capsys):
