@@ -294,7 +294,8 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
         called = NETWORK if len(models) == 1 else (name, f"{name}, frozen")
         shown |= {shown_as: (name, row) for shown_as, row in zip(called, NETWORK, strict=True) if row in rows}
     shown |= {called: (ours, row) for row, called in RIVALS.items() if row in args.rows}
-    curve = None if args.quick else report.read_curve(models[ours])
+    timed = "frozen" in args.rows and not args.quick
+    curve = report.read_curve(models[ours]) if timed else None
     for step in curve.steps if curve else ():
         name, model = f"{ours}@{step}", models[ours] / "snapshots" / f"step-{step}"
         planned += [Run(data, flags, name, model, b, seed, ("frozen",)) for b in few for seed in seeds]

@@ -128,7 +128,7 @@ def write_time(
     """The snapshots of a run, by their frozen vectors, beside rivals that need no pretraining."""
     if curve is None:
         return [
-            "Not measured: `train.py --snapshots 8` keeps models along the way, `--quick` leaves them out.",
+            "Not measured: it wants snapshots (`train.py --snapshots 8`), the row frozen, and no `--quick`.",
             "",
         ]
     names = [f"{name}@{step}" for step in curve.steps]
