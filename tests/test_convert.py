@@ -428,7 +428,7 @@ def test_a_bert_of_our_own(corpus_file, tmp_path, capsys):
     # a BertForMaskedLM has no use for the pooler, which its folder holds all the same, as Google's do
     assert set(info["unexpected_keys"]) == {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
     text = f"{WORDS[0]} [MASK] {WORDS[1]}"
-    predict.main(["--model", str(out), "--json", text])
+    predict.main(["--model", str(out), "--dtype", "float32", "--json", text])
     answer = json.loads(capsys.readouterr().out.splitlines()[-1])
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     inputs = tokenizer(text, return_tensors="pt")
