@@ -19,7 +19,6 @@ import os
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
 
 try:
     import triton
@@ -71,16 +70,6 @@ def on_triton(x: Tensor) -> bool:
 
 def jit(kernel):
     return triton.jit(kernel) if triton else kernel
-
-
-def launches(name: str, mutates_args: tuple[str, ...] = ()):
-    """Make a function that launches kernels an operator that torch.compile sees through; where nothing can
-    launch them, not: the operator imports the compiler, seconds at every start. Sizes that vary are asked for
-    by `.shape`: `len` would have a graph compiled for each."""
-    asked_for = FORCED == "triton" or os.environ.get("TRITON_INTERPRET") == "1"
-    if triton and (asked_for or torch.cuda.is_available()):
-        return triton_op(name, mutates_args=mutates_args)
-    return lambda function: function
 
 
 def rope_tables(n_positions: int, head_dim: int, theta: float, device: torch.device | str = "cpu") -> Rope:
@@ -241,7 +230,6 @@ def flash_options(head_dim: int, dtype: torch.dtype, on_hip: bool = torch.versio
     return sizes | {"num_stages": 1 if on_hip else 2 if is_low else 3}
 
 
-@launches("cloze::flash_rotate")
 def flash_rotate(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, cos: Tensor, sin: Tensor, sign: float
 ) -> Tensor:
@@ -250,11 +238,10 @@ def flash_rotate(
     # sequences come first: of the three only the first size may exceed 65,535
     grid = (cu_seqlens.shape[0] - 1, 3 * n_heads, -(-max_seqlen // ROTATED))
     options = {"HALF": head_dim // 2, "BLOCK": ROTATED}
-    wrap_triton(_flash_rotate)[grid](qkv, out, cu_seqlens, cos, sin, sign, n_heads, **options)
+    _flash_rotate[grid](qkv, out, cu_seqlens, cos, sin, sign, n_heads, **options)
     return out
 
 
-@launches("cloze::flash_forward")
 def flash_forward(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None
 ) -> tuple[Tensor, Tensor]:
@@ -264,11 +251,10 @@ def flash_forward(
     lse = qkv.new_empty(n_heads, n_tokens, dtype=torch.float32)
     options = flash_options(head_dim, qkv.dtype)
     grid = (cu_seqlens.shape[0] - 1, n_heads, -(-max_seqlen // options["BLOCK"]))
-    wrap_triton(_flash_forward)[grid](qkv, cu_seqlens, out, lse, n_tokens, n_heads, window, **options)
+    _flash_forward[grid](qkv, cu_seqlens, out, lse, n_tokens, n_heads, window, **options)
     return out, lse
 
 
-@launches("cloze::flash_backward")
 def flash_backward(
     qkv: Tensor,
     cu_seqlens: Tensor,
@@ -284,8 +270,8 @@ def flash_backward(
     options = flash_options(head_dim, qkv.dtype)
     grid = (cu_seqlens.shape[0] - 1, n_heads, -(-max_seqlen // options["BLOCK"]))
     given = (qkv, cu_seqlens, out, lse, d_out, delta, d_qkv, n_tokens, n_heads, window)
-    wrap_triton(_flash_d_q)[grid](*given, **options)
-    wrap_triton(_flash_d_kv)[grid](*given, **options)
+    _flash_d_q[grid](*given, **options)
+    _flash_d_kv[grid](*given, **options)
     return d_qkv
 
 
@@ -518,7 +504,6 @@ def _bag_softmax_by_blocks(
     return loss
 
 
-@launches("cloze::bag_softmax", mutates_args=("logits", "d_bias"))
 def bag_softmax(
     logits: Tensor, bias: Tensor, ids: Tensor, bag_weights: Tensor, cu_bags: Tensor, d_bias: Tensor | None
 ) -> Tensor:
@@ -526,7 +511,7 @@ def bag_softmax(
     losses, d_targets = (logits.new_empty(len(x), dtype=torch.float32) for x in (logits, ids))
     given = (logits, bias, ids, bag_weights, cu_bags, losses, d_targets, logits.shape[1])
     options = {"WANTS_GRADIENT": d_bias is not None, "BLOCK": ROW_BLOCK, "BAG": BAG_BLOCK}
-    wrap_triton(_bag_softmax)[(len(logits),)](*given, **options)
+    _bag_softmax[(len(logits),)](*given, **options)
     if d_bias is not None:
         d_bias += logits.sum(0, dtype=torch.float32)
     return losses.sum()
@@ -602,7 +587,6 @@ class _AddNorm(torch.autograd.Function):
         return d_sum.to(ctx.dtypes[0]), d_sum.to(ctx.dtypes[1]), d_weight, None
 
 
-@launches("cloze::add_norm_forward")
 def add_norm_forward(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -612,11 +596,10 @@ def add_norm_forward(
     normed = torch.empty_like(x, dtype=torch.promote_types(total.dtype, weight.dtype))
     mean, inverse_std = (x.new_empty(n_rows, dtype=torch.float32) for _ in range(2))
     given = (x, residual, weight, total, normed, mean, inverse_std, width, eps)
-    wrap_triton(_add_norm)[(n_rows,)](*given, BLOCK=triton.next_power_of_2(width))
+    _add_norm[(n_rows,)](*given, BLOCK=triton.next_power_of_2(width))
     return total, normed, mean, inverse_std
 
 
-@launches("cloze::add_norm_backward")
 def add_norm_backward(
     d_total: Tensor, d_normed: Tensor, total: Tensor, weight: Tensor, mean: Tensor, inverse_std: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -626,7 +609,7 @@ def add_norm_backward(
     strips = torch.empty(-(-n_rows // rows_of_strip), width, dtype=torch.float32, device=total.device)
     d_sum = torch.empty_like(total)
     given = (d_total, d_normed, total, weight, mean, inverse_std, d_sum, strips, n_rows, rows_of_strip, width)
-    wrap_triton(_add_norm_backward)[(len(strips),)](*given, BLOCK=triton.next_power_of_2(width))
+    _add_norm_backward[(len(strips),)](*given, BLOCK=triton.next_power_of_2(width))
     return d_sum, strips.sum(0).to(weight.dtype)
 
 
@@ -713,19 +696,17 @@ class _FusedGeGLU(torch.autograd.Function):
         return geglu_backward(*ctx.saved_tensors, d_out.contiguous())
 
 
-@launches("cloze::geglu_forward")
 def geglu_forward(x: Tensor) -> Tensor:
     n_rows, d_ff = x.shape[0], x.shape[1] // 2
     out = x.new_empty(n_rows, d_ff)
-    wrap_triton(_geglu)[(n_rows, -(-d_ff // ROW_BLOCK))](x, out, d_ff, BLOCK=ROW_BLOCK)
+    _geglu[(n_rows, -(-d_ff // ROW_BLOCK))](x, out, d_ff, BLOCK=ROW_BLOCK)
     return out
 
 
-@launches("cloze::geglu_backward")
 def geglu_backward(x: Tensor, d_out: Tensor) -> Tensor:
     n_rows, d_ff = d_out.shape
     d_x = torch.empty_like(x)
-    wrap_triton(_geglu_backward)[(n_rows, -(-d_ff // ROW_BLOCK))](x, d_out, d_x, d_ff, BLOCK=ROW_BLOCK)
+    _geglu_backward[(n_rows, -(-d_ff // ROW_BLOCK))](x, d_out, d_x, d_ff, BLOCK=ROW_BLOCK)
     return d_x
 
 
