@@ -292,14 +292,14 @@ def measure_finetuning(
     return {name: ratio(s, seconds["ours"]) for name, s in seconds.items() if name != "ours"}
 
 
-def measure_predictions(corpus: Corpus, rounds: int, place: SimpleNamespace, say) -> list[float]:
+def measure_predictions(corpus: Corpus, rounds: int, place: SimpleNamespace, say) -> dict[str, list[float]]:
     """Texts a second of predict.py against pipeline() of transformers, with the same weights."""
     texts = labels.load("mr")[1].texts
     with tempfile.TemporaryDirectory() as folder:
-        seconds = alternate(peers.predictions(Path(folder), texts, corpus.tokenizer, place.device), rounds)
+        seconds = alternate(peers.predictions(Path(folder), texts, corpus.tokenizer, place), rounds)
     for name, s in seconds.items():
         say(f"predict mr     {name:29}{len(texts) / statistics.median(s):10,.0f} texts/s")
-    return ratio(seconds["pipeline"], seconds["ours"])
+    return {name: ratio(s, seconds["ours"]) for name, s in seconds.items() if name != "ours"}
 
 
 def first_step_seconds(rounds: int, out: Path, say) -> list[float]:
@@ -361,7 +361,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             found = measure_finetuning(data, corpus, args.rounds, place, say)
             result |= {f"finetune_vs_{name}{suffix}": r for name, r in found.items()}
     if "predict" in args.parts:
-        result["predict_vs_pipeline"] = measure_predictions(corpus, args.rounds, place, say)
+        found = measure_predictions(corpus, args.rounds, place, say)
+        result |= {f"predict_vs_{name.replace(', ', '_')}": r for name, r in found.items()}
     if "start" in args.parts:
         result["first_step_seconds"] = first_step_seconds(args.rounds, args.out / "start", say)
     checkpoint.write(args.out / "bench.json", checkpoint.to_json(result))

@@ -7,6 +7,7 @@ Axes: T tokens, S sequences, L the longest, H heads, D head size.
 """
 
 import contextlib
+import functools
 import io
 import time
 from collections import Counter
@@ -88,24 +89,30 @@ def build(name: str, config: Config, attention: str, n_labels: int = 0) -> nn.Mo
 
 
 def predictions(
-    folder: Path, texts: list[str], tokenizer: Tokenizer, device: torch.device
+    folder: Path, texts: list[str], tokenizer: Tokenizer, place: SimpleNamespace
 ) -> dict[str, Callable[[], None]]:
-    """{"ours", "pipeline": a call that classifies the texts} with one small classifier, left in `folder`;
-    ours is the whole of predict.py, from loading the model to writing the answers."""
+    """{"ours", "pipeline", "pipeline, bfloat16": a call that classifies the texts} with one small classifier,
+    left in `folder`; ours is the whole of predict.py, from loading the model to writing the answers. The
+    pipeline by itself multiplies in float32, and in bfloat16 besides where we do."""
     import transformers
 
     model = Classifier(Config(**PRESETS["tiny"] | {"vocab_size": tokenizer.get_vocab_size()}), 2)
     checkpoint.save_model(folder, model, tokenizer)
     (folder / "texts.txt").write_text("\n".join(texts), "utf-8")
-    pipeline = transformers.pipeline("text-classification", str(folder), device=device, batch_size=32)
+    steps: dict[str, Callable[[], Any]] = {}
+    for dtype in dict.fromkeys((torch.float32, place.dtype)):
+        given = {"device": place.device, "dtype": dtype, "batch_size": 32}
+        pipeline = transformers.pipeline("text-classification", str(folder), **given)
+        name = f", {str(dtype).removeprefix('torch.')}" if dtype != torch.float32 else ""
+        steps["pipeline" + name] = functools.partial(pipeline, texts)
 
     def ours() -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             predict.main(
-                ["--model", str(folder), "--file", str(folder / "texts.txt"), "--device", str(device)]
+                ["--model", str(folder), "--file", str(folder / "texts.txt"), "--device", str(place.device)]
             )
 
-    return {"ours": ours, "pipeline": lambda: pipeline(texts)}
+    return {"ours": ours} | steps
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
