@@ -131,7 +131,7 @@ def adamw(model: nn.Module) -> list[torch.optim.Optimizer]:
 def our_step(
     corpus: Corpus, config: Config, place: SimpleNamespace, compiled: bool = False
 ) -> Callable[[], None]:
-    """The whole step of the default recipe, batch making included."""
+    """The whole step with everything that train.py can do, batch making and pooled loss included."""
     torch.manual_seed(0)
     model, counter = MaskedLM(config).to(place.device), itertools.count()
     for layer in model.model.layers if compiled else ():
@@ -318,7 +318,7 @@ def first_step_seconds(rounds: int, out: Path, say) -> list[float]:
 
 
 def open_corpus(row_tokens: int = ROW_TOKENS) -> Corpus:
-    return Corpus(prepare([], VOCAB_SIZE), max_len=MAX_LEN, row_tokens=row_tokens, seed=0)
+    return Corpus(prepare([], VOCAB_SIZE), max_len=MAX_LEN, row_tokens=row_tokens, seed=0, with_bags=True)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

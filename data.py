@@ -46,7 +46,7 @@ COOCCURRENCE_SAMPLE = 2 * 10**7  # tokens that the spectral start is counted on
 COOCCURRENCE_REACH = 8  # tokens to each side
 BAG_REACH = 1024  # tokens to each side of a window that count as its document, so that a book is no bag
 VALIDATION_SHARE = 0.01
-VALIDATION_MASK_RATE = 0.15
+VALIDATION_MASKED = 0.15
 CACHE_FORMAT = "3"  # part of every key: raised when the layout of the cache changes
 
 
@@ -207,16 +207,16 @@ def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
 
 class Batch(NamedTuple):
     """ids (T,) int64, cu_seqlens (S + 1,) int32; masked (N,) are the places to predict and targets (N,) what
-    stood there; row i of the bags has bag_ids[cu_bags[i] : cu_bags[i + 1]], with weights that sum to 1."""
+    stood there; bag i, if there are any, is bag_ids[cu_bags[i] : cu_bags[i + 1]], its weights sum to 1."""
 
     ids: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
     masked: Tensor
     targets: Tensor
-    bag_ids: Tensor
-    bag_weights: Tensor
-    cu_bags: Tensor
+    bag_ids: Tensor | None = None
+    bag_weights: Tensor | None = None
+    cu_bags: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in self))
@@ -242,8 +242,9 @@ class Corpus:
     UserError where the text is too short for one.
     """
 
-    def __init__(self, folder: Path, max_len: int, row_tokens: int, seed: int):
+    def __init__(self, folder: Path, max_len: int, row_tokens: int, seed: int, with_bags: bool = False):
         self.folder, self.max_len, self.row_tokens, self.seed = folder, max_len, row_tokens, seed
+        self.with_bags = with_bags
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.vocab_size = self.tokenizer.get_vocab_size()
         self.special = special_ids(self.tokenizer)
@@ -271,9 +272,8 @@ class Corpus:
 
     def _cut(self, documents: np.ndarray) -> Windows:
         parts = []
-        for some in np.array_split(
-            documents, math.ceil(len(documents) / 2**18) or 1
-        ):  # in pieces, to save memory
+        n_parts = math.ceil(len(documents) / 2**18) or 1  # to save memory
+        for some in np.array_split(documents, n_parts):
             ends, starts = self.document_ends[some], np.where(some > 0, self.document_ends[some - 1], 0)
             n_pieces = -((starts - ends) // (self.max_len - 2))
             which, piece = _ranges(np.zeros_like(n_pieces), n_pieces)
@@ -315,9 +315,7 @@ class Corpus:
         compared."""
         rows = np.cumsum(self.held_out.length + 2) // self.row_tokens
         return [
-            self._assemble(
-                self.held_out[rows == row], np.random.default_rng([0, 2, row]), VALIDATION_MASK_RATE
-            )
+            self._assemble(self.held_out[rows == row], np.random.default_rng([0, 2, row]), VALIDATION_MASKED)
             for row in np.unique(rows)[:n_batches]
         ]
 
@@ -334,6 +332,16 @@ class Corpus:
         ids[masked[:n_mask]] = self.special["mask"]
         ids[masked[n_mask : n_mask + n_random]] = rng.choice(np.flatnonzero(~self.is_special), n_random)
 
+        batch = Batch(
+            ids=torch.from_numpy(ids),
+            cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
+            max_seqlen=self.max_len,
+            masked=torch.from_numpy(masked),
+            targets=torch.from_numpy(targets),
+        )
+        return batch._replace(**self._bags(windows)) if self.with_bags else batch
+
+    def _bags(self, windows: Windows) -> dict[str, Tensor]:
         first = np.where(windows.document > 0, self.document_ends[windows.document - 1], 0)
         first = np.maximum(first, windows.start - BAG_REACH)
         last = np.minimum(self.document_ends[windows.document], windows.start + windows.length + BAG_REACH)
@@ -341,16 +349,9 @@ class Corpus:
         bag_ids = self.tokens[words].astype(np.int64)
         bag_weights = self.word_weights[bag_ids]
         bag_weights /= np.bincount(of_window, bag_weights)[of_window]
-        return Batch(
-            ids=torch.from_numpy(ids),
-            cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
-            max_seqlen=self.max_len,
-            masked=torch.from_numpy(masked),
-            targets=torch.from_numpy(targets),
-            bag_ids=torch.from_numpy(bag_ids),
-            bag_weights=torch.from_numpy(bag_weights),
-            cu_bags=torch.from_numpy(np.concatenate(([0], np.cumsum(last - first)))),
-        )
+        cu_bags = np.concatenate(([0], np.cumsum(last - first)))
+        parts = {"bag_ids": bag_ids, "bag_weights": bag_weights, "cu_bags": cu_bags}
+        return {name: torch.from_numpy(part) for name, part in parts.items()}
 
     def cooccurrence(self) -> scipy.sparse.csr_array:
         """How often two tokens stand within COOCCURRENCE_REACH of each other in a document, weighted by

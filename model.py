@@ -252,15 +252,14 @@ class Head(nn.Module):
 
 
 def mean_pool(x: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The mean of each sequence's states, [CLS] and [SEP] included, in float32: (T, d_model) to (S,
-    d_model)."""
+    """The float32 mean of each sequence's states, [CLS] and [SEP] too: (T, d_model) to (S, d_model)."""
     lengths = cu_seqlens.diff()
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    if x.device.type == "mps":  # has no segment_reduce
-        sequence = torch.repeat_interleave(torch.arange(len(lengths), device=x.device), lengths)
-        sums = torch.zeros(len(lengths), x.shape[1], dtype=x.dtype, device=x.device).index_add(0, sequence, x)
-    else:
+    if x.is_cuda:  # where index_add adds in no fixed order; elsewhere it is many times as fast
         sums = torch.segment_reduce(x, "sum", lengths=lengths.long(), unsafe=True)
+    else:
+        sequence = torch.arange(len(lengths), device=x.device).repeat_interleave(lengths, output_size=len(x))
+        sums = torch.zeros(len(lengths), x.shape[1], dtype=x.dtype, device=x.device).index_add(0, sequence, x)
     return sums / lengths.clamp(min=1)[:, None]
 
 
@@ -306,16 +305,18 @@ class MaskedLM(nn.Module):
         return self.decoder(self.head(self.model(ids, cu_seqlens, max_seqlen, token_types)))
 
     def forward(self, batch) -> tuple[Tensor, Tensor]:
-        """The two losses of a `data.Batch`, as sums: over its masked tokens, and over its sequences.
+        """The two losses of a `data.Batch`, as sums: over its masked tokens, and over its bags.
 
         The first is masked-language modelling (Devlin et al. 2018, section 3.1). The second predicts from
         the pooled vector the words of the document (the bag-of-words objective of DupMAE, Xiao et al. 2022,
-        arXiv 2211.08769, section 3.2).
+        arXiv 2211.08769, section 3.2); it is 0 where the batch has no bags.
         """
         states = self.model(batch.ids, batch.cu_seqlens, batch.max_seqlen)
         embedding = self.decoder.weight
         masked = self.head(states.index_select(0, batch.masked))  # (N, d_model)
         token_loss = linear_cross_entropy(masked, embedding, self.decoder.bias, batch.targets)
+        if batch.cu_bags is None:
+            return token_loss, torch.zeros_like(token_loss)
         vectors = pooled(self, states, batch.cu_seqlens)  # (S, d_model)
         bags = (batch.bag_ids, batch.bag_weights, batch.cu_bags)
         return token_loss, linear_cross_entropy(vectors, embedding, self.bag_bias, *bags)

@@ -88,7 +88,7 @@ def make_optimizers(
     fused = FUSED_BLOCKS if model.config.is_modern else FUSED_BLOCKS | {"Wi": 1}  # BERT's has no gate
     matrices: dict[int, list[nn.Parameter]] = {}
     embeddings, vectors = [], []
-    for name, parameter in model.named_parameters():
+    for name, parameter in ((n, p) for n, p in model.named_parameters() if p.requires_grad):
         if parameter.dim() == 1:
             vectors.append(parameter)
         elif "embeddings" in name:

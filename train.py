@@ -35,7 +35,8 @@ STEPS = {"tiny": 1500, "small": 20_000, "base": 100_000}
 # (precision, what the CPU must have for it, share of these steps that takes it as long as AMX takes for all)
 CPU_SHARES = (
     ("bfloat16", "amx_bf16", 1.0),
-    ("bfloat16", "avx512_bf16", 0.6),
+    ("bfloat16", "avx512_vp2intersect", 1.2),  # Zen 5
+    ("bfloat16", "avx512_bf16", 0.6),  # Zen 4
     ("float32", "avx512_f", 0.28),
 )
 LEAST_SHARE = 0.14  # of all other CPUs
@@ -53,8 +54,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--preset", choices=PRESETS, help="size of a new model; by default tiny, which suits 2 CPU cores")
     add("--layers", type=number(int, 1, 1000), help="of a new model; by default the preset's")
     add("--d-model", type=number(int, 64), help="of a new model, in heads of 64; by default the preset's")
-    families = "ModernBERT's arithmetic or BERT's, of a new model"
-    add("--family", choices=("modern", "bert"), help=f"{families}; by default modern")
+    add("--family", choices=("modern", "bert"), help="of a new model; by default modern, as ModernBERT")
     add("--vocab-size", type=number(int, 100), help="word pieces; else the preset's, or what the text fills")
     add("--max-len", type=number(int, 8), help="tokens of a window; by default the preset's")
     add("--steps", type=positive, help=f"by default {STEPS}, of which a CPU without AMX does a share")
@@ -71,7 +71,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--clip", type=rate, default=1.0, help="the gradient's greatest length")
     plateaus = "share of masked tokens, falling in plateaus: many teach words, few teach contexts"
     add("--mask-rate", type=share, nargs=2, default=[0.3, 0.15], metavar=("FIRST", "LAST"), help=plateaus)
-    add("--bag-weight", type=rate, default=0.5, help="weight of the pooled loss beside the masked one")
+    add("--bag-weight", type=rate, default=0.0, help="of the pooled loss; frozen vectors alone gain by it")
     start = "the embedding begins at the text's co-occurrences, which saves a third of the steps, or at noise"
     add("--start", choices=("spectral", "random"), default="spectral", help=start)
     add("--seed", type=number(int, 0), default=0, help="of the weights, the order and the masks")
@@ -107,7 +107,7 @@ def default_steps(
         has = torch.cpu.get_capabilities()
         fitting = [(s, kind) for name, kind, s in CPU_SHARES if name == dtype_name and has.get(kind)]
         share, kind = fitting[0] if fitting else (LEAST_SHARE, "no AVX-512 or AMX for it")
-        why += f" x {share:g}, for a CPU that multiplies in {dtype_name} with {kind}" if share < 1 else ""
+        why += f" x {share:g}, for a CPU that multiplies in {dtype_name} with {kind}" if share != 1 else ""
     n_steps = round(STEPS[preset] * share)
     if n_steps < FEW_STEPS and row_tokens is None:
         n_steps, row_tokens = 2 * n_steps, ROW_TOKENS // 2
@@ -210,15 +210,14 @@ def pretrain(args: argparse.Namespace, rank: int, n_ranks: int) -> dict[str, Any
         raise UserError(f"--max-len {max_len}: {args.model} has {begun[0].max_len} positions")
     if n_micro % n_ranks:
         raise UserError(f"--accumulate {n_micro}: it must be a multiple of the {n_ranks} ranks")
-    flags = to_record(args)
-    flags |= {"steps": n_steps, "accumulate": n_micro, "max_len": max_len}
+    flags = to_record(args) | {"steps": n_steps, "accumulate": n_micro, "max_len": max_len}
     flags |= {"micro_batch_tokens": row_tokens, "dtype": dtype_name}
 
     environment = runs.environment(device, n_ranks)
     resumed = from_first(runs.last_step(args.out, say) if args.resume and rank == 0 else None, n_ranks)
     state = runs.load_state(resumed, flags, environment, say) if resumed else None
     tokens_folder = from_first(prepare(args.corpus, *vocab) if rank == 0 else None, n_ranks)
-    corpus = Corpus(tokens_folder, max_len, row_tokens, args.seed)
+    corpus = Corpus(tokens_folder, max_len, row_tokens, args.seed, args.bag_weight > 0)
     if state and state["tokens_folder"] != tokens_folder.name:
         raise UserError(f"--resume: the text of --corpus is not what the run in {args.out} was begun with")
     config = begun[0] if begun else Config(**shape | {"vocab_size": corpus.vocab_size, "max_len": max_len})
@@ -227,6 +226,8 @@ def pretrain(args: argparse.Namespace, rank: int, n_ranks: int) -> dict[str, Any
         corpus.spectral_embedding(config.d_model)  # into the cache, where the other ranks find it
     from_first(None, n_ranks)
     model = build_model(config, corpus, "random" if begun else args.start, args.seed).to(device)
+    for name, parameter in model.named_parameters():  # without the pooled loss two have no gradient
+        parameter.requires_grad_(corpus.with_bags or not name.startswith(("bag_bias", "pooler")))
     if begun:
         lacking = ("decoder.bias", "head", "pooler")  # in a classifier, or in a bare encoder
         checkpoint.load_weights(model, begun[1], args.model, fresh=lacking)
@@ -250,8 +251,7 @@ def pretrain(args: argparse.Namespace, rank: int, n_ranks: int) -> dict[str, Any
         sum(ddp(corpus.batch(0, rank, n_micro, args.mask_rate[0]).to(device))).backward()
         model.zero_grad(set_to_none=True)
     n_weights, step_tokens = sum(p.numel() for p in model.parameters()), n_micro * row_tokens
-    say(f"{n_weights:,} weights on {device}, products in {dtype_name}")
-    say(f"{n_steps} steps of {step_tokens:,} tokens")
+    say(f"{n_weights:,} weights on {device}, products in {dtype_name}; steps of {step_tokens:,} tokens")
 
     if rank == 0:
         runs.check_space(args.out, 4 * n_weights, args.keep, n_steps // args.save_every, args.snapshots)
@@ -265,7 +265,7 @@ def pretrain(args: argparse.Namespace, rank: int, n_ranks: int) -> dict[str, Any
             runs.save_step(args.out, model, optimizers, scaler, corpus.tokenizer, state, args.keep)
 
     def log(point: dict[str, float]) -> None:
-        points.append(point)
+        points.append({k: v for k, v in point.items() if corpus.with_bags or "bag_loss" not in k})
         if rank == 0:
             lines = "".join(json.dumps(point) + "\n" for point in points)
             checkpoint.write(args.out / "metrics.jsonl", lines.encode())
@@ -340,8 +340,8 @@ def pretrain(args: argparse.Namespace, rank: int, n_ranks: int) -> dict[str, Any
 
     metrics = {"seconds": time.time() - started, "steps": n_steps, "tokens": n_steps * step_tokens}
     metrics |= {"n_weights": n_weights, "device": str(device), "dtype": dtype_name}
-    metrics |= {"tokens_folder": tokens_folder.name, "skipped": health["skipped"]}
-    metrics |= {"spikes": health["spikes"]} | points[-1]
+    metrics |= {"tokens_folder": tokens_folder.name} | points[-1]
+    metrics |= {name: health[name] for name in ("skipped", "spikes")}
     if rank == 0:
         import pictures  # matplotlib takes a second to import
 

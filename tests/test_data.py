@@ -194,7 +194,7 @@ def test_validation_is_fixed_and_never_trained_on(prose):
 def test_bags_are_the_words_of_the_document(unique, monkeypatch, reach):
     monkeypatch.setattr(data, "BAG_REACH", reach)
     folder, places = unique
-    corpus = Corpus(folder, MAX_LEN, ROW, seed=0)
+    corpus = Corpus(folder, MAX_LEN, ROW, seed=0, with_bags=True)
     words = [[] for _ in range(1 + max(document for document, _ in places.values()))]
     for token, (document, _) in places.items():
         words[document].append(token)
@@ -208,7 +208,7 @@ def test_bags_are_the_words_of_the_document(unique, monkeypatch, reach):
 
 def test_the_weights_of_a_bag_fall_with_frequency_and_sum_to_1(tmp_path):
     documents = [*sentences(12, 2), "bal " * 40_000, *sentences(12, 3)]
-    corpus = Corpus(tokenized(tmp_path / "a.txt", documents), MAX_LEN, 8192, seed=0)
+    corpus = Corpus(tokenized(tmp_path / "a.txt", documents), MAX_LEN, 8192, seed=0, with_bags=True)
     counts = Counter(token for row in token_rows(corpus, documents) for token in row)
     weight = np.full(corpus.vocab_size, np.nan)
     for token, n in counts.items():
@@ -221,6 +221,8 @@ def test_the_weights_of_a_bag_fall_with_frequency_and_sum_to_1(tmp_path):
             assert batch.bag_weights[a:b].sum() == pytest.approx(1, abs=1e-5)
             np.testing.assert_allclose(batch.bag_weights[a:b], expected / expected.sum(), rtol=1e-4)
     assert any(1 in weight[batch.bag_ids] for batch in bags)
+    without = Corpus(corpus.folder, MAX_LEN, 8192, seed=0).batch(4, 0, 1, 0.3)
+    assert without.cu_bags is None and torch.equal(without.ids, batch.ids)
 
 
 # ------------------------------------------------------------------------------------------- co-occurrence

@@ -227,9 +227,10 @@ def test_predict_tells_entities_and_their_places(tagger, capsys):
         wanted = [(kind, " ".join(words[a : b + 1])) for kind, a, b in entities.entities(tags)]
         assert [(e["type"], e["text"]) for e in answer["entities"]] == wanted
         assert all(text[e["start"] : e["end"]] == e["text"] for e in answer["entities"])
-    predict.main(["--model", str(out), "--dtype", "float32", "...", texts[0]])
+    every = sorted({word for words, _ in sentences for word in words})
+    predict.main(["--model", str(out), "--dtype", "float32", *every, texts[0]])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "-\t..." and lines[1].endswith("\t" + texts[0])
+    assert "-" in [line.split("\t")[0] for line in lines] and lines[-1].endswith("\t" + texts[0])
 
 
 @pytest.mark.parametrize("name", ("bert", "roberta"))
