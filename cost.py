@@ -45,8 +45,7 @@ def of_pretraining(folder: Path, config: Config) -> dict[str, float]:
         return {}
     with checkpoint.reading(run):
         metrics, flags = (json.loads((folder / name).read_text()) for name in (run.name, "flags.json"))
-        masked = float(np.mean(flags["mask_rate"]))
-        head = 2 * masked * config.d_model * (config.d_model + config.vocab_size)
+        head = 2 * float(flags["mask_rate"]) * config.d_model * (config.d_model + config.vocab_size)
         flops = 3 * metrics["tokens"] * (flops_per_token(config, flags["max_len"]) + head)
         measured = {"seconds": metrics["seconds"], "tokens": metrics["tokens"], "flops": flops}
     return {f"pretraining_{name}": value for name, value in measured.items()}

@@ -64,13 +64,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     matrices = "peak rate of the matrices: Muon's usual one; at 0 AdamW takes them"
     add("--lr-muon", type=rate, default=0.02, help=matrices)
     add("--lr-adamw", type=rate, default=3e-3, help="peak rate of norms and biases")
-    slower = "peak rate of the embedding: a faster one soon forgets what the spectral start knew"
-    add("--lr-embedding", type=rate, default=1e-3, help=slower)
+    slower = "peak rate of the embedding: at a slower one a longer run learns nothing more"
+    add("--lr-embedding", type=rate, default=3e-3, help=slower)
     add("--weight-decay", type=rate, default=0.0, help="of the embedding")
     add("--warmup", type=share, default=0.05, help="share of the steps in which the rate rises")
     add("--clip", type=rate, default=1.0, help="the gradient's greatest length")
-    plateaus = "share of masked tokens, falling in plateaus: many teach words, few teach contexts"
-    add("--mask-rate", type=share, nargs=2, default=[0.3, 0.15], metavar=("FIRST", "LAST"), help=plateaus)
+    add("--mask-rate", type=share, default=0.3, help="share of masked tokens: fewer teach less a step")
     add("--bag-weight", type=rate, default=0.0, help="of the pooled loss; frozen vectors alone gain by it")
     start = "the embedding begins at the text's co-occurrences, which saves a third of the steps, or at noise"
     add("--start", choices=("spectral", "random"), default="spectral", help=start)
@@ -146,11 +145,6 @@ def build_model(config: Config, corpus: Corpus, start: str, seed: int) -> Masked
         weight = model.model.embeddings.tok_embeddings.weight.data
         weight[seen] = (embedding @ rotation * (config.init_std / embedding[seen].std()))[seen]
     return model
-
-
-def mask_rate(step: int, n_steps: int, first: float, last: float, plateaus: int = 4) -> float:
-    """Falls in plateaus: the number of masked tokens is a shape, and shapes should change few times."""
-    return first + (last - first) * (step * plateaus // n_steps) / (plateaus - 1)
 
 
 def global_sums(sums: torch.Tensor, n_ranks: int) -> list[float]:
@@ -248,7 +242,7 @@ def pretrain(args: argparse.Namespace, rank: int, n_ranks: int) -> dict[str, Any
             layer.compile()
     ddp = nn.parallel.DistributedDataParallel(model) if n_ranks > 1 else model
     if state and n_ranks > 1:  # after its first step DDP cuts the gradients anew, and ranks sum up otherwise
-        sum(ddp(corpus.batch(0, rank, n_micro, args.mask_rate[0]).to(device))).backward()
+        sum(ddp(corpus.batch(0, rank, n_micro, args.mask_rate).to(device))).backward()
         model.zero_grad(set_to_none=True)
     n_weights, step_tokens = sum(p.numel() for p in model.parameters()), n_micro * row_tokens
     say(f"{n_weights:,} weights on {device}, products in {dtype_name}; steps of {step_tokens:,} tokens")
@@ -275,9 +269,8 @@ def pretrain(args: argparse.Namespace, rank: int, n_ranks: int) -> dict[str, Any
     bar = tqdm(total=n_steps, initial=start, disable=None if rank == 0 else True, unit="step")
     clock, clock_step = time.time(), start
     for step in range(start, n_steps):
-        rate = mask_rate(step, n_steps, *args.mask_rate)
         micros = range(rank, n_micro, n_ranks)
-        batches = [corpus.batch(step, micro, n_micro, rate).to(device) for micro in micros]
+        batches = [corpus.batch(step, micro, n_micro, args.mask_rate).to(device) for micro in micros]
         counts = torch.tensor([(len(batch.targets), len(batch.cu_seqlens) - 1) for batch in batches])
         n_masked, n_windows = global_sums(counts.sum(0).to(device), n_ranks)
         factor = set_learning_rates(optimizers, step, n_steps, args.warmup)
@@ -309,7 +302,7 @@ def pretrain(args: argparse.Namespace, rank: int, n_ranks: int) -> dict[str, Any
         if done % args.log_every == 0 or done == n_steps:
             speed = (done - clock_step) * step_tokens / (time.time() - clock)
             point = {"step": done, "loss": loss, "bag_loss": bag_loss, "skipped": health["skipped"]}
-            log(point | {"lr": factor, "mask_rate": rate, "grad_norm": grad_norm, "tokens_per_second": speed})
+            log(point | {"lr": factor, "grad_norm": grad_norm, "tokens_per_second": speed})
             bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
             if bar.disable:
                 left = (n_steps - done) * step_tokens / speed

@@ -700,7 +700,7 @@ SAMPLE_OR_ALL = (0.1, pytest.param(1.0, marks=pytest.mark.slow))
 def test_memory_stays_flat_in_pretraining(flags, tmp_path, share):
     n_steps = round(2000 * share)
     given = flags(tmp_path / "out", "--save-every", "50", "--log-every", "20", steps=n_steps)
-    assert_flat(train, "mask_rate", given, n_steps)
+    assert_flat(train, "set_learning_rates", given, n_steps)
 
 
 def finetune_flags(seedling, topics, out, n_epochs):
