@@ -332,14 +332,14 @@ class Corpus:
         ids[masked[:n_mask]] = self.special["mask"]
         ids[masked[n_mask : n_mask + n_random]] = rng.choice(np.flatnonzero(~self.is_special), n_random)
 
-        batch = Batch(
+        return Batch(
             ids=torch.from_numpy(ids),
             cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
             max_seqlen=self.max_len,
             masked=torch.from_numpy(masked),
             targets=torch.from_numpy(targets),
+            **(self._bags(windows) if self.with_bags else {}),
         )
-        return batch._replace(**self._bags(windows)) if self.with_bags else batch
 
     def _bags(self, windows: Windows) -> dict[str, Tensor]:
         first = np.where(windows.document > 0, self.document_ends[windows.document - 1], 0)

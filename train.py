@@ -64,7 +64,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     matrices = "peak rate of the matrices: Muon's usual one; at 0 AdamW takes them"
     add("--lr-muon", type=rate, default=0.02, help=matrices)
     add("--lr-adamw", type=rate, default=3e-3, help="peak rate of norms and biases")
-    slower = "peak rate of the embedding: at a slower one a longer run learns nothing more"
+    slower = "peak rate of the embedding: at a slower one longer runs are worth no more"
     add("--lr-embedding", type=rate, default=3e-3, help=slower)
     add("--weight-decay", type=rate, default=0.0, help="of the embedding")
     add("--warmup", type=share, default=0.05, help="share of the steps in which the rate rises")
@@ -220,7 +220,7 @@ def pretrain(args: argparse.Namespace, rank: int, n_ranks: int) -> dict[str, Any
         corpus.spectral_embedding(config.d_model)  # into the cache, where the other ranks find it
     from_first(None, n_ranks)
     model = build_model(config, corpus, "random" if begun else args.start, args.seed).to(device)
-    for name, parameter in model.named_parameters():  # without the pooled loss two have no gradient
+    for name, parameter in model.named_parameters():  # no other loss reads these two
         parameter.requires_grad_(corpus.with_bags or not name.startswith(("bag_bias", "pooler")))
     if begun:
         lacking = ("decoder.bias", "head", "pooler")  # in a classifier, or in a bare encoder

@@ -230,7 +230,8 @@ def test_predict_tells_entities_and_their_places(tagger, capsys):
     every = sorted({word for words, _ in sentences for word in words})
     predict.main(["--model", str(out), "--dtype", "float32", *every, texts[0]])
     lines = capsys.readouterr().out.splitlines()
-    assert "-" in [line.split("\t")[0] for line in lines] and lines[-1].endswith("\t" + texts[0])
+    assert any(line == f"-\t{word}" for word, line in zip(every, lines, strict=False))
+    assert len(lines) == len(every) + 1 and lines[-1].endswith("\t" + texts[0])
 
 
 @pytest.mark.parametrize("name", ("bert", "roberta"))
