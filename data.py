@@ -123,11 +123,8 @@ def prepare(
         folder = CACHE / f"tokens-{digest.hexdigest()[:16]}"
         if not folder.exists():
             n_bytes = sum(file.stat().st_size for file in files)
-            blocks = (
-                [lambda: (text for file in files for text in read_documents(file))]
-                if files
-                else _review_blocks()
-            )
+            documents = [lambda: (text for file in files for text in read_documents(file))]
+            blocks = documents if files else _review_blocks()
             sample = min(1.0, TOKENIZER_SAMPLE / max(1, n_bytes))
             _tokenize(Path(work) / "new", blocks, tokenizer or vocab_size, sample)
             os.sync()  # else a loss of power could leave a folder with a name and half of its files
@@ -175,9 +172,8 @@ def _tokenize(folder: Path, blocks: list, tokenizer: Tokenizer | int, sample: fl
                     (row := np.concatenate(rows)).tofile(tokens)
                     counts += np.bincount(row, minlength=vocab_size)
                     n_tokens, n_documents = n_tokens + len(row), n_documents + len(rows)
-            n_validation = (
-                math.ceil(VALIDATION_SHARE * (n_documents - first)) if n_documents > first + 1 else 0
-            )
+            share = VALIDATION_SHARE if n_documents > first + 1 else 0
+            n_validation = math.ceil(share * (n_documents - first))
             bounds.append([first, n_documents - n_validation, n_documents])
     if not n_tokens:
         raise UserError("the corpus has no text")
@@ -242,7 +238,7 @@ class Corpus:
     UserError where the text is too short for one.
     """
 
-    def __init__(self, folder: Path, max_len: int, row_tokens: int, seed: int, with_bags: bool = False):
+    def __init__(self, folder: Path, max_len: int, row_tokens: int, seed: int, with_bags=False, rare=True):
         self.folder, self.max_len, self.row_tokens, self.seed = folder, max_len, row_tokens, seed
         self.with_bags = with_bags
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -268,6 +264,7 @@ class Corpus:
         frequency = np.load(folder / "counts.npy") / len(self.tokens)
         # rare words say more about a document than frequent ones (design, section 4)
         self.word_weights = np.minimum(1, np.sqrt(1e-4 / np.maximum(frequency, 1e-12))).astype(np.float32)
+        self.mask_weights = self.word_weights if rare else np.ones(self.vocab_size)
         self.first_rows, self.epoch = [0], (-1, None, None)
 
     def _cut(self, documents: np.ndarray) -> Windows:
@@ -308,25 +305,28 @@ class Corpus:
                 raise UserError("nearly every document is one token: join lines to longer documents")
             windows.length[longest] -= 1
             windows.length[-1] += 1
-        return self._assemble(windows, np.random.default_rng([self.seed, 1, step, micro]), mask_rate)
+        return self._assemble(windows, [self.seed, 1, step, micro], mask_rate, self.mask_weights)
 
     def validation(self, n_batches: int) -> list[Batch]:
-        """Fixed windows with fixed masks, whatever the seed, so that curves of different runs can be
-        compared."""
-        rows = np.cumsum(self.held_out.length + 2) // self.row_tokens
+        """Fixed windows with fixed masks, evenly drawn, whatever the seed, so that curves of different runs
+        can be compared."""
+        rows, even = np.cumsum(self.held_out.length + 2) // self.row_tokens, np.ones(self.vocab_size)
         return [
-            self._assemble(self.held_out[rows == row], np.random.default_rng([0, 2, row]), VALIDATION_MASKED)
+            self._assemble(self.held_out[rows == row], [0, 2, row], VALIDATION_MASKED, even)
             for row in np.unique(rows)[:n_batches]
         ]
 
-    def _assemble(self, windows: Windows, rng: np.random.Generator, mask_rate: float) -> Batch:
+    def _assemble(self, windows: Windows, key: list[int], mask_rate: float, weights: np.ndarray) -> Batch:
+        rng = np.random.default_rng(key)
         cu_seqlens = np.concatenate(([0], np.cumsum(windows.length + 2)))
         _, places = _ranges(windows.start - 1, windows.length + 2)
         ids = self.tokens[np.minimum(places, len(self.tokens) - 1)].astype(np.int64)
         ids[cu_seqlens[:-1]], ids[cu_seqlens[1:] - 1] = self.special["cls"], self.special["sep"]
 
-        candidates = rng.permutation(np.flatnonzero(~self.is_special[ids]))
-        masked = candidates[: max(1, int(mask_rate * len(ids)))]
+        candidates = np.flatnonzero(~self.is_special[ids])
+        # drawn by weight: exponential times of these rates, the first ones (Efraimidis & Spirakis 2006)
+        drawn = np.argsort(rng.exponential(size=len(candidates)) / weights[ids[candidates]])
+        masked = rng.permutation(candidates[drawn[: max(1, int(mask_rate * len(ids)))]])
         targets = ids[masked]  # copied, before anything is replaced
         n_mask, n_random = round(0.8 * len(masked)), round(0.1 * len(masked))
         ids[masked[:n_mask]] = self.special["mask"]

@@ -41,7 +41,8 @@ CPU_SHARES = (
 )
 LEAST_SHARE = 0.14  # of all other CPUs
 ROW_TOKENS = 8192
-FEW_STEPS = 500  # where fewer are left, twice as many of half the tokens learn more
+FEW_STEPS = 500  # where the default is fewer, twice as many of half the tokens learn more
+LR_EMBEDDING, LR_EMBEDDING_FEW = 3e-3, 1e-3  # few steps cannot use the fast one, which pays in longer runs
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -64,12 +65,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     matrices = "peak rate of the matrices: Muon's usual one; at 0 AdamW takes them"
     add("--lr-muon", type=rate, default=0.02, help=matrices)
     add("--lr-adamw", type=rate, default=3e-3, help="peak rate of norms and biases")
-    slower = "peak rate of the embedding: at a slower one longer runs are worth no more"
-    add("--lr-embedding", type=rate, default=3e-3, help=slower)
+    slower = f"of the embedding; by default {LR_EMBEDDING}, {LR_EMBEDDING_FEW} if steps are under {FEW_STEPS}"
+    add("--lr-embedding", type=rate, help=slower)
     add("--weight-decay", type=rate, default=0.0, help="of the embedding")
     add("--warmup", type=share, default=0.05, help="share of the steps in which the rate rises")
     add("--clip", type=rate, default=1.0, help="the gradient's greatest length")
     add("--mask-rate", type=share, default=0.3, help="share of masked tokens: fewer teach less a step")
+    rare = "which tokens are masked: rare ones rather than frequent ones, which say less, or each alike"
+    add("--mask", choices=("rare", "even"), default="rare", help=rare)
     add("--bag-weight", type=rate, default=0.0, help="of the pooled loss; frozen vectors alone gain by it")
     start = "the embedding begins at the text's co-occurrences, which saves a third of the steps, or at noise"
     add("--start", choices=("spectral", "random"), default="spectral", help=start)
@@ -204,6 +207,8 @@ def pretrain(args: argparse.Namespace, rank: int, n_ranks: int) -> dict[str, Any
         raise UserError(f"--max-len {max_len}: {args.model} has {begun[0].max_len} positions")
     if n_micro % n_ranks:
         raise UserError(f"--accumulate {n_micro}: it must be a multiple of the {n_ranks} ranks")
+    if args.lr_embedding is None:
+        args.lr_embedding = LR_EMBEDDING_FEW if n_steps < FEW_STEPS else LR_EMBEDDING
     flags = to_record(args) | {"steps": n_steps, "accumulate": n_micro, "max_len": max_len}
     flags |= {"micro_batch_tokens": row_tokens, "dtype": dtype_name}
 
@@ -211,7 +216,7 @@ def pretrain(args: argparse.Namespace, rank: int, n_ranks: int) -> dict[str, Any
     resumed = from_first(runs.last_step(args.out, say) if args.resume and rank == 0 else None, n_ranks)
     state = runs.load_state(resumed, flags, environment, say) if resumed else None
     tokens_folder = from_first(prepare(args.corpus, *vocab) if rank == 0 else None, n_ranks)
-    corpus = Corpus(tokens_folder, max_len, row_tokens, args.seed, args.bag_weight > 0)
+    corpus = Corpus(tokens_folder, max_len, row_tokens, args.seed, args.bag_weight > 0, args.mask == "rare")
     if state and state["tokens_folder"] != tokens_folder.name:
         raise UserError(f"--resume: the text of --corpus is not what the run in {args.out} was begun with")
     config = begun[0] if begun else Config(**shape | {"vocab_size": corpus.vocab_size, "max_len": max_len})

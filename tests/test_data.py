@@ -163,6 +163,22 @@ def test_masks_are_exact_in_number_and_kind(prose, rate):
     assert len(places) > 0.7 * ROW
 
 
+@pytest.mark.parametrize("rare", (True, False))
+def test_a_token_is_masked_with_a_chance_by_its_weight(prose, rare):
+    """One mask a batch, so that the chance of each place is its share of the weights."""
+    corpus = Corpus(prose[0], MAX_LEN, ROW, seed=0, rare=rare)
+    drawn, expected, variance = 0.0, 0.0, 0.0
+    for step in range(2000):
+        batch = corpus.batch(step, 0, 1, 1 / ROW)
+        words = np.concatenate([window[1:-1] for window in restored(batch)])
+        weights = corpus.word_weights[words].astype(np.float64)
+        chances = weights / weights.sum() if rare else np.full(len(words), 1 / len(words))
+        mean = chances @ weights
+        drawn, expected = drawn + corpus.word_weights[batch.targets.item()], expected + mean
+        variance += chances @ (weights - mean) ** 2
+    assert variance > 0 and abs(drawn - expected) < 4 * variance**0.5
+
+
 def test_every_micro_batch_draws_its_own_masks(tmp_path):
     """Where all windows are equally long, the places that may be masked are the same in each."""
     words = np.random.default_rng(0).choice(WORDS, 100 * (MAX_LEN - 2))
