@@ -65,7 +65,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     matrices = "peak rate of the matrices: Muon's usual one; at 0 AdamW takes them"
     add("--lr-muon", type=rate, default=0.02, help=matrices)
     add("--lr-adamw", type=rate, default=3e-3, help="peak rate of norms and biases")
-    slower = f"of the embedding; by default {LR_EMBEDDING}, {LR_EMBEDDING_FEW} if steps are under {FEW_STEPS}"
+    slower = f"peak rate of the embedding; {LR_EMBEDDING}, or {LR_EMBEDDING_FEW} under {FEW_STEPS} steps"
     add("--lr-embedding", type=rate, help=slower)
     add("--weight-decay", type=rate, default=0.0, help="of the embedding")
     add("--warmup", type=share, default=0.05, help="share of the steps in which the rate rises")
