@@ -121,8 +121,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-def attention_of_gpus(batch: Batch, rope: kernels.Rope) -> dict[str, Callable[[Tensor], Tensor]]:
-    """torch's own: the varlen kernel and FlexAttention, each on qkv (T, 3, H, D)."""
+def attention_of_gpus(
+    batch: Batch, rope: kernels.Rope, compiles: bool
+) -> dict[str, Callable[[Tensor], Tensor]]:
+    """torch's own: the varlen kernel and, which is one only when compiled, FlexAttention; each on qkv
+    (T, 3, H, D)."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
     from torch.nn.attention.varlen import varlen_attn
 
@@ -131,6 +134,16 @@ def attention_of_gpus(batch: Batch, rope: kernels.Rope) -> dict[str, Callable[[T
     sequence = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
     position = torch.arange(n_tokens, device=lengths.device) - cu_seqlens[sequence]
     cos, sin = (table[position, None] for table in rope)  # (T, 1, D / 2)
+
+    def turned(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = qkv.unbind(1)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def varlen(qkv: Tensor) -> Tensor:
+        return varlen_attn(*turned(qkv), cu_seqlens, cu_seqlens, longest, longest)
+
+    if not compiles:
+        return {"varlen": varlen}
     is_seen = create_block_mask(
         lambda b, h, i, j: sequence[i] == sequence[j],
         None,
@@ -141,13 +154,6 @@ def attention_of_gpus(batch: Batch, rope: kernels.Rope) -> dict[str, Callable[[T
         _compile=True,  # else a mask of n_tokens squared would be written out first
     )
     compiled_flex = torch.compile(flex_attention)
-
-    def turned(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = qkv.unbind(1)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
-
-    def varlen(qkv: Tensor) -> Tensor:
-        return varlen_attn(*turned(qkv), cu_seqlens, cu_seqlens, longest, longest)
 
     def flex(qkv: Tensor) -> Tensor:
         q, k, v = (x.transpose(0, 1)[None] for x in turned(qkv))  # (1, H, T, D)
@@ -222,7 +228,7 @@ def operations(
         if compiles:
             functions["compiled"] = torch.compile(plain)
         if name == "attention" and place.device.type == "cuda":
-            functions |= attention_of_gpus(batch, rope)
+            functions |= attention_of_gpus(batch, rope, compiles)
         found[name] = {key: both_ways(function, inputs) for key, function in functions.items()}
     return found
 
