@@ -57,9 +57,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     """Lower-cased WordPiece. Accents and combining marks stay (stripping them wrecks Indic scripts); CJK
     characters are words of their own. The vocabulary may come out smaller where the text does not fill it."""
     tokenizer = Tokenizer(models.WordPiece(unk_token=SPECIAL_TOKENS["unk"]))
-    characters = normalizers.BertNormalizer(
-        clean_text=False, handle_chinese_chars=True, strip_accents=False, lowercase=True
-    )
+    characters = normalizers.BertNormalizer(clean_text=False, strip_accents=False)
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), characters])
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
@@ -122,19 +120,16 @@ def prepare(
                 raise UserError(f"{file}: cannot be read: {error.strerror}") from None
         folder = CACHE / f"tokens-{digest.hexdigest()[:16]}"
         if not folder.exists():
-            n_bytes = sum(file.stat().st_size for file in files)
             documents = [lambda: (text for file in files for text in read_documents(file))]
             blocks = documents if files else _review_blocks()
-            sample = min(1.0, TOKENIZER_SAMPLE / max(1, n_bytes))
+            sample = min(1.0, TOKENIZER_SAMPLE / max(1, sum(file.stat().st_size for file in files)))
             _tokenize(Path(work) / "new", blocks, tokenizer or vocab_size, sample)
             os.sync()  # else a loss of power could leave a folder with a name and half of its files
             with contextlib.suppress(OSError):  # another process was first with the same content
                 os.rename(Path(work) / "new", folder)
     size = json.loads((folder / "about.json").read_text())["vocab_size"]
     if explicit and size < vocab_size:
-        raise UserError(
-            f"--vocab-size {vocab_size}: this text fills only {size}; ask for that, or leave it out"
-        )
+        raise UserError(f"--vocab-size {vocab_size}: this text fills only {size}; ask for that or for none")
     if size < vocab_size and tokenizer is None:
         print(f"vocabulary: {size:,} word pieces, all that this text fills of {vocab_size:,}", flush=True)
     return folder
@@ -264,7 +259,8 @@ class Corpus:
         frequency = np.load(folder / "counts.npy") / len(self.tokens)
         # rare words say more about a document than frequent ones (design, section 4)
         self.word_weights = np.minimum(1, np.sqrt(1e-4 / np.maximum(frequency, 1e-12))).astype(np.float32)
-        self.mask_weights = self.word_weights if rare else np.ones(self.vocab_size)
+        pieces = map(self.tokenizer.id_to_token, range(self.vocab_size))
+        self.rare, self.begins_word = rare, np.array([not f"{piece}".startswith("##") for piece in pieces])
         self.first_rows, self.epoch = [0], (-1, None, None)
 
     def _cut(self, documents: np.ndarray) -> Windows:
@@ -305,28 +301,32 @@ class Corpus:
                 raise UserError("nearly every document is one token: join lines to longer documents")
             windows.length[longest] -= 1
             windows.length[-1] += 1
-        return self._assemble(windows, [self.seed, 1, step, micro], mask_rate, self.mask_weights)
+        return self._assemble(windows, [self.seed, 1, step, micro], mask_rate, self.rare)
 
     def validation(self, n_batches: int) -> list[Batch]:
         """Fixed windows with fixed masks, evenly drawn, whatever the seed, so that curves of different runs
         can be compared."""
-        rows, even = np.cumsum(self.held_out.length + 2) // self.row_tokens, np.ones(self.vocab_size)
+        rows = np.cumsum(self.held_out.length + 2) // self.row_tokens
         return [
-            self._assemble(self.held_out[rows == row], [0, 2, row], VALIDATION_MASKED, even)
+            self._assemble(self.held_out[rows == row], [0, 2, row], VALIDATION_MASKED, False)
             for row in np.unique(rows)[:n_batches]
         ]
 
-    def _assemble(self, windows: Windows, key: list[int], mask_rate: float, weights: np.ndarray) -> Batch:
+    def _assemble(self, windows: Windows, key: list[int], mask_rate: float, rare: bool) -> Batch:
         rng = np.random.default_rng(key)
         cu_seqlens = np.concatenate(([0], np.cumsum(windows.length + 2)))
         _, places = _ranges(windows.start - 1, windows.length + 2)
         ids = self.tokens[np.minimum(places, len(self.tokens) - 1)].astype(np.int64)
         ids[cu_seqlens[:-1]], ids[cu_seqlens[1:] - 1] = self.special["cls"], self.special["sep"]
 
+        # what is drawn: each token alike, or words by their rarest piece, of unspaced scripts a few pieces
+        begins = np.flatnonzero(self.begins_word[ids] | (np.arange(len(ids)) % 16 == 0) | (not rare))
+        rarity = np.maximum.reduceat(self.word_weights[ids], begins) if rare else 1
+        # by weight: exponential times of these rates, the first ones (Efraimidis & Spirakis 2006)
+        times = np.repeat(rng.exponential(size=len(begins)) / rarity, np.diff(begins, append=len(ids)))
         candidates = np.flatnonzero(~self.is_special[ids])
-        # drawn by weight: exponential times of these rates, the first ones (Efraimidis & Spirakis 2006)
-        drawn = np.argsort(rng.exponential(size=len(candidates)) / weights[ids[candidates]])
-        masked = rng.permutation(candidates[drawn[: max(1, int(mask_rate * len(ids)))]])
+        drawn = candidates[np.argsort(times[candidates], kind="stable")]
+        masked = rng.permutation(drawn[: max(1, int(mask_rate * len(ids)))])
         targets = ids[masked]  # copied, before anything is replaced
         n_mask, n_random = round(0.8 * len(masked)), round(0.1 * len(masked))
         ids[masked[:n_mask]] = self.special["mask"]

@@ -71,7 +71,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--warmup", type=share, default=0.05, help="share of the steps in which the rate rises")
     add("--clip", type=rate, default=1.0, help="the gradient's greatest length")
     add("--mask-rate", type=share, default=0.3, help="share of masked tokens: fewer teach less a step")
-    rare = "which tokens are masked: rare ones rather than frequent ones, which say less, or each alike"
+    rare = "what is masked: whole words, rare ones rather than frequent ones, which say less, or any token"
     add("--mask", choices=("rare", "even"), default="rare", help=rare)
     add("--bag-weight", type=rate, default=0.0, help="of the pooled loss; frozen vectors alone gain by it")
     start = "the embedding begins at the text's co-occurrences, which saves a third of the steps, or at noise"

@@ -179,6 +179,29 @@ def test_a_token_is_masked_with_a_chance_by_its_weight(prose, rare):
     assert variance > 0 and abs(drawn - expected) < 4 * variance**0.5
 
 
+@pytest.mark.parametrize("rare", (True, False))
+def test_the_pieces_of_a_word_are_masked_together(tmp_path, rare):
+    """Of the words of a batch one at most is masked in part, the one that fills the number of masks; but of a
+    script without spaces, whose sentence is one word, no more than a few tokens hang together."""
+    words = ["".join(pair) for pair in itertools.product("abcdefgh", repeat=4)]
+    rng = np.random.default_rng(0)
+    documents = [" ".join(rng.choice(words, 12)) for _ in range(200)] + ["".join(rng.choice(words, 400))] * 2
+    corpus = Corpus(tokenized(tmp_path / "a.txt", documents, 60), MAX_LEN, ROW, seed=0, rare=rare)
+    partly, longest = [], 0
+    for step in range(20):
+        batch = corpus.batch(step, 0, 1, 0.3)
+        before = np.concatenate(restored(batch))
+        pieces = [corpus.tokenizer.id_to_token(i) for i in before]
+        goes_on = np.array([piece.startswith("##") for piece in pieces]) & (np.arange(ROW) % 16 > 0)
+        is_masked = np.isin(np.arange(ROW), batch.masked)
+        found = np.split(np.arange(ROW), np.flatnonzero(~goes_on)[1:])
+        found = [place[~corpus.is_special[before[place]]] for place in found]
+        partly.append(sum(0 < is_masked[place].sum() < len(place) for place in found))
+        longest = max(longest, *map(len, found))
+    assert 3 < longest <= 16
+    assert max(partly) <= 1 if rare else min(partly) > 1
+
+
 def test_every_micro_batch_draws_its_own_masks(tmp_path):
     """Where all windows are equally long, the places that may be masked are the same in each."""
     words = np.random.default_rng(0).choice(WORDS, 100 * (MAX_LEN - 2))
