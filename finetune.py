@@ -52,9 +52,9 @@ GRIDS = {
 }
 BERT_GRID = ((0.0,), (5e-5,), (1e-4,))  # of pretrained weights with post-norm: higher rates end lower
 ROWS = "bag_of_words,lsa,scratch,pretrained"
-# In place of Adam's eps, which lets a word that came once move as far as one that came a thousand times: from
-# many labels an embedding would so learn the names in them by heart.
-EMBEDDING_EPS = 3e-4
+# Adam's own lets a word that came once move as far as one that came a thousand times: a pretrained embedding
+# would so learn by heart the names that stand in many labels.
+ADAM_EPS, EMBEDDING_EPS = 1e-8, 3e-4
 HEAD_C = 1e-3  # a weak head under pretrained states: fine-tuning that starts from a stronger one ends lower
 CROSS_VALIDATED = 1000  # up to so many labels choices are made by cross-validation, above on a hold-out
 N_FOLDS, HOLD_OUT = 3, 0.1
@@ -154,7 +154,7 @@ def fit_network(
     rate: float,
     args: argparse.Namespace,
     autocast,
-    embedding_eps: float = 1e-8,
+    embedding_eps: float = ADAM_EPS,
 ) -> None:
     """The training loop: cross-entropy (or squared error) on the examples `which`, AdamW, linear warm-up and
     decay. `targets` has one number an example, or for token labels an array of one a token."""
@@ -352,8 +352,8 @@ def compare_rows(args: argparse.Namespace) -> dict[str, Any]:
             if row == "pretrained":  # whole fine-tuning begins from the fitted head (Kumar et al. 2022)
                 fit_head(model, features[on], targets[on], n_classes is not None)
             if rate:
-                slow = {"embedding_eps": EMBEDDING_EPS} if row == "pretrained" and config.is_modern else {}
-                fit_network(model, rows, targets, on, rate, args, autocast, **slow)
+                eps = EMBEDDING_EPS if row == "pretrained" and config.is_modern else ADAM_EPS
+                fit_network(model, rows, targets, on, rate, args, autocast, eps)
                 logits = outputs(model, rows, unseen, autocast, model)
             else:
                 states = torch.from_numpy(features[unseen]).to(device)

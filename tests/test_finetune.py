@@ -180,3 +180,33 @@ def test_pieces_of_a_step_sum_to_the_step(pretrained, topics):
         models.append(model.state_dict())
     for name, tensor in models[0].items():
         assert torch.allclose(tensor, models[1][name], atol=2e-4), name
+
+
+def test_rare_words_move_a_pretrained_embedding_less(pretrained, topics, tmp_path, monkeypatch):
+    """Adam moves rare and frequent words alike; the pretrained row, and it alone, is fitted otherwise."""
+    train, _ = labels.load(None, *topics)
+    config, state, tokenizer, _ = checkpoint.load_model(pretrained)
+    rows, _ = labels.encode(train, tokenizer, 32)
+    counts = np.bincount(np.concatenate([row[:, 0] for row in rows]), minlength=config.vocab_size)
+    once = np.flatnonzero(counts == 0)[-8:]
+    for row, token in zip(rows[:8], once, strict=True):
+        row[1, 0] = token
+    shares = []
+    for eps in (finetune.ADAM_EPS, finetune.EMBEDDING_EPS):
+        args = finetune.parse(["--epochs", "2", "--weight-decay", "0"])
+        torch.manual_seed(0)
+        model = Classifier(config, 3)
+        checkpoint.load_weights(model, state, pretrained, fresh=("classifier",))
+        embedding = model.model.embeddings.tok_embeddings.weight
+        before, off = embedding.detach().clone(), torch.autocast("cpu", enabled=False)
+        finetune.fit_network(model, rows, train.targets, np.arange(len(rows)), 3e-4, args, off, eps)
+        moved = (embedding.detach() - before).norm(dim=1).numpy()
+        shares.append(moved[once].mean() / moved[np.argsort(counts)[-8:]].mean())
+    assert shares[1] < 0.7 * shares[0]
+
+    fitted, fit = [], finetune.fit_network
+    monkeypatch.setattr(finetune, "fit_network", lambda *given: (fitted.append(given[-1]), fit(*given)))
+    flags = ["--model", str(pretrained), "--train", str(topics[0]), "--test", str(topics[1]), *FAST]
+    for row, eps in (("scratch", finetune.ADAM_EPS), ("pretrained", finetune.EMBEDDING_EPS)):
+        finetune.main([*flags, "--rows", row, "--lr", "1e-3", "--out", str(tmp_path / row)])
+        assert fitted.pop() == eps and not fitted
