@@ -129,7 +129,7 @@ def prepare(
                 os.rename(Path(work) / "new", folder)
     size = json.loads((folder / "about.json").read_text())["vocab_size"]
     if explicit and size < vocab_size:
-        raise UserError(f"--vocab-size {vocab_size}: this text fills {size}; ask for that, or leave it out")
+        raise UserError(f"--vocab-size {vocab_size}: the text fills only {size}; ask for that or leave it")
     if size < vocab_size and tokenizer is None:
         print(f"vocabulary: {size:,} word pieces, all that this text fills of {vocab_size:,}", flush=True)
     return folder
