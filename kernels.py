@@ -456,6 +456,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows_of_chunk = max(1, (GPU_CHUNK_LOGITS if hidden.is_cuda else CHUNK_LOGITS) // vocab_size)
         softmax = bag_softmax if on_triton(hidden) else _bag_softmax_by_blocks
 
+        buffer = rows.new_empty(min(n_rows, rows_of_chunk), vocab_size)  # one chunk of logits after the other
         loss, d_bias = torch.zeros((), dtype=exact, device=device), None
         if wants_gradient:
             d_hidden = torch.empty(hidden.shape, dtype=exact, device=device)
@@ -463,7 +464,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             d_bias = torch.zeros(bias.shape, dtype=exact, device=device)
         for first in range(0, n_rows, rows_of_chunk):
             chunk = rows[first : first + rows_of_chunk]
-            logits = chunk @ weight_low.T
+            logits = torch.mm(chunk, weight_low.T, out=buffer[: len(chunk)])
             bags = cu_bags[first : first + len(chunk) + 1]
             loss += softmax(logits, bias_exact, ids, bag_weights, bags, d_bias)
             if wants_gradient:
@@ -493,12 +494,11 @@ def _bag_softmax_by_blocks(
         place = (row[first - bounds[0] : last - bounds[0]] - i, ids[first:last])
         weights = bag_weights[first:last]
         z = block + bias
-        largest, at_targets = z.amax(dim=-1, keepdim=True), z[place]
-        p = z.sub_(largest).exp_()  # several times as fast as log_softmax
-        total = p.sum(dim=-1, keepdim=True)
-        loss += (total.log() + largest).sum() - (at_targets * weights).sum()
+        p = torch.softmax(z, dim=-1)  # many times as fast as exp or log_softmax
+        logsumexp = z.amax(dim=-1) - p.amax(dim=-1).log()
+        loss += logsumexp.sum() - (z[place] * weights).sum()
         if d_bias is not None:
-            d_logits = p.div_(total).index_put_(place, -weights, accumulate=True)
+            d_logits = p.index_put_(place, -weights, accumulate=True)
             d_bias += d_logits.sum(0)
             block.copy_(d_logits)
     return loss
