@@ -62,6 +62,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--targets", default=",".join(aot.TARGETS), help="of --aot")
     add("--json", action="store_true", help="print one object")
     flags.add_device()
+    flags.add_dtype()
     add("--out", type=Path, default=Path("runs/bench"), help="folder of the bar chart and of bench.json")
     args = flags.parse_args(argv)
     for name, known in (("against", ("hf", "torch")), ("parts", PARTS), ("targets", tuple(aot.TARGETS))):
@@ -234,23 +235,36 @@ def peak_memory(name: str, place: SimpleNamespace) -> int:
     return peak(place.device) - before
 
 
+def in_fresh_process(measure: Callable, *given: Any) -> Any:
+    """What it returns there: memory of the past would count, and a heap of the past has room for tensors that
+    a program of their own would map, and fault in page by page, at every call."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(measure, given)
+
+
 def measure_memory(place: SimpleNamespace, say) -> list[float]:
     """Ours over the lesser of the two of transformers."""
     found = {}
     for name in ("ours", "bert", "modernbert"):
-        with multiprocessing.get_context("spawn").Pool(1) as pool:  # memory of the past would count
-            found[name] = pool.apply(peak_memory, (name, place))
+        found[name] = in_fresh_process(peak_memory, name, place)
         say(f"memory  {name:36}{found[name] / 2**20:10,.0f} MiB above the model, vocabulary {WIDE_VOCAB:,}")
     return spread([found["ours"] / min(found["bert"], found["modernbert"])])
+
+
+def operation_seconds(
+    compiles: bool, rounds: int, place: SimpleNamespace
+) -> dict[str, dict[str, list[float]]]:
+    corpus = open_corpus(GPU_TOKENS if place.device.type == "cuda" else ROW_TOKENS)
+    batch = corpus.batch(0, 0, 1, MASKED).to(place.device)
+    operations = peers.operations(batch, config_of("2x256"), place, compiles)
+    return {name: alternate(steps, rounds) for name, steps in operations.items()}
 
 
 def measure_operations(
     compiles: bool, rounds: int, place: SimpleNamespace, say
 ) -> dict[str, dict[str, list[float]]]:
-    corpus = open_corpus(GPU_TOKENS if place.device.type == "cuda" else ROW_TOKENS)
-    batch, found = corpus.batch(0, 0, 1, MASKED).to(place.device), {}
-    for name, steps in peers.operations(batch, config_of("2x256"), place, compiles).items():
-        seconds = alternate(steps, rounds)
+    found = {}
+    for name, seconds in in_fresh_process(operation_seconds, compiles, rounds, place).items():
         found[name] = {key: ratio(s, seconds["ours"]) for key, s in seconds.items() if key != "ours"}
         times = ", ".join(f"{key} {1e3 * statistics.median(s):.2f} ms" for key, s in seconds.items())
         say(f"operation {name:12}{times}")
@@ -302,10 +316,10 @@ def measure_predictions(corpus: Corpus, rounds: int, place: SimpleNamespace, say
     return {name: ratio(s, seconds["ours"]) for name, s in seconds.items() if name != "ours"}
 
 
-def first_step_seconds(rounds: int, out: Path, say) -> list[float]:
+def first_step_seconds(rounds: int, out: Path, dtype: str, say) -> list[float]:
     """From the start of `python train.py` to its first step, the tokens and the spectral matrix cached."""
     found, script = [], str(Path(__file__).with_name("train.py"))
-    flags = ["--steps=2", "--log-every=1", "--validate-batches=1", f"--out={out}"]
+    flags = ["--steps=2", "--log-every=1", "--validate-batches=1", f"--out={out}", f"--dtype={dtype}"]
     for _ in range(rounds + 1):  # the first one fills the caches
         started = time.perf_counter()
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
@@ -325,7 +339,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Measure, and return what OUT/bench.json says."""
     args = parse(argv)
     say = (lambda text: None) if args.json else functools.partial(print, flush=True)
-    device, dtype = choose_hardware(args.device, "auto")
+    device, dtype = choose_hardware(args.device, args.dtype)
     place = SimpleNamespace(device=device, dtype=dtype)
     cpu = (
         f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
@@ -364,7 +378,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         found = measure_predictions(corpus, args.rounds, place, say)
         result |= {f"predict_vs_{name.replace(', ', '_')}": r for name, r in found.items()}
     if "start" in args.parts:
-        result["first_step_seconds"] = first_step_seconds(args.rounds, args.out / "start", say)
+        result["first_step_seconds"] = first_step_seconds(
+            args.rounds, args.out / "start", result["dtype"], say
+        )
     checkpoint.write(args.out / "bench.json", checkpoint.to_json(result))
     if args.json:
         print(json.dumps(result))

@@ -106,11 +106,12 @@ def predictions(
         name = f", {str(dtype).removeprefix('torch.')}" if dtype != torch.float32 else ""
         steps["pipeline" + name] = functools.partial(pipeline, texts)
 
+    flags = ["--model", str(folder), "--file", str(folder / "texts.txt")]
+    flags += ["--device", str(place.device), "--dtype", str(place.dtype).removeprefix("torch.")]
+
     def ours() -> None:
         with contextlib.redirect_stdout(io.StringIO()):
-            predict.main(
-                ["--model", str(folder), "--file", str(folder / "texts.txt"), "--device", str(place.device)]
-            )
+            predict.main(flags)
 
     return {"ours": ours} | steps
 
