@@ -494,7 +494,7 @@ def _bag_softmax_by_blocks(
         place = (row[first - bounds[0] : last - bounds[0]] - i, ids[first:last])
         weights = bag_weights[first:last]
         z = block + bias
-        p = torch.softmax(z, dim=-1)  # many times as fast as exp or log_softmax
+        p = torch.softmax(z, dim=-1)  # fused: exp, sum and division take twice as long
         logsumexp = z.amax(dim=-1) - p.amax(dim=-1).log()
         loss += logsumexp.sum() - (z[place] * weights).sum()
         if d_bias is not None:
