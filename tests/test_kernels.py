@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from kernels import add_norm, attention, geglu, linear_cross_entropy, rope_tables
@@ -200,6 +201,38 @@ def test_cross_entropy_rounds_no_more_than_twice_plain_torch(monkeypatch, bags, 
     for found, other, truth in zip(ours, plain, exact, strict=True):
         assert found.dtype == torch.float32
         assert error(found, truth) <= 2 * error(other, truth) + 1e-6 * float(truth.abs().max())
+
+
+@pytest.mark.parametrize("scale", (1e-3, 30.0, 3e3))
+def test_cross_entropy_of_any_size_of_logits(scale):
+    """Where the probability of a target is 0 in float32, its logit still counts."""
+    (hidden, weight, bias), targets = head_inputs(23, 16, 257, False, dtype=torch.float32)
+    parts = (scale * hidden, weight, bias)
+    exact = loss_and_gradients(plain_cross_entropy, [part.double() for part in parts], targets)
+    for found, truth in zip(loss_and_gradients(linear_cross_entropy, parts, targets), exact, strict=True):
+        torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=1e-5 * float(truth.abs().max()))
+
+
+class ChunksOfLogits(TorchDispatchMode):
+    """The memory that results of this shape lay in."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.places = shape, set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.shape == self.shape:
+            self.places.add(result.untyped_storage().data_ptr())
+        return result
+
+
+def test_cross_entropy_has_one_chunk_of_logits_at_a_time(monkeypatch):
+    for limit, n_rows in (("CHUNK_LOGITS", 8), ("GPU_CHUNK_LOGITS", 8), ("BLOCK_LOGITS", 1)):
+        monkeypatch.setattr(kernels, limit, n_rows * 301)
+    with ChunksOfLogits((8, 301)) as logits:
+        loss_and_gradients(linear_cross_entropy, *head_inputs(40, 32, 301, False))
+    assert len(logits.places) == 1
 
 
 @pytest.mark.parametrize("bags", (False, True))
