@@ -495,7 +495,7 @@ def _bag_softmax_by_blocks(
         weights = bag_weights[first:last]
         z = block + bias
         p = torch.softmax(z, dim=-1)  # fused: exp, sum and division take twice as long
-        logsumexp = z.amax(dim=-1) - p.amax(dim=-1).log()
+        logsumexp = z.amax(dim=-1) - p.amax(dim=-1).log()  # the largest p is 1 / sum(exp(z - largest z))
         loss += logsumexp.sum() - (z[place] * weights).sum()
         if d_bias is not None:
             d_logits = p.index_put_(place, -weights, accumulate=True)
