@@ -315,6 +315,7 @@ class Begun(Exception):
 @pytest.mark.parametrize("n_cases", [40, pytest.param(400, marks=pytest.mark.slow)])
 def test_pretraining_begins_or_says_in_one_line_why_not(corpus_file, tmp_path, n_cases, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))  # for --corpus -, empty
     names = set(flag_names(train, monkeypatch)) - {"--compile", "--resume", "--model"}
 
     def begin(*_):
