@@ -379,9 +379,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         found = measure_predictions(corpus, args.rounds, place, say)
         result |= {f"predict_vs_{name.replace(', ', '_')}": r for name, r in found.items()}
     if "start" in args.parts:
-        result["first_step_seconds"] = first_step_seconds(
-            args.rounds, args.out / "start", result["dtype"], say
-        )
+        result["first_step_seconds"] = first_step_seconds(args.rounds, args.out / "start", args.dtype, say)
     checkpoint.write(args.out / "bench.json", checkpoint.to_json(result))
     if args.json:
         print(json.dumps(result))
