@@ -2,7 +2,7 @@
 
 Accuracy against labels, over draws, for the pretrained network (whole, and frozen) and its rivals; each run
 is finetune.py's. OUT gets results.csv (a line a run), what each row said of each test text in predictions/,
-pictures, and report.md, whose sentences are computed from the intervals. A run that is there is not run
+pictures, and report.md, whose sentences are computed from the statistics. A run that is there is not run
 again. Flags, then the runs, then the parts of the report in their order, then `main`.
 """
 
@@ -20,19 +20,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import checkpoint
-import cost
 import finetune
-import pictures
-import report
-import runs
 import train
-from flags import Flags, choose_hardware, number, run_script, to_record
-from labels import Labelled, draw, encode, load
+from analysis import plots, report
+from analysis.baselines import linear_fits
+from analysis.results import Results, Table
+from files import disk, model_folder, run_folder
+from files.cli import Flags, choose_hardware, flags_to_json, number, run_script
+from files.disk import UserError
+from files.reviews import load_reviews
+from labels import LabeledDataset, draw, encode, load
 from model import Classifier, mean_pool
-from results import Results, Table
-from rivals import linear_fits
-from text import UserError, reviews
 
 NETWORK = ("pretrained", "frozen")  # rows of each model
 RIVALS = {"scratch": "random weights", "lsa": "LSA", "bag_of_words": "bag of words"}
@@ -102,7 +100,7 @@ def name_models(models: list[Path]) -> dict[str, Path]:
 
 
 def weight_files(model: Path) -> list[Path]:
-    there = sorted(checkpoint.find_model(model).glob("*"))
+    there = sorted(model_folder.find_model(model).glob("*"))
     return [file for file in there if file.suffix in (".safetensors", ".bin")]
 
 
@@ -156,7 +154,7 @@ def run_all(planned: list[Run], results: Results, args: argparse.Namespace) -> N
                 results.add(run.key(row), line, kept["targets"], kept[row])
         last = args.out / "models" / run.name  # a model of each name stays, to measure its memory
         last.parent.mkdir(exist_ok=True)
-        runs.discard(last)
+        run_folder.remove_folder(last)
         out.rename(last)
         bar.update(weights[run])
         done += weights[run]
@@ -166,7 +164,7 @@ def run_all(planned: list[Run], results: Results, args: argparse.Namespace) -> N
 @torch.no_grad()
 def layer_scores(
     model: Path,
-    parts: tuple[Labelled, Labelled],
+    parts: tuple[LabeledDataset, LabeledDataset],
     budgets: list[int],
     n_seeds: int,
     device: torch.device,
@@ -174,12 +172,12 @@ def layer_scores(
 ) -> dict[int, dict[int, np.ndarray]]:
     """{layer: {budget: what each test example has, (draws, examples)}} of logistic regression on the mean of
     the states after each layer; 0 is the embedding. C is chosen inside the labels, as finetune.py does it."""
-    config, weights, tokenizer, _ = checkpoint.load_model(model)
+    config, weights, tokenizer, _ = model_folder.load_model(model)
     config, max_len = finetune.choose_length(config, None, model)
     (examples, test), n_classes = parts, len(parts[0].names)
     drawn = {(budget, seed): draw(examples, budget, seed) for budget in budgets for seed in range(n_seeds)}
     network = Classifier(config, n_classes).to(device).eval()
-    checkpoint.load_weights(network, weights, model, fresh=("classifier", "pooler", "head"))
+    model_folder.load_weights(network, weights, model, fresh=("classifier", "pooler", "head"))
     rows = [row for part in (test, *drawn.values()) for row in encode(part, tokenizer, max_len)[0]]
     states: list[torch.Tensor] = []
     for module in (network.model.embeddings, *network.model.layers):
@@ -208,7 +206,7 @@ def layer_scores(
 
 def pretrain_for_transfer(args: argparse.Namespace) -> dict[str, Path]:
     """Models of the text of IMDb alone, MR alone, and both, in OUT/transfer; those that are there stay."""
-    models, collections = {}, reviews()
+    models, collections = {}, load_reviews()
     for source in ("imdb", "mr", "both"):
         models[source] = out = args.out / "transfer" / source
         if (out / "metrics.json").exists():
@@ -229,7 +227,7 @@ def measure_costs(
     args: argparse.Namespace,
     shown: dict[str, tuple[str, str]],
     models: dict[str, Path],
-    parts: tuple[Labelled, Labelled],
+    parts: tuple[LabeledDataset, LabeledDataset],
     device: torch.device,
     autocast,
 ) -> dict[str, dict[str, float]]:
@@ -237,18 +235,18 @@ def measure_costs(
     examples, test = parts
     n_classes, costs, measured = len(examples.names or ["value"]), {}, {}
     for name, model in models.items():
-        config, _, tokenizer, _ = checkpoint.load_model(model)
+        config, _, tokenizer, _ = model_folder.load_model(model)
         config, max_len = finetune.choose_length(config, None, model)
-        measured[name] = cost.of_network(config, tokenizer, max_len, test.texts, n_classes, device, autocast)
+        measured[name] = costs.of_network(config, tokenizer, max_len, test.texts, n_classes, device, autocast)
         measured[name]["megabytes"] = sum(file.stat().st_size for file in weight_files(model)) / 1e6
         if (classifier := args.out / "models" / name / "config.json").exists():
-            measured[name]["peak_megabytes"] = cost.peak_memory(classifier.parent, test.texts, args.out)
-        measured[name] |= cost.of_pretraining(model, config)
-    pipelines = cost.rival_pipelines(examples.names is not None)
+            measured[name]["peak_megabytes"] = costs.peak_memory(classifier.parent, test.texts, args.out)
+        measured[name] |= costs.of_pretraining(model, config)
+    pipelines = costs.rival_pipelines(examples.names is not None)
     for row, (name, kind) in shown.items():
         if kind in pipelines:
             fitted = pipelines[kind].fit(finetune.joined(examples), examples.targets)
-            costs[row] = cost.time_answers(fitted.predict, test.texts)
+            costs[row] = costs.time_answers(fitted.predict, test.texts)
         else:
             own = kind != "scratch"
             costs[row] = {k: v for k, v in measured[name].items() if own or not k.startswith("pretraining")}
@@ -258,7 +256,7 @@ def measure_costs(
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run what is missing, write the report, and return {row: {labels: [mean, low, high]}}."""
     args = parse(argv)
-    with runs.claim(args.out):
+    with run_folder.lock_folder(args.out):
         return experiment(args)
 
 
@@ -274,15 +272,15 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
         draw(examples, budget, 0)  # refuses what is too few or too many
     few = [b for b in budgets if b < len(examples)] or budgets
     for model in models.values():
-        checkpoint.load_model(model)
-    record = to_record(args) | {"dtype": str(dtype).removeprefix("torch.")}
+        model_folder.load_model(model)
+    record = flags_to_json(args) | {"dtype": str(dtype).removeprefix("torch.")}
     if (kept := args.out / "flags.json").exists():
-        with checkpoint.reading(kept):
+        with model_folder.reading(kept):
             before = {flag: json.loads(kept.read_text()).get(flag) for flag in ("train", "test", "dtype")}
         for flag, value in before.items():
             if value != record[flag]:
                 raise UserError(f"--out {args.out}: its results are of --{flag} {value}, not {record[flag]}")
-    checkpoint.write(kept, checkpoint.to_json(record))
+    disk.write_file(kept, disk.to_json(record))
 
     data = args.train.name if args.train else args.data
     flags = ["--train", str(args.train)] if args.train else ["--data", args.data]
@@ -314,7 +312,7 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
         problem = error
 
     table = Table(results, data, shown, budgets, args.seeds)
-    looks = pictures.look_of(list(shown))
+    looks = plots.look_of(list(shown))
     is_classes, first = examples.names is not None, next(iter(table.scores))
     majority = np.mean(test.targets == np.bincount(examples.targets).argmax()) if is_classes else 0.0
     rivals = [row for row in table.scores if row != first]
@@ -344,7 +342,7 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
         lines += ["## The hardest texts", "", *report.write_hardest(table, test)]
     if args.transfer and problem is None:
         lines += ["## Transfer", "", *report.write_transfer(results, TRANSFER_ROWS, few, args.seeds)]
-    checkpoint.write(args.out / "report.md", "\n".join(lines).encode())
+    disk.write_file(args.out / "report.md", "\n".join(lines).encode())
     print(f"{args.out / 'report.md'}: {len(results.rows)} runs")
     if problem:
         raise problem

@@ -1,6 +1,6 @@
-"""Measure: python bench.py. The speed and memory of the pretraining step against its peers (peers.py) and the
+"""Measure: python bench.py. The speed and memory of the pretraining step against its peers (references.py) and the
 machine's own limit, of each fused operation, of fine-tuning and of predicting; with --aot, what compilers
-make of the Triton kernels for GPUs that are not here (aot.py).
+make of the Triton kernels for GPUs that are not here (ahead_of_time.py).
 
 Every comparison alternates in one run, and is a ratio: of speeds ours over theirs, of memory ours over
 theirs, as [least, median, greatest]. Flags, then the parts in the order of the report, then `main`.
@@ -31,13 +31,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-import aot
-import checkpoint
 import labels
-import peers
 import train
+from benchmarks import ahead_of_time, references
 from data import Corpus, prepare
-from flags import Flags, choose_hardware, number, run_script
+from files import disk
+from files.cli import Flags, choose_hardware, number, run_script
 from model import Classifier, Config, MaskedLM, preset
 from optim import make_optimizers
 
@@ -59,13 +58,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--parts", default=",".join(PARTS), help="what to measure")
     add("--rounds", type=number(int, 1), default=5, help="alternations of each comparison")
     add("--aot", action="store_true", help="instead compile every Triton kernel for GPUs that are not here")
-    add("--targets", default=",".join(aot.TARGETS), help="of --aot")
+    add("--targets", default=",".join(ahead_of_time.TARGETS), help="of --aot")
     add("--json", action="store_true", help="print one object")
     flags.add_device()
     flags.add_dtype()
     add("--out", type=Path, default=Path("runs/bench"), help="folder of the bar chart and of bench.json")
     args = flags.parse_args(argv)
-    for name, known in (("against", ("hf", "torch")), ("parts", PARTS), ("targets", tuple(aot.TARGETS))):
+    for name, known in (("against", ("hf", "torch")), ("parts", PARTS), ("targets", tuple(ahead_of_time.TARGETS))):
         setattr(args, name, getattr(args, name).split(","))
         for chosen in getattr(args, name):
             if chosen not in known:
@@ -85,7 +84,7 @@ def alternate(steps: dict[str, Callable[[], Any]], rounds: int, warm_up: int = 2
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(warm_up + rounds):
         for name, step in steps.items():
-            seconds[name].append(peers.seconds_of(step))
+            seconds[name].append(references.seconds_of(step))
     return {name: found[warm_up:] for name, found in seconds.items()}
 
 
@@ -151,12 +150,12 @@ def peer_step(
     corpus: Corpus, name: str, config: Config, place: SimpleNamespace, attention: str, compiled: bool = False
 ) -> Callable[[], None]:
     """A peer's step on the same text, padded to the longest of the batch, with fused AdamW."""
-    model, counter = peers.build(name, config, attention).to(place.device), itertools.count()
+    model, counter = references.build(name, config, attention).to(place.device), itertools.count()
     if compiled:
         model.compile(dynamic=True)
 
     def next_loss() -> Tensor:
-        ids, mask, targets = peers.padded(corpus.batch(next(counter), 0, 1, MASKED).to(place.device))
+        ids, mask, targets = references.padded(corpus.batch(next(counter), 0, 1, MASKED).to(place.device))
         return model(input_ids=ids, attention_mask=mask, labels=targets).loss
 
     return training_step(model, adamw(model), place, next_loss)
@@ -190,7 +189,7 @@ def measure_step(
             steps[full_name] = peer_step(corpus, **given)
             if compiles and name == "hf":
                 steps[full_name + ", compiled"] = peer_step(corpus, **given, compiled=True)
-    seconds, (products, flops) = alternate(steps, args.rounds), peers.product_seconds(steps["ours"])
+    seconds, (products, flops) = alternate(steps, args.rounds), references.product_seconds(steps["ours"])
     speeds = {name: spread([ROW_TOKENS / x for x in s]) for name, s in seconds.items()}
     found: dict[str, Any] = {"tokens_per_second": speeds}
     best = "ours, compiled" if compiles else "ours"
@@ -257,7 +256,7 @@ def operation_seconds(
     """{operation: {"ours", "eager", "compiled": seconds of each round}}, forward and backward."""
     corpus = open_corpus(GPU_TOKENS if place.device.type == "cuda" else ROW_TOKENS)
     batch = corpus.batch(0, 0, 1, MASKED).to(place.device)
-    operations = peers.operations(batch, config_of("2x256"), place, compiles)
+    operations = references.operations(batch, config_of("2x256"), place, compiles)
     return {name: alternate(steps, rounds) for name, steps in operations.items()}
 
 
@@ -298,7 +297,7 @@ def measure_finetuning(
 
         return training_step(model, adamw(model), place, next_loss)
 
-    peer = functools.partial(peers.build, "modernbert", config, "sdpa", n_labels=2)
+    peer = functools.partial(references.build, "modernbert", config, "sdpa", n_labels=2)
     steps = {"ours": step_of(Classifier(config, 2), None)}
     steps |= {"longest": step_of(peer(), 0), "512": step_of(peer(), 512)}
     seconds = alternate(steps, rounds)
@@ -311,7 +310,7 @@ def measure_predictions(corpus: Corpus, rounds: int, place: SimpleNamespace, say
     """Texts a second of predict.py against pipeline() of transformers, with the same weights."""
     texts = labels.load("mr")[1].texts
     with tempfile.TemporaryDirectory() as folder:
-        seconds = alternate(peers.predictions(Path(folder), texts, corpus.tokenizer, place), rounds)
+        seconds = alternate(references.predictions(Path(folder), texts, corpus.tokenizer, place), rounds)
     for name, s in seconds.items():
         say(f"predict mr     {name:29}{len(texts) / statistics.median(s):10,.0f} texts/s")
     return {name: ratio(s, seconds["ours"]) for name, s in seconds.items() if name != "ours"}
@@ -348,9 +347,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args.hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     result: dict[str, Any] = {"hardware": args.hardware, "dtype": str(dtype).removeprefix("torch.")}
     say(f"{args.hardware}, {result['dtype']}")
-    checkpoint.make_folder(args.out)
+    disk.make_folder(args.out)
     if args.aot:
-        result["aot"] = aot.report(args.targets, say)
+        result["aot"] = ahead_of_time.report(args.targets, say)
         args.parts = []
     corpus = open_corpus() if args.parts else None
     problem = train.no_compiler(device) if {"step", "operations"} & set(args.parts) else ""
@@ -360,9 +359,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         result["steps"] = {
             shape: measure_step(corpus, shape, not problem, args, place, say) for shape in args.shape
         }
-        import pictures  # matplotlib takes a second to import
+        from analysis import plots  # matplotlib takes a second to import
 
-        pictures.speeds(result, args.out / "bench.png")
+        plots.speeds(result, args.out / "bench.png")
         narrow, wide = (result["steps"].get(shape, {}) for shape in ("2x256", "6x384"))
         result |= {key: figure for key, figure in narrow.items() if key != "tokens_per_second"}
         result |= {"ratio_6x384": wide["ratio_eager"]} if "ratio_eager" in wide else {}
@@ -380,7 +379,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         result |= {f"predict_vs_{name.replace(', ', '_')}": r for name, r in found.items()}
     if "start" in args.parts:
         result["first_step_seconds"] = first_step_seconds(args.rounds, args.out / "start", args.dtype, say)
-    checkpoint.write(args.out / "bench.json", checkpoint.to_json(result))
+    disk.write_file(args.out / "bench.json", disk.to_json(result))
     if args.json:
         print(json.dumps(result))
     return result

@@ -28,16 +28,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 from tqdm import tqdm
 
-from text import (
-    CACHE,
-    LONGEST_DOCUMENT,
-    UserError,
-    fetch_reviews,
-    find_files,
-    read_documents,
-    reviews,
-    text_suffix,
-)
+from files.disk import CACHE, UserError
+from files.readers import LONGEST_DOCUMENT, find_files, read_documents, text_suffix
+from files.reviews import fetch_reviews, load_reviews
 
 SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 ROBERTA_TOKENS = {"pad": "<pad>", "unk": "<unk>", "cls": "<s>", "sep": "</s>", "mask": "<mask>"}
@@ -137,7 +130,7 @@ def prepare(
 
 def _review_blocks() -> list:
     blocks: dict[tuple[str, str], list[str]] = {}
-    for name, split in reviews().items():
+    for name, split in load_reviews().items():
         for text, label in split["train"]:
             blocks.setdefault((name, label), []).append(text)
     return [lambda block=block: iter(block) for block in blocks.values()]

@@ -19,13 +19,14 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-import checkpoint
 import labels
+from analysis.html_page import AGAINST, FOR, attention_maps, page, section
 from data import special_ids
-from flags import Flags, choose_hardware, number, run_script
+from files import disk, model_folder
+from files.cli import Flags, choose_hardware, number, run_script
+from files.disk import UserError
+from files.readers import read_lines
 from model import Classifier
-from page import AGAINST, FOR, attention_maps, page, section
-from text import UserError, read_lines
 
 FEWEST_POINTS, MOST_POINTS = 32, 512
 LARGEST_GAP = 0.02  # of the sum to the difference that it should be, in the summed absolute attributions
@@ -116,7 +117,7 @@ def explain(
 ) -> Explained:
     """Attributions of one text, by ever more points until they sum up."""
     device, embed = next(model.parameters()).device, model.model.embeddings.tok_embeddings
-    example = labels.Labelled([text], None, np.zeros(1), names)
+    example = labels.LabeledDataset([text], None, np.zeros(1), names)
     (coded,), _ = labels.encode(example, tokenizer, model.config.max_len)
     row, ends = torch.from_numpy(coded).to(device), torch.tensor([0, len(coded)], dtype=torch.int32)
     masked = row.clone()
@@ -211,7 +212,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Print explanations, or the check of them, and return them."""
     args = parse(argv)
     device, _ = choose_hardware(args.device, "float32")
-    model, tokenizer, names = checkpoint.open_model(args.model, device)
+    model, tokenizer, names = model_folder.open_model(args.model, device)
     if not isinstance(model, Classifier):
         raise UserError(f"{args.model}: it fills masks; a classifier, of finetune.py, is wanted")
     if names is None and (args.check or args.wanted):
@@ -244,7 +245,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             shown = (found.answer, pieces(found), found.gap, tokens)
             sections.append(section(*shown, attention_maps(model, found.row)))
     if args.html:
-        checkpoint.write(args.html, page(sections).encode())
+        disk.write_file(args.html, page(sections).encode())
     return {"answers": answers}
 
 

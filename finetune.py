@@ -30,15 +30,14 @@ from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
 
-import checkpoint
-import runs
-from flags import Flags, choose_hardware, number, run_script, to_record
+from analysis.baselines import LSA_WIDTHS, Fit, bag_of_words, document_vectors, linear, linear_fits, lsa
+from files import disk, model_folder, run_folder
+from files.cli import Flags, choose_hardware, flags_to_json, number, run_script
+from files.disk import UserError
 from journal import begin_journal, keep, recall
-from labels import Labelled, batches, draw, encode, folds, load
+from labels import LabeledDataset, batches, draw, encode, folds, load
 from model import Classifier, Config, Tagger
 from optim import AdamW, judge, new_health, set_learning_rates
-from rivals import LSA_WIDTHS, Fit, bag_of_words, document_vectors, linear, linear_fits, lsa
-from text import UserError
 
 # No row searches less than the pretrained one, which so gains nothing by searching. A choice of the bag and
 # of frozen vectors is C; of LSA, width and C; of a network, its peak learning rate, 0 for a frozen one under
@@ -108,7 +107,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def joined(examples: Labelled) -> list[str]:
+def joined(examples: LabeledDataset) -> list[str]:
     """Pairs as one text, for rows that count words."""
     pairs = examples.pairs or [""] * len(examples)
     return [f"{a} {b}" if b else a for a, b in zip(examples.texts, pairs, strict=True)]
@@ -232,14 +231,14 @@ def best_choice(tried: list[tuple[np.ndarray, Fit]]) -> tuple[Any, float]:
 
 def show_confusion(confusion: np.ndarray, names: list[str], path: Path) -> None:
     """Print the matrix, and draw it."""
-    import pictures  # matplotlib takes a second to import
+    from analysis import plots  # matplotlib takes a second to import
 
     body = [[name, *map(str, row)] for name, row in zip(names, confusion, strict=True)]
     cells = [[cell[:20] for cell in row] for row in [["true, predicted", *names], *body]]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
         print("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))
-    pictures.confusion(confusion, names, path)
+    plots.confusion(confusion, names, path)
 
 
 def save_classifier(
@@ -253,10 +252,10 @@ def save_classifier(
     extra: dict[str, Any] = {"problem_type": task}
     extra["id2label"] = dict(enumerate(names or ["value"]))
     extra["label2id"] = {name: i for i, name in extra["id2label"].items()}
-    checkpoint.save_model(out, model, tokenizer, extra)
+    model_folder.save_model(out, model, tokenizer, extra)
 
 
-def choose_splits(examples: Labelled) -> tuple[list[tuple[np.ndarray, np.ndarray]], str]:
+def choose_splits(examples: LabeledDataset) -> tuple[list[tuple[np.ndarray, np.ndarray]], str]:
     """The splits that choices are made by, and what they are called."""
     if len(examples) <= CROSS_VALIDATED:
         return folds(examples, N_FOLDS, HOLD_OUT), f"{N_FOLDS}-fold cross-validation"
@@ -276,7 +275,7 @@ def choose_length(config: Config, asked: int | None, model: Path) -> tuple[Confi
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the rows, and return what OUT/metrics.json says."""
     args = parse(argv)
-    with runs.claim(args.out, args.model):
+    with run_folder.lock_folder(args.out, args.model):
         if args.task == "tokens":
             import tag  # which trains by this file's loop
 
@@ -288,7 +287,7 @@ def compare_rows(args: argparse.Namespace) -> dict[str, Any]:
     device, dtype = choose_hardware(args.device, args.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     dtype_name = str(dtype).removeprefix("torch.")
-    config, weights, tokenizer, _ = checkpoint.load_model(args.model)
+    config, weights, tokenizer, _ = model_folder.load_model(args.model)
     heads = ("mean", "head(mean)") if config.is_modern else ("pooler", "its pooler")
     if args.head not in (None, heads[0]):
         raise UserError(f"--head {args.head}: {args.model} is a {config.family} model, which has {heads[1]}")
@@ -296,7 +295,7 @@ def compare_rows(args: argparse.Namespace) -> dict[str, Any]:
     columns = (args.text_column, args.pair_column, args.label_column)
     train, test = load(args.data, args.train, args.test, columns, args.task)
     train = draw(train, args.labels, args.seed)
-    flags = to_record(args)
+    flags = flags_to_json(args)
 
     grids = GRIDS if config.is_modern else GRIDS | {"pretrained": BERT_GRID}
     if len(train) > CHOOSING:  # some of the labels cannot tell what all of them add to a network that learns
@@ -308,7 +307,7 @@ def compare_rows(args: argparse.Namespace) -> dict[str, Any]:
     rows, texts = train_rows + test_rows, joined(train) + joined(test)
     all_train, all_test = np.arange(n_train), n_train + np.arange(len(test))
     splits, how = choose_splits(train)
-    read = [*rows, train.targets, test.targets, *checkpoint.as_bytes(weights)]
+    read = [*rows, train.targets, test.targets, *model_folder.as_bytes(weights)]
     journal = begin_journal(args.out, flags, read, args.resume, device)
     args.epochs = args.epochs or max(2, min(8, round(31 / (n_train / (n_classes or 2)) ** 0.35)))
     print(f"{n_train:,} labels, {len(test):,} examples to test on; choices by {how}; {args.epochs} epochs")
@@ -327,7 +326,7 @@ def compare_rows(args: argparse.Namespace) -> dict[str, Any]:
         model = Classifier(config, n_classes or 1).to(device)
         model.dropout.p = args.dropout
         if start == "pretrained":
-            checkpoint.load_weights(model, weights, args.model, fresh=("classifier", "pooler"))
+            model_folder.load_weights(model, weights, args.model, fresh=("classifier", "pooler"))
         return model
 
     def fit(
@@ -410,8 +409,8 @@ def compare_rows(args: argparse.Namespace) -> dict[str, Any]:
         show_confusion(confusion, train.names, args.out / "confusion.png")
         metrics["confusion"] = confusion.tolist()
     np.savez_compressed(kept := io.BytesIO(), targets=test.targets, **predicted)
-    checkpoint.write(args.out / "predictions.npz", kept.getbuffer())
-    checkpoint.write(args.out / "metrics.json", checkpoint.to_json(metrics))
+    disk.write_file(args.out / "predictions.npz", kept.getbuffer())
+    disk.write_file(args.out / "metrics.json", disk.to_json(metrics))
     return metrics
 
 

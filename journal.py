@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-import checkpoint
-import runs
-from text import UserError
+from files import disk, run_folder
+from files.disk import UserError
 
 
 def begin_journal(
@@ -25,19 +24,19 @@ def begin_journal(
 ) -> Path:
     """The folder of the journal, empty unless it is to `resume`. Raises UserError where that is with other
     flags, or with other `data`: all that was read of model and examples."""
-    journal, found, digest = out / "journal", runs.environment(device, 1), hashlib.sha256()
+    journal, found, digest = out / "journal", run_folder.environment(device, 1), hashlib.sha256()
     for array in data:
         digest.update(np.ascontiguousarray(array))
     now = {"flags": flags, "environment": found, "data": digest.hexdigest()}
     if resume and (kept := recall(journal / "begun")):
         before = kept[0]
-        runs.compare(out, (flags, before["flags"]), (found, before["environment"]), print)
+        run_folder.compare(out, (flags, before["flags"]), (found, before["environment"]), print)
         if now["data"] != before["data"]:
             raise UserError(f"--resume: the run in {out} was begun with another model or other examples")
         return journal
     if resume:
         print(f"no journal in {out} yet: starting afresh", flush=True)
-    runs.begin_run(out, flags, found, kept=("journal",))
+    run_folder.start_run(out, flags, found, kept=("journal",))
     keep(journal / "begun", now)
     return journal
 
@@ -47,7 +46,7 @@ def keep(place: Path, record: Any, array: np.ndarray | None = None) -> None:
     np.savez(
         content := io.BytesIO(), record=json.dumps(record), **({} if array is None else {"array": array})
     )
-    checkpoint.write(place, hashlib.sha256(content.getbuffer()).digest() + content.getvalue())
+    disk.write_file(place, hashlib.sha256(content.getbuffer()).digest() + content.getvalue())
 
 
 def recall(place: Path) -> tuple[Any, np.ndarray | None] | None:

@@ -1,4 +1,4 @@
-"""Labelled examples to batches: files, splits, label budgets.
+"""LabeledDataset examples to batches: files, splits, label budgets.
 
 Axes: S sequences (examples), T tokens of a batch.
 """
@@ -16,7 +16,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from data import special_ids
-from text import TABLE_SUFFIXES, UserError, read_table, reviews, text_suffix
+from files.disk import UserError
+from files.readers import TABLE_SUFFIXES, read_table, text_suffix
+from files.reviews import load_reviews
 
 # Names that columns usually have, best first; where none is there, the shape of the values decides.
 TEXT_NAMES = (
@@ -50,7 +52,7 @@ T_MULTIPLE = 128  # at most, see `batches`
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabeledDataset:
     """Examples with their targets: class numbers (S,) int64 that index `names`, or numbers (S,) float32 where
     `names` is None (regression). `pairs` holds the second texts, or is None."""
 
@@ -62,7 +64,7 @@ class Labelled:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def __getitem__(self, which: np.ndarray) -> "Labelled":
+    def __getitem__(self, which: np.ndarray) -> "LabeledDataset":
         pairs = None if self.pairs is None else [self.pairs[i] for i in which]
         return replace(self, texts=[self.texts[i] for i in which], pairs=pairs, targets=self.targets[which])
 
@@ -85,7 +87,7 @@ def load(
     test: Path | None = None,
     columns: tuple[str | None, str | None, str | None] = (None, None, None),
     task: str | None = None,
-) -> tuple[Labelled, Labelled]:
+) -> tuple[LabeledDataset, LabeledDataset]:
     """(train, test) of a built-in set, or of the user's own files; without a test file, the last fifth of
     each class.
 
@@ -93,10 +95,10 @@ def load(
     "classify", "regress" or None. Guesses are printed. Raises UserError for what cannot be used.
     """
     if train is None:
-        split = reviews()[data]
+        split = load_reviews()[data]
         names = sorted({label for _, label in split["train"]})
         parts = ([*zip(*split[part], strict=True)] for part in ("train", "test"))
-        return tuple(Labelled(list(t), None, np.array([names.index(x) for x in y]), names) for t, y in parts)
+        return tuple(LabeledDataset(list(t), None, np.array([names.index(x) for x in y]), names) for t, y in parts)
     rows = _read_rows(train)
     chosen = _choose_columns(train, rows, *columns)
     texts, pairs, raw, lines = _pick(train, rows, chosen)
@@ -116,7 +118,7 @@ def load(
                 wrong = f"class {name!r} has too few examples, {counts[name]}; each needs at least {least}"
                 raise UserError(f"{train}:{lines[raw.index(name)]}: {wrong}")
         targets = np.array([names.index(label) for label in raw])
-    examples = Labelled(texts, pairs, targets, names)
+    examples = LabeledDataset(texts, pairs, targets, names)
     shown = (
         names if names and len(names) <= 10 else f"{len(names)} classes" if names else "numbers (regression)"
     )
@@ -126,12 +128,12 @@ def load(
         return _split(examples)
     texts, pairs, raw, lines = _pick(test, _read_rows(test), chosen)
     if names is None:
-        return examples, Labelled(texts, pairs, _to_numbers(test, raw, lines), None)
+        return examples, LabeledDataset(texts, pairs, _to_numbers(test, raw, lines), None)
     for label, line in zip(raw, lines, strict=True):
         if label not in names:
             known = ", ".join(map(repr, names[:20]))
             raise UserError(f"{test}:{line}: label {label!r} is none of those in {train}: {known}")
-    return examples, Labelled(texts, pairs, np.array([names.index(label) for label in raw]), names)
+    return examples, LabeledDataset(texts, pairs, np.array([names.index(label) for label in raw]), names)
 
 
 def _read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
@@ -246,7 +248,7 @@ def _to_numbers(path: Path, labels: list[str], lines: list[int]) -> np.ndarray:
 # -------------------------------------------------------------------------------------- splits and budgets
 
 
-def _split(examples: Labelled) -> tuple[Labelled, Labelled]:
+def _split(examples: LabeledDataset) -> tuple[LabeledDataset, LabeledDataset]:
     """Hold out the last fifth of each class: neighbours in a file often belong together, so that a random
     split would leak. Texts that also stand in the training part are dropped from the other."""
     groups = examples.targets if examples.names else np.zeros(len(examples), dtype=int)
@@ -265,7 +267,7 @@ def _split(examples: Labelled) -> tuple[Labelled, Labelled]:
     return train, test[np.array(fresh)]
 
 
-def draw(examples: Labelled, n_labels: int | None, seed: int) -> Labelled:
+def draw(examples: LabeledDataset, n_labels: int | None, seed: int) -> LabeledDataset:
     """A label budget: `n_labels` examples drawn with the seed, in shares of the classes, in the order of the
     file.
 
@@ -297,7 +299,7 @@ def draw(examples: Labelled, n_labels: int | None, seed: int) -> Labelled:
     return examples[np.sort(np.concatenate(members))]
 
 
-def folds(examples: Labelled, n_folds: int, hold_out: float) -> list[tuple[np.ndarray, np.ndarray]]:
+def folds(examples: LabeledDataset, n_folds: int, hold_out: float) -> list[tuple[np.ndarray, np.ndarray]]:
     """(training, validation) indices, each class cut into contiguous blocks in the order of the file.
 
     `n_folds` > 1: cross-validation; 1: only the last `hold_out` of each class validates.
@@ -317,7 +319,7 @@ def folds(examples: Labelled, n_folds: int, hold_out: float) -> list[tuple[np.nd
 # -------------------------------------------------------------------------------------- tokens and batches
 
 
-def encode(examples: Labelled, tokenizer: Tokenizer, max_len: int) -> tuple[list[np.ndarray], int]:
+def encode(examples: LabeledDataset, tokenizer: Tokenizer, max_len: int) -> tuple[list[np.ndarray], int]:
     """([CLS] text [SEP], or [CLS] text [SEP] second [SEP], of each example; how many were cut to `max_len`).
     A row is (tokens, 2): the id of each token, and its type, which is 1 in a second text and its [SEP].
     RoBERTa's template has two [SEP] between the texts, and no types.

@@ -12,7 +12,7 @@ Two families share the block, chosen by `Config.family`:
                    its table of positions unused
 
 Both have a head of dense, GELU and norm, and a decoder tied to the embedding. Modules carry the names that
-`transformers` gives ModernBERT's; `convert.py` knows BERT's.
+`transformers` gives ModernBERT's; `hub_names.py` knows BERT's.
 """
 
 import dataclasses
@@ -24,7 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from kernels import Rope, add_norm, attention, geglu, linear_cross_entropy, rope_tables
+from kernels.attention import Rope, attention, rope_tables
+from kernels.cross_entropy import linear_cross_entropy
+from kernels.geglu import geglu
+from kernels.norm import add_norm
 
 # d_ff is 8/3 of d_model, rounded to 64: with GeGLU's third matrix, as many weights as BERT's 4 x d_model.
 PRESETS = {

@@ -23,13 +23,14 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-import checkpoint
 from data import special_ids, special_tokens
-from entities import find_entities
-from flags import Flags, choose_hardware, number, run_script
-from labels import LABEL_NAMES, Labelled, batches, choose_texts, encode
+from files import model_folder
+from files.cli import Flags, choose_hardware, number, run_script
+from files.disk import UserError
+from files.entities import predict_entities
+from files.readers import TABLE_SUFFIXES, Report, read_lines, read_table, text_suffix
+from labels import LABEL_NAMES, LabeledDataset, batches, choose_texts, encode
 from model import MaskedLM, Tagger
-from text import TABLE_SUFFIXES, Report, UserError, read_lines, read_table, text_suffix
 
 GUESSED_ON = 200  # rows of a table in which the column of the text is looked for
 
@@ -172,7 +173,7 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     """Print the answers, and return how many there were and how many texts were broken."""
     args = parse(argv)
     device, dtype = choose_hardware(args.device, args.dtype)
-    model, tokenizer, names = checkpoint.open_model(args.model, device)
+    model, tokenizer, names = model_folder.open_model(args.model, device)
     fills, mask = isinstance(model, MaskedLM), special_tokens(tokenizer)["mask"]
     mask_id = tokenizer.token_to_id(mask)
     k = args.top or (5 if fills else len(names or [""]) if args.json else 1)
@@ -189,11 +190,11 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
         texts, pairs = ([item[i] for item in some] for i in (1, 2))
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             if isinstance(model, Tagger):
-                found, n_cut = find_entities(model, tokenizer, names, texts)
+                found, n_cut = predict_entities(model, tokenizer, names, texts)
             else:
                 pairs = pairs if pairs[0] is not None else None
                 rows, n_cut = encode(
-                    Labelled(texts, pairs, np.zeros(len(some)), None), tokenizer, model.config.max_len
+                    LabeledDataset(texts, pairs, np.zeros(len(some)), None), tokenizer, model.config.max_len
                 )
                 if fills:
                     has_mask = [mask_id in row[:, 0] for row in rows]

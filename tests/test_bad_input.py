@@ -12,11 +12,11 @@ import torch
 from conftest import SMALL, sentences
 
 import finetune
-import kernels
+import kernels.dispatch
 import predict
 import train
-from flags import choose_hardware
-from text import UserError
+from files.cli import choose_hardware
+from files.disk import UserError
 
 ROOT = Path(__file__).parent.parent
 GOOD_CORPUS = "\n".join(sentences(60, 11))

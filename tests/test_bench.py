@@ -14,16 +14,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
-import kernels
-import peers
+import kernels.dispatch
+from benchmarks import references
 from data import Batch
-from text import UserError
+from files.disk import UserError
 
 
 @pytest.fixture
 def compiling(tmp_path):
     """The environment of a process that compiles kernels: in this one they are for the interpreter."""
-    if kernels.triton is None:
+    if kernels.dispatch.triton is None:
         assert sys.platform != "linux", "pip install -r requirements-dev.txt brings Triton"
         pytest.skip("Triton is not to be had on this system: its kernels stay uncompiled here")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -46,10 +46,10 @@ def test_kernels_take_numbers_in_float64(compiling):
     """As torch.compile passes them."""
     program = """
 import aot, kernels
-aot.TYPES |= {"eps": "fp64", "sign": "fp64"}
-table = aot.kernel_table(aot.DTYPES["bf16"], False)
-aot.kernel_table = lambda *_: [row for row in table if {"eps", "sign"} & set(row[0].arg_names)]
-print(len(aot.report(["sm_90"], lambda text: None)))
+ahead_of_time.TYPES |= {"eps": "fp64", "sign": "fp64"}
+table = ahead_of_time.kernel_table(ahead_of_time.DTYPES["bf16"], False)
+ahead_of_time.kernel_table = lambda *_: [row for row in table if {"eps", "sign"} & set(row[0].arg_names)]
+print(len(ahead_of_time.report(["sm_90"], lambda text: None)))
 """
     done = subprocess.run([sys.executable, "-c", program], env=compiling, capture_output=True, text=True)
     assert int(done.stdout) >= 2, done.stderr
@@ -73,7 +73,7 @@ def test_products_are_counted_as_torch_counts_them():
 
     with FlopCounterMode(display=False) as counted:
         step()
-    seconds, flops = peers.product_seconds(step)
+    seconds, flops = references.product_seconds(step)
     assert flops == counted.get_total_flops() and seconds > 0
 
 
@@ -83,7 +83,7 @@ def test_what_is_compared_computes_the_same():
     bags = (torch.zeros(4, dtype=torch.long), torch.ones(4), torch.arange(5))
     batch = Batch(ids, starts, 29, torch.arange(10), ids[:10], *bags)
     place = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
-    for name, calls in peers.operations(batch, bench.config_of("1x64"), place, compiles=False).items():
+    for name, calls in references.operations(batch, bench.config_of("1x64"), place, compiles=False).items():
         for ours, plain in zip(calls["ours"](), calls["eager"](), strict=True):
             torch.testing.assert_close(
                 ours, plain, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
@@ -94,7 +94,7 @@ def test_a_peer_learns_from_the_same_tokens():
     starts, ids = torch.tensor([0, 3, 8], dtype=torch.int32), torch.arange(10, 18)
     bags = (torch.zeros(2, dtype=torch.long), torch.ones(2), torch.arange(3))
     batch = Batch(ids, starts, 5, torch.tensor([1, 6]), torch.tensor([77, 88]), *bags)
-    x, mask, targets = peers.padded(batch)
+    x, mask, targets = references.padded(batch)
     assert x.tolist() == [[10, 11, 12, 0, 0], [13, 14, 15, 16, 17]]
     assert mask.sum(1).tolist() == [3, 5]
     assert targets.tolist() == [[-100, 77, -100, -100, -100], [-100, -100, -100, 88, -100]]

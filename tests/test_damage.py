@@ -26,14 +26,13 @@ import torch
 from conftest import SMALL
 from tqdm import tqdm
 
-import checkpoint
 import finetune
 import predict
-import runs
 import train
 from data import train_tokenizer
+from files import model_folder, run_folder
+from files.disk import UserError
 from model import Config, MaskedLM
-from text import UserError
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -48,7 +47,7 @@ def seedling(corpus_file, tmp_path_factory):
     tokenizer = train_tokenizer(lines, 300)
     config = Config(tokenizer.get_vocab_size(), d_model=32, n_layers=2, n_heads=2, d_ff=48, max_len=32)
     torch.manual_seed(0)
-    checkpoint.save_model(folder, MaskedLM(config), tokenizer)
+    model_folder.save_model(folder, MaskedLM(config), tokenizer)
     return folder
 
 
@@ -151,7 +150,7 @@ def plain(value):
 
 def result(out):
     """All that a finished run leaves, but the clock."""
-    [*_, last] = runs.step_folders(out).values()
+    [*_, last] = run_folder.checkpoint_folders(out).values()
     state = torch.load(last / "training.pt", weights_only=True)
     del state["flags"], state["environment"]  # the folder, and the commit that the tests may be of
     logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -178,14 +177,14 @@ def assert_equal(found, wanted):
 
 def kill_and_resume(given, out, ranks, n_kills, seed):
     """Kill a run `n_kills` times at random moments, every other one during a save; returns the steps that it
-    was resumed after, and how many kills left a half written checkpoint."""
+    was resumed after, and how many kills left a half written model_folder."""
     rng, n_amid, steps = random.Random(seed), 0, set()
     for i in range(n_kills):
-        before = set(runs.step_folders(out))
+        before = set(run_folder.checkpoint_folders(out))
         run = start([*given, *["--resume"] * (i > 0)], ranks)
         run.await_words("tokens/s")
         if i % 2 == 0:  # of a save that is not the first of this process, so that the run comes on
-            while set(runs.step_folders(out)) == before or not (out / "checkpoints" / ".new").exists():
+            while set(run_folder.checkpoint_folders(out)) == before or not (out / "checkpoints" / ".new").exists():
                 assert not run.has_ended()
             time.sleep(rng.uniform(0, 0.005) * (i > 0))
         else:
@@ -290,8 +289,8 @@ def test_a_signal_saves_and_says_how_to_go_on(flags, tmp_path, number, code):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == code and "Traceback" not in output
     assert "saved; the same command with --resume goes on" in output.splitlines()[-1]
-    [step] = runs.step_folders(tmp_path)
-    assert step >= 3 and runs.last_step(tmp_path, pytest.fail)
+    [step] = run_folder.checkpoint_folders(tmp_path)
+    assert step >= 3 and run_folder.latest_checkpoint(tmp_path, pytest.fail)
 
 
 @pytest.mark.slow
@@ -316,7 +315,7 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(flags, tmp_path):
     os.kill(run.pids[1], signal.SIGTERM)
     code, said = run.wait()
     assert code == 143 and said.count("saved; the same command with --resume goes on") == 1
-    assert len(runs.step_folders(tmp_path)) == 1 and runs.last_step(tmp_path, pytest.fail)
+    assert len(run_folder.checkpoint_folders(tmp_path)) == 1 and run_folder.latest_checkpoint(tmp_path, pytest.fail)
 
 
 # ------------------------------------------------------------------------------------- the disk, the text
@@ -327,7 +326,7 @@ def test_a_limit_on_the_size_of_files_leaves_the_checkpoint_before(flags, tmp_pa
     run = start(given)
     run.await_words("step 3:")
     run.kill()
-    before = runs.last_step(tmp_path, pytest.fail)
+    before = run_folder.latest_checkpoint(tmp_path, pytest.fail)
 
     def limited(argv):
         resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, 10**5))
@@ -335,12 +334,12 @@ def test_a_limit_on_the_size_of_files_leaves_the_checkpoint_before(flags, tmp_pa
 
     said = finish([*given, "--resume"], code=2, main=limited)
     assert "cannot be written: File too large" in said.splitlines()[-1]
-    assert runs.last_step(tmp_path, pytest.fail) == before
+    assert run_folder.latest_checkpoint(tmp_path, pytest.fail) == before
 
 
 FULL_DISK = """
 import os, subprocess, sys, threading, time, torch, train
-from text import UserError
+from files.disk import UserError
 disk, given = sys.argv[1], sys.argv[2:]
 torch.set_num_threads(1)
 def mount(options):
@@ -396,8 +395,8 @@ def test_a_full_disk_leaves_the_checkpoint_before(flags, tmp_path):
     assert f"told --out {disk}: the run needs 1 MB, and 1 MB are free" in small
     assert "cannot be written: No space left on device" in full
     copy, finished = (disk.with_name(disk.name + end) for end in ("-copy", "-finished"))
-    [*_, step] = runs.step_folders(copy)
-    assert step >= 2 and runs.last_step(copy, pytest.fail) and f"resuming after step {step}\n" in done.stdout
+    [*_, step] = run_folder.checkpoint_folders(copy)
+    assert step >= 2 and run_folder.latest_checkpoint(copy, pytest.fail) and f"resuming after step {step}\n" in done.stdout
     finish(flags(tmp_path / "straight", "--save-every", "1", "--keep", "1", steps=6))
     assert_equal(result(finished), result(tmp_path / "straight"))
 
@@ -441,8 +440,8 @@ def test_a_resumed_run_goes_on_with_its_own_text_only(flags, corpus_file, tmp_pa
 
 def test_another_environment_is_said_and_the_run_goes_on(flags, tmp_path, monkeypatch, capsys):
     train.main(flags(tmp_path, steps=3))
-    real = runs.environment
-    monkeypatch.setattr(runs, "environment", lambda *given: real(*given) | {"torch": "1.0"})
+    real = run_folder.environment
+    monkeypatch.setattr(run_folder, "environment", lambda *given: real(*given) | {"torch": "1.0"})
     train.main(flags(tmp_path, "--resume", steps=3))
     assert f"torch {torch.__version__}, now 1.0" in capsys.readouterr().out
 
@@ -509,7 +508,7 @@ def test_weights_that_are_lost_do_not_take_the_place_of_good_ones(flags, tmp_pat
     """They are finite, but predict nothing any more: a rate far too high."""
     with pytest.raises(SystemExit) as ended:
         train.main(flags(tmp_path, "--lr-adamw", "1e30", "--lr-muon", "1e30", "--save-every", "100"))
-    assert ended.value.code == 1 and not runs.step_folders(tmp_path)
+    assert ended.value.code == 1 and not run_folder.checkpoint_folders(tmp_path)
     assert "there is no checkpoint yet: begin anew, with a lower --lr-adamw" in capsys.readouterr().out
 
 
@@ -530,7 +529,7 @@ def test_ranks_decide_alike_on_a_loss_that_is_bad_on_one(flags, tmp_path):
 
     said = finish(flags(tmp_path), ranks=2, code=1, main=one_rank_bad)
     assert said.count(": skipped\n") == 5 and "5 bad steps in a row; the last good state is in" in said
-    assert [*runs.step_folders(tmp_path)] == [6, 9]
+    assert [*run_folder.checkpoint_folders(tmp_path)] == [6, 9]
 
 
 # ------------------------------------------------------------------------------------------- fine-tuning

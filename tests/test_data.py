@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import data
 from data import Batch, Corpus, prepare
-from text import UserError
+from files.disk import UserError
 
 MAX_LEN, ROW = 16, 128
 
@@ -408,7 +408,7 @@ def test_the_default_corpus_is_its_training_blocks(tmp_path, cache, monkeypatch)
     monkeypatch.setattr(data, "fetch_reviews", lambda: tmp_path / "wheel")
     block = {label: sentences(150, i, i) for i, label in enumerate(("negative", "positive"))}
     train = [(text, label) for label, texts in block.items() for text in texts]
-    monkeypatch.setattr(data, "reviews", lambda: {"mr": {"train": train, "test": [("secret", "negative")]}})
+    monkeypatch.setattr(data, "load_reviews", lambda: {"mr": {"train": train, "test": [("secret", "negative")]}})
     corpus = Corpus(prepare([], 400), MAX_LEN, ROW, seed=0)
     assert corpus.tokenizer.decode(corpus.tokens.tolist()).count("secret") == 0
     rows = token_rows(corpus, [text for text, _ in train])

@@ -1,4 +1,4 @@
-"""Tagged files, the alignment of tags and tokens, entities and their scores, and the scripts around them."""
+"""TaggedDataset files, the alignment of tags and tokens, entities and their scores, and the scripts around them."""
 
 import json
 import random
@@ -12,17 +12,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from seqeval.metrics import f1_score, precision_score, recall_score
 from seqeval.metrics.sequence_labeling import get_entities
-from test_convert import their_folder
+from test_hub_names import their_folder
 from test_labels import PROPERTY
 from test_model import load_theirs
 
-import checkpoint
-import entities
 import finetune
 import predict
-from entities import encode_words, find_entities, load, measure, most_frequent, read_sentences, token_targets
+from files import entities, model_folder
+from files.disk import UserError
+from files.entities import (
+    encode_words,
+    load,
+    measure,
+    most_frequent,
+    predict_entities,
+    read_sentences,
+    token_targets,
+)
 from model import Tagger
-from text import UserError
 
 NAMES, PLACES = WORDS[:6], WORDS[6:12]
 
@@ -130,7 +137,7 @@ def test_a_tag_that_training_never_saw(tmp_path):
 
 @pytest.fixture(scope="module")
 def tokenizer(pretrained):
-    return checkpoint.load_model(pretrained)[2]
+    return model_folder.load_model(pretrained)[2]
 
 
 def test_tags_stand_at_first_pieces(tokenizer):
@@ -196,9 +203,9 @@ def test_the_folder_is_read_by_transformers_and_is_the_one_that_was_measured(tag
     out, metrics, sentences = tagger
     other = load_theirs(transformers.AutoModelForTokenClassification, out)
     assert other.config.id2label == dict(enumerate(metrics["names"]))
-    config, weights, tokenizer, _ = checkpoint.load_model(out)
+    config, weights, tokenizer, _ = model_folder.load_model(out)
     model = Tagger(config, len(metrics["names"])).eval()
-    assert not checkpoint.load_weights(model, weights, out)
+    assert not model_folder.load_weights(model, weights, out)
     rows, places, _ = encode_words([words for words, _ in sentences], tokenizer, 32)
     predicted = []
     for row, first in zip(rows, places, strict=True):
@@ -217,7 +224,7 @@ def test_predict_tells_entities_and_their_places(tagger, capsys):
     predict.main(["--model", str(out), "--json", "--batch-size", "7", "--dtype", "float32", *texts])
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [answer["text"] for answer in answers] == texts and any(a["entities"] for a in answers)
-    model, tokenizer, names = checkpoint.open_model(out, torch.device("cpu"))
+    model, tokenizer, names = model_folder.open_model(out, torch.device("cpu"))
     for (words, _), text, answer in zip(sentences, texts, answers, strict=False):
         rows, (first,), _ = encode_words([words], tokenizer, 32)
         ids = torch.from_numpy(rows[0][:, 0])
@@ -237,13 +244,13 @@ def test_predict_tells_entities_and_their_places(tagger, capsys):
 @pytest.mark.parametrize("name", ("bert", "roberta"))
 def test_a_tagger_of_another_family(tmp_path, name):
     other = their_folder(tmp_path, name, "ForTokenClassification", num_labels=3)
-    model, tokenizer, names = checkpoint.open_model(tmp_path, torch.device("cpu"))
+    model, tokenizer, names = model_folder.open_model(tmp_path, torch.device("cpu"))
     ids = tokenizer.encode(f"{WORDS[0]} {WORDS[1]}").ids
     flat = torch.tensor(ids), torch.tensor([0, len(ids)], dtype=torch.int32), len(ids)
     torch.testing.assert_close(model(*flat), other(flat[0][None]).logits[0], rtol=1e-5, atol=1e-5)
     with torch.no_grad():
-        assert len(find_entities(model, tokenizer, ["O", "B-A", "I-A"], [WORDS[0]])[0]) == 1
-    checkpoint.save_model(tmp_path / "again", model, tokenizer, {"id2label": dict(enumerate(names))})
+        assert len(predict_entities(model, tokenizer, ["O", "B-A", "I-A"], [WORDS[0]])[0]) == 1
+    model_folder.save_model(tmp_path / "again", model, tokenizer, {"id2label": dict(enumerate(names))})
     again = load_theirs(transformers.AutoModelForTokenClassification, tmp_path / "again")
     assert all(torch.equal(again.state_dict()[key], w) for key, w in other.state_dict().items())
     assert names == ["LABEL_0", "LABEL_1", "LABEL_2"]

@@ -11,13 +11,13 @@ import torch
 from conftest import WORDS, sentences
 from test_model import randomize
 
-import checkpoint
 import explain
 import predict
+from analysis.html_page import attention_maps
 from data import train_tokenizer
+from files import model_folder
+from files.disk import UserError
 from model import Classifier, Config
-from page import attention_maps
-from text import UserError
 
 MODERN = Config(
     vocab_size=300, d_model=32, n_layers=3, n_heads=2, d_ff=48, max_len=40, local_attention=6,
@@ -147,7 +147,7 @@ def test_the_page_is_one_file_without_a_script(finetuned, tmp_path):
     page.feed(path.read_text())
     assert "script" not in page.tags and text in page.told and "url(" not in path.read_text()
     assert page.sources and all(source.startswith("data:image/png;base64,") for source in page.sources)
-    config = checkpoint.load_model(finetuned[0])[0]
+    config = model_folder.load_model(finetuned[0])[0]
     assert len(page.sources) == 2 * config.n_layers * config.n_heads
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import FAST, sentences, write_csv
 
-import checkpoint
 import finetune
 import labels
-import rivals
+from analysis import baselines
+from files import model_folder
 from model import Classifier
 
 
@@ -35,9 +35,9 @@ def test_transformers_reads_the_classifier_with_equal_logits(finetuned, topics):
     theirs, info = AutoModelForSequenceClassification.from_pretrained(out, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert theirs.config.id2label == dict(enumerate(metrics["names"]))
-    config, state, tokenizer, _ = checkpoint.load_model(out)
+    config, state, tokenizer, _ = model_folder.load_model(out)
     ours = Classifier(config, 3)
-    checkpoint.load_weights(ours, state, out)
+    model_folder.load_weights(ours, state, out)
     ours.eval()
     _, test = labels.load(None, *topics)
     rows, _ = labels.encode(test, tokenizer, 32)
@@ -50,9 +50,9 @@ def test_transformers_reads_the_classifier_with_equal_logits(finetuned, topics):
 
 def test_the_saved_model_is_the_one_that_was_measured(finetuned, topics):
     out, metrics = finetuned
-    config, state, tokenizer, _ = checkpoint.load_model(out)
+    config, state, tokenizer, _ = model_folder.load_model(out)
     model = Classifier(config, 3)
-    checkpoint.load_weights(model, state, out)
+    model_folder.load_weights(model, state, out)
     _, test = labels.load(None, *topics)
     rows, _ = labels.encode(test, tokenizer, 32)
     autocast = torch.autocast("cpu", enabled=False)
@@ -69,23 +69,23 @@ def test_baselines_are_scikit_learn_called_by_hand(topics):
     train, test = labels.load(None, *topics)
     tfidf = TfidfVectorizer(sublinear_tf=True).fit(train.texts)
     model = LogisticRegression(C=3, max_iter=2000).fit(tfidf.transform(train.texts), train.targets)
-    found = rivals.bag_of_words(train.texts, train.targets, test.texts, 3, [(3.0,)])[3.0,]
+    found = baselines.bag_of_words(train.texts, train.targets, test.texts, 3, [(3.0,)])[3.0,]
     assert np.allclose(found, model.predict_proba(tfidf.transform(test.texts)))
 
     texts = [s for topic in range(6) for s in sentences(100, topic, topic)]
-    tfidf, svd = rivals.fit_latent_semantics(texts)
+    tfidf, svd = baselines.fit_latent_semantics(texts)
     vectors, test_vectors = (svd.transform(tfidf.transform(x.texts)) for x in (train, test))
     tfidf = TfidfVectorizer(sublinear_tf=True).fit(texts)
     svd = TruncatedSVD(vectors.shape[1], random_state=0).fit(tfidf.transform(texts))
     a, b = (normalize(svd.transform(tfidf.transform(x.texts))[:, :100]) for x in (train, test))
     by_hand = LogisticRegression(C=10, max_iter=2000).fit(a, train.targets).predict_proba(b)
-    found = rivals.lsa(vectors, train.targets, test_vectors, 3, [(100, 10.0)])[100, 10.0]
+    found = baselines.lsa(vectors, train.targets, test_vectors, 3, [(100, 10.0)])[100, 10.0]
     assert np.allclose(found, by_hand)
 
 
 def test_a_class_that_a_fold_lacks_has_no_probability():
     features, targets = np.eye(6), np.array([0, 0, 0, 2, 2, 2])
-    found = rivals.linear_scores(features, targets, features, 4, 1.0)
+    found = baselines.linear_scores(features, targets, features, 4, 1.0)
     assert (found[:, [1, 3]] == 0).all() and (found.argmax(1) == targets).all()
     assert np.allclose(found.sum(1), 1)
 
@@ -167,14 +167,14 @@ def test_pairs_are_read_and_both_sides_count(pretrained, tmp_path):
 
 def test_pieces_of_a_step_sum_to_the_step(pretrained, topics):
     train, _ = labels.load(None, *topics)
-    config, state, tokenizer, _ = checkpoint.load_model(pretrained)
+    config, state, tokenizer, _ = model_folder.load_model(pretrained)
     rows, _ = labels.encode(train, tokenizer, 32)
     models = []
     for pieces in (1, 4):
         args = finetune.parse(["--accumulate", str(pieces), "--epochs", "1", "--dropout", "0"])
         torch.manual_seed(0)
         model = Classifier(config, 3)
-        checkpoint.load_weights(model, state, pretrained, fresh=("classifier",))
+        model_folder.load_weights(model, state, pretrained, fresh=("classifier",))
         off = torch.autocast("cpu", enabled=False)
         finetune.fit_network(model, rows, train.targets, np.arange(64), 1e-3, args, off)
         models.append(model.state_dict())
@@ -185,7 +185,7 @@ def test_pieces_of_a_step_sum_to_the_step(pretrained, topics):
 def test_rare_words_move_a_pretrained_embedding_less(pretrained, topics, tmp_path, monkeypatch):
     """Adam moves rare and frequent words alike; the pretrained row, and it alone, is fitted otherwise."""
     train, _ = labels.load(None, *topics)
-    config, state, tokenizer, _ = checkpoint.load_model(pretrained)
+    config, state, tokenizer, _ = model_folder.load_model(pretrained)
     rows, _ = labels.encode(train, tokenizer, 32)
     counts = np.bincount(np.concatenate([row[:, 0] for row in rows]), minlength=config.vocab_size)
     once = np.flatnonzero(counts == 0)[-8:]
@@ -196,7 +196,7 @@ def test_rare_words_move_a_pretrained_embedding_less(pretrained, topics, tmp_pat
         args = finetune.parse(["--epochs", "2", "--weight-decay", "0"])
         torch.manual_seed(0)
         model = Classifier(config, 3)
-        checkpoint.load_weights(model, state, pretrained, fresh=("classifier",))
+        model_folder.load_weights(model, state, pretrained, fresh=("classifier",))
         embedding = model.model.embeddings.tok_embeddings.weight
         before, off = embedding.detach().clone(), torch.autocast("cpu", enabled=False)
         finetune.fit_network(model, rows, train.targets, np.arange(len(rows)), 3e-4, args, off, eps)

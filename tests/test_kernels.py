@@ -10,8 +10,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import kernels
-from kernels import add_norm, attention, geglu, linear_cross_entropy, rope_tables
+import kernels.dispatch
+from kernels.attention import attention, rope_tables
+from kernels.cross_entropy import linear_cross_entropy
+from kernels.geglu import geglu
+from kernels.norm import add_norm
 
 
 def error(x, exact):

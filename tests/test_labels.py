@@ -1,4 +1,4 @@
-"""Labelled files, splits, budgets and batches keep every example, its label and its place."""
+"""LabeledDataset files, splits, budgets and batches keep every example, its label and its place."""
 
 import json
 from collections import defaultdict
@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from data import SPECIAL_TOKENS
+from files.disk import UserError
 from finetune import HOLD_OUT, N_FOLDS
-from labels import Labelled, batches, draw, encode, folds, load
-from text import UserError
+from labels import LabeledDataset, batches, draw, encode, folds, load
 
 PROPERTY = settings(
     deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -38,14 +38,14 @@ def write(path: Path, columns: list[str], rows: list[tuple]) -> Path:
     return path
 
 
-def examples(counts: list[int], seed: int = 0) -> Labelled:
+def examples(counts: list[int], seed: int = 0) -> LabeledDataset:
     """So many examples of each class, mixed; the text is the place in the file."""
     targets = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
     names = [f"class {i}" for i in range(len(counts))]
-    return Labelled([str(i) for i in range(len(targets))], None, targets, names)
+    return LabeledDataset([str(i) for i in range(len(targets))], None, targets, names)
 
 
-def places(part: Labelled) -> list[int]:
+def places(part: LabeledDataset) -> list[int]:
     return [int(text) for text in part.texts]
 
 
@@ -270,7 +270,7 @@ def test_a_budget_is_exact_stratified_and_in_the_order_of_the_file(counts, data,
 
 
 def test_seeds_draw_different_budgets_and_all_is_all():
-    for whole in (examples([100, 100]), Labelled([str(i) for i in range(99)], None, np.ones(99), None)):
+    for whole in (examples([100, 100]), LabeledDataset([str(i) for i in range(99)], None, np.ones(99), None)):
         draws = [places(draw(whole, 20, seed)) for seed in range(4)]
         assert all(len(set(drawn)) == 20 and drawn == sorted(drawn) for drawn in draws)
         assert len(set(map(tuple, draws))) == 4
@@ -340,7 +340,7 @@ def head_and_tail(tokens: list[int], n: int) -> list[int]:
 @PROPERTY
 @given(texts=st.lists(WORDS, min_size=1, max_size=4), max_len=st.integers(8, 40))
 def test_a_long_text_keeps_its_head_and_its_tail(tokenizer, texts, max_len):
-    whole = Labelled([joined(words) for words in texts], None, np.zeros(len(texts)), None)
+    whole = LabeledDataset([joined(words) for words in texts], None, np.zeros(len(texts)), None)
     rows, n_cut = encode(whole, tokenizer, max_len)
     cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
     assert n_cut == sum(len(words) > max_len - 2 for words in texts)
@@ -354,7 +354,7 @@ def test_a_long_text_keeps_its_head_and_its_tail(tokenizer, texts, max_len):
 @given(pairs=st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=4), max_len=st.integers(8, 40))
 def test_of_a_pair_the_longer_text_is_cut_first(tokenizer, pairs, max_len):
     first, second = ([joined(words) for words in side] for side in zip(*pairs, strict=True))
-    rows, n_cut = encode(Labelled(first, second, np.zeros(len(pairs)), None), tokenizer, max_len)
+    rows, n_cut = encode(LabeledDataset(first, second, np.zeros(len(pairs)), None), tokenizer, max_len)
     cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
     assert n_cut == sum(len(a) + len(b) + 3 > max_len for a, b in pairs)
     for (a, b), row in zip(pairs, rows, strict=True):

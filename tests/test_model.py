@@ -15,9 +15,8 @@ from transformers import (
     ModernBertForSequenceClassification,
 )
 
-import checkpoint
-import convert
 from data import Batch, train_tokenizer
+from files import hub_names, model_folder
 from model import Classifier, Config, Dropout, MaskedLM
 
 SMALL = Config(vocab_size=97, d_model=32, n_layers=3, n_heads=2, d_ff=48, max_len=64)
@@ -191,7 +190,7 @@ def saved(folder, tokenizer, kind=MaskedLM, *args, extra=None, config=LOCAL):
     """A random model with the vocabulary of the tokenizer, written to a folder."""
     config = dataclasses.replace(config, vocab_size=tokenizer.get_vocab_size())
     model = randomize(kind(config, *args))
-    checkpoint.save_model(folder, model, tokenizer, extra)
+    model_folder.save_model(folder, model, tokenizer, extra)
     return model
 
 
@@ -225,15 +224,15 @@ def test_folder_survives_a_round_trip(tmp_path, tokenizer, config):
     model = saved(tmp_path / "ours", tokenizer, config=config)
     load_theirs(AutoModelForMaskedLM, tmp_path / "ours").save_pretrained(tmp_path / "theirs")
     AutoTokenizer.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
-    read_config, weights, read_tokenizer, _ = checkpoint.load_model(tmp_path / "theirs")
-    mine = {k: v for k, v in model.state_dict().items() if k not in convert.NOT_EXPORTED}
+    read_config, weights, read_tokenizer, _ = model_folder.load_model(tmp_path / "theirs")
+    mine = {k: v for k, v in model.state_dict().items() if k not in hub_names.NOT_EXPORTED}
     assert weights.keys() == mine.keys()
     assert all(torch.equal(weights[name], weight) for name, weight in mine.items())
     for line in generated_lines(20, seed=3):
         assert read_tokenizer.encode(line).ids == tokenizer.encode(line).ids
     assert read_config == model.config
     again = MaskedLM(read_config)
-    checkpoint.load_weights(again, weights, tmp_path)
+    model_folder.load_weights(again, weights, tmp_path)
     flat, _ = sequences(model.config)
     assert torch.equal(again.eval().logits(*flat), model.logits(*flat))
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import WORDS, sentences
 
-import checkpoint
 import predict
+from files import model_folder
 from model import Classifier
 
 TEXTS = sentences(11, 7)
@@ -118,10 +118,10 @@ def test_both_texts_of_a_pair_count(finetuned, tmp_path, capsys):
 
 
 def test_a_number_is_predicted(pretrained, tmp_path, capsys):
-    config, _, tokenizer, _ = checkpoint.load_model(pretrained)
+    config, _, tokenizer, _ = model_folder.load_model(pretrained)
     torch.manual_seed(0)
     model = Classifier(config, 1).eval()
-    checkpoint.save_model(tmp_path, model, tokenizer, {"problem_type": "regression"})
+    model_folder.save_model(tmp_path, model, tokenizer, {"problem_type": "regression"})
     records = answers(capsys, "--model", tmp_path, *TEXTS)
     for record in records:
         ids = torch.tensor(tokenizer.encode(record["text"]).ids)

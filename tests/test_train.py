@@ -13,13 +13,12 @@ import safetensors.torch
 import torch
 from conftest import SMALL, sentences
 
-import checkpoint
-import runs
 import train
 from data import Batch, Corpus
+from files import model_folder, run_folder
+from files.disk import CACHE, UserError
 from model import Config, MaskedLM
 from optim import make_optimizers
-from text import CACHE, UserError
 
 SIZES = {"d_model": 64, "n_layers": 2, "n_heads": 2, "d_ff": 96}
 
@@ -54,9 +53,9 @@ def test_transformers_reads_what_a_run_leaves(pretrained):
 
     theirs, info = AutoModelForMaskedLM.from_pretrained(pretrained, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    config, state, tokenizer, _ = checkpoint.load_model(pretrained)
+    config, state, tokenizer, _ = model_folder.load_model(pretrained)
     ours = MaskedLM(config)
-    checkpoint.load_weights(ours, state, pretrained)
+    model_folder.load_weights(ours, state, pretrained)
     text = "bal dom [MASK] kist."
     ids = AutoTokenizer.from_pretrained(pretrained)(text, return_tensors="pt").input_ids
     assert ids[0].tolist() == tokenizer.encode(text).ids
@@ -94,13 +93,13 @@ def test_resume_equals_a_straight_run(corpus_file, tmp_path, monkeypatch, bag_we
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     often = ["--save-every", "5", "--bag-weight", bag_weight]
     train.main(run(corpus_file, straight, *often))
-    save_step = runs.save_step
+    save_checkpoint = run_folder.save_checkpoint
 
     def stop_after_five(out, *rest):
-        save_step(out, *rest)
+        save_checkpoint(out, *rest)
         raise RuntimeError("the power went")
 
-    monkeypatch.setattr(runs, "save_step", stop_after_five)
+    monkeypatch.setattr(run_folder, "save_step", stop_after_five)
     with pytest.raises(RuntimeError):
         train.main(run(corpus_file, broken, *often))
     monkeypatch.undo()
@@ -144,7 +143,7 @@ def test_snapshots_are_models_along_the_way(corpus_file, tmp_path):
     last, before = folders["step-6"], folders["step-5"]
     assert all(torch.equal(weight, weights(tmp_path)[name]) for name, weight in last.items())
     assert not all(torch.equal(weight, before[name]) for name, weight in last.items())
-    checkpoint.load_model(tmp_path / "snapshots" / "step-2")
+    model_folder.load_model(tmp_path / "snapshots" / "step-2")
     train.main(run(corpus_file, tmp_path, steps=1))
     assert not (tmp_path / "snapshots").exists()
 

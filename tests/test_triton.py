@@ -21,9 +21,13 @@ from test_kernels import (
     rope_double,
 )
 
-import kernels
+import kernels.attention
+import kernels.dispatch
 from data import Batch
-from kernels import add_norm, geglu, linear_cross_entropy, rope_tables
+from kernels.attention import rope_tables
+from kernels.cross_entropy import linear_cross_entropy
+from kernels.geglu import geglu
+from kernels.norm import add_norm
 from model import Block, Config, MaskedLM
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -35,8 +39,8 @@ if DEVICE == "cuda":
 
 
 @pytest.fixture(autouse=True)
-def on_triton(monkeypatch, request):
-    if kernels.triton is None:
+def use_triton(monkeypatch, request):
+    if kernels.dispatch.triton is None:
         assert sys.platform != "linux", "pip install -r requirements-dev.txt brings Triton"
         pytest.skip("Triton is not to be had on this system: its kernels stay untested here")
     monkeypatch.setattr(kernels, "FORCED", "triton")
@@ -198,7 +202,7 @@ def backend(module, inputs):
     return module.forward
 
 block = torch.compile(Block(Config(100, 64, 1, 2, 96, 32), 1), backend=backend, fullgraph=True)
-x, rope = torch.randn(40, 64, requires_grad=True), kernels.rope_tables(32, 32, 1e4)
+x, rope = torch.randn(40, 64, requires_grad=True), kernels.attention.rope_tables(32, 32, 1e4)
 for n in (2, 3, 4, 5):
     cu_seqlens = torch.tensor([*range(n), 40], dtype=torch.int32)
     with contextlib.suppress(RuntimeError, ValueError):  # the graph is whole; to run it would take a GPU

@@ -13,9 +13,10 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from data import special_ids
+from files.disk import UserError
+from files.readers import read_lines, read_table, text_suffix
 from labels import TEST_SHARE, batches
 from model import Tagger
-from text import UserError, read_lines, read_table, text_suffix
 
 WORD_NAMES, TAG_NAMES = ("words", "tokens"), ("tags", "labels", "ner_tags")  # of the fields of a .jsonl
 OUTSIDE = "O"
@@ -27,7 +28,7 @@ Entity = tuple[str, int, int]  # type, first word, last word
 
 
 @dataclass(frozen=True)
-class Tagged:
+class TaggedDataset:
     """Sentences of words, and the tags of them as numbers that index `names`."""
 
     words: list[list[str]]
@@ -37,11 +38,11 @@ class Tagged:
     def __len__(self) -> int:
         return len(self.words)
 
-    def __getitem__(self, which: np.ndarray) -> "Tagged":
-        return Tagged([self.words[i] for i in which], [self.tags[i] for i in which], self.names)
+    def __getitem__(self, which: np.ndarray) -> "TaggedDataset":
+        return TaggedDataset([self.words[i] for i in which], [self.tags[i] for i in which], self.names)
 
 
-def load(train: Path, test: Path | None) -> tuple[Tagged, Tagged]:
+def load(train: Path, test: Path | None) -> tuple[TaggedDataset, TaggedDataset]:
     """(train, test); without a test file, the last fifth of the sentences. Raises UserError for bad files."""
     found = read_sentences(train)
     names = [OUTSIDE, *sorted({tag for _, _, tags in found for tag in tags} - {OUTSIDE})]
@@ -63,9 +64,9 @@ def load(train: Path, test: Path | None) -> tuple[Tagged, Tagged]:
     return _numbered(found, names), _numbered(tested, names)
 
 
-def _numbered(sentences: list, names: list[str]) -> Tagged:
+def _numbered(sentences: list, names: list[str]) -> TaggedDataset:
     words = [words for _, words, _ in sentences]
-    return Tagged(words, [np.array([names.index(tag) for tag in tags]) for *_, tags in sentences], names)
+    return TaggedDataset(words, [np.array([names.index(tag) for tag in tags]) for *_, tags in sentences], names)
 
 
 def read_sentences(path: Path) -> list[tuple[list[int], list[str], list[str]]]:
@@ -163,7 +164,7 @@ def entities(tags: list[str]) -> list[Entity]:
     return found
 
 
-def find_entities(
+def predict_entities(
     model: Tagger, tokenizer: Tokenizer, names: list[str], texts: list[str]
 ) -> tuple[list[list[dict]], int]:
     """(the entities of each text, with their places in it; how many texts were cut)."""
@@ -189,7 +190,7 @@ def measure(truth: list[list[str]], predicted: list[list[str]]) -> dict[str, flo
     return {"f1": 2 * right / max(1, sum(map(len, sides))), "precision": precision, "recall": recall}
 
 
-def most_frequent(train: Tagged, sentences: list[list[str]]) -> list[list[str]]:
+def most_frequent(train: TaggedDataset, sentences: list[list[str]]) -> list[list[str]]:
     """The rival: each word's most frequent tag in training; a word that was not there is outside."""
     counts: dict[str, Counter] = defaultdict(Counter)
     for words, tags in zip(train.words, train.tags, strict=True):

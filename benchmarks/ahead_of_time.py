@@ -8,9 +8,13 @@ from typing import Any
 
 import torch
 
-import kernels
+import kernels.attention
+import kernels.cross_entropy
+import kernels.dispatch
+import kernels.geglu
+import kernels.norm
+from files.disk import UserError
 from model import PRESETS
-from text import UserError
 
 # How GPUs are named to Triton: backend, architecture, threads of a warp.
 TARGETS = {
@@ -41,18 +45,18 @@ TYPES = {name: kind for kind, names in ARGUMENTS.items() for name in names.split
 
 def kernel_table(dtype: torch.dtype, on_hip: bool) -> list[tuple[Any, dict[str, Any], bool]]:
     """(kernel, its constants, whether it has a dot) of every kernel at the sizes of the presets."""
-    attention = kernels.flash_options(64, dtype, on_hip)  # the head size of all presets
-    rows, bag = {"BLOCK": kernels.ROW_BLOCK}, {"BAG": kernels.BAG_BLOCK}
-    table = [(kernels._flash_rotate, {"HALF": 32, "BLOCK": kernels.ROTATED}, False)]
+    attention = kernels.attention.flash_options(64, dtype, on_hip)  # the head size of all presets
+    rows, bag = {"BLOCK": kernels.cross_entropy.ROW_BLOCK}, {"BAG": kernels.cross_entropy.BAG_BLOCK}
+    table = [(kernels.attention._flash_rotate, {"HALF": 32, "BLOCK": kernels.attention.ROTATED}, False)]
     for window in ({"window": None}, {}):  # None is compiled in, a number is an argument
-        for kernel in (kernels._flash_forward, kernels._flash_d_q, kernels._flash_d_kv):
+        for kernel in (kernels.attention._flash_forward, kernels.attention._flash_d_q, kernels.attention._flash_d_kv):
             table.append((kernel, attention | window, True))
     for wants_gradient in (False, True):
-        table.append((kernels._bag_softmax, rows | bag | {"WANTS_GRADIENT": wants_gradient}, False))
+        table.append((kernels.cross_entropy._bag_softmax, rows | bag | {"WANTS_GRADIENT": wants_gradient}, False))
     for width in sorted({preset["d_model"] for preset in PRESETS.values()}):
-        block = {"BLOCK": kernels.triton.next_power_of_2(width)}
-        table += [(kernels._add_norm, block, False), (kernels._add_norm_backward, block, False)]
-    return [*table, (kernels._geglu, rows, False), (kernels._geglu_backward, rows, False)]
+        block = {"BLOCK": kernels.dispatch.triton.next_power_of_2(width)}
+        table += [(kernels.norm._add_norm, block, False), (kernels.norm._add_norm_backward, block, False)]
+    return [*table, (kernels.geglu._geglu, rows, False), (kernels.geglu._geglu_backward, rows, False)]
 
 
 def compile_for(target: str, kernel: Any, constants: dict[str, Any], dtype_name: str) -> dict[str, Any]:
@@ -70,7 +74,7 @@ def compile_for(target: str, kernel: Any, constants: dict[str, Any], dtype_name:
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(types) if types[n].startswith("*")}
     source = ASTSource(kernel, types, constants, aligned)
     with contextlib.redirect_stdout(io.StringIO()) as said:  # ptxas's own words
-        compiled = kernels.triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+        compiled = kernels.dispatch.triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     assembly = compiled.asm["ptx" if "ptx" in compiled.asm else "amdgcn"]
     if "ptx" in compiled.asm:
         registers = int(re.search(r"Used (\d+) registers", said.getvalue())[1])
@@ -86,11 +90,11 @@ def compile_for(target: str, kernel: Any, constants: dict[str, Any], dtype_name:
 
 def report(targets: list[str], say) -> list[dict[str, Any]]:
     """Every kernel for every target and precision."""
-    if kernels.triton is None:
+    if kernels.dispatch.triton is None:
         raise UserError("--aot: Triton is not installed; on Linux, pip install triton")
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise UserError("--aot: nothing is compiled where TRITON_INTERPRET=1 is set; unset it")
-    knobs, rows = kernels.triton.knobs, []
+    knobs, rows = kernels.dispatch.triton.knobs, []
     knobs.nvidia.dump_ptxas_log, knobs.compilation.always_compile = True, True  # no log of what is cached
     say(f"{'kernel':20}{'target':8}{'dtype':6}{'registers':>10}{'shared':>8}{'spills':>7}  tensor cores")
     for target in targets:

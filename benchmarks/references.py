@@ -23,12 +23,16 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import checkpoint
-import kernels
+import kernels.attention
+import kernels.cross_entropy
+import kernels.dispatch
+import kernels.geglu
+import kernels.norm
 import predict
 from data import Batch
+from files import model_folder
+from files.disk import UserError
 from model import PRESETS, Classifier, Config
-from text import UserError
 
 
 def padded(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,7 +101,7 @@ def predictions(
     import transformers
 
     model = Classifier(Config(**PRESETS["tiny"] | {"vocab_size": tokenizer.get_vocab_size()}), 2)
-    checkpoint.save_model(folder, model, tokenizer)
+    model_folder.save_model(folder, model, tokenizer)
     (folder / "texts.txt").write_text("\n".join(texts), "utf-8")
     steps: dict[str, Callable[[], Any]] = {}
     for dtype in dict.fromkeys((torch.float32, place.dtype)):
@@ -123,7 +127,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attention_of_gpus(
-    batch: Batch, rope: kernels.Rope, compiles: bool
+    batch: Batch, rope: kernels.attention.Rope, compiles: bool
 ) -> dict[str, Callable[[Tensor], Tensor]]:
     """torch's own: the varlen kernel and, which is one only when compiled, FlexAttention; each on qkv
     (T, 3, H, D)."""
@@ -173,7 +177,7 @@ def operations(
     n_tokens, d_model, vocab_size = len(batch.ids), config.d_model, config.vocab_size
     lengths = batch.cu_seqlens.diff()
     longest = int(lengths.max())
-    rope = kernels.rope_tables(longest, config.head_dim, 1e4, place.device)
+    rope = kernels.attention.rope_tables(longest, config.head_dim, 1e4, place.device)
     place_in = torch.arange(longest, **exact)
     is_token = place_in < lengths[:, None]  # (S, L)
     index = (batch.cu_seqlens[:-1, None] + place_in).clamp(max=n_tokens - 1)
@@ -207,21 +211,21 @@ def operations(
 
     table = {
         "attention": (
-            lambda qkv: kernels.attention(qkv, batch.cu_seqlens, longest, rope),
+            lambda qkv: kernels.attention.attention(qkv, batch.cu_seqlens, longest, rope),
             attention,
             [torch.randn(n_tokens, 3, config.n_heads, config.head_dim, **low)],
         ),
         "head": (
-            lambda hidden, embedding: kernels.linear_cross_entropy(hidden, embedding, bias, batch.targets),
+            lambda hidden, embedding: kernels.cross_entropy.linear_cross_entropy(hidden, embedding, bias, batch.targets),
             head,
             [torch.randn(len(batch.targets), d_model, **exact), words],
         ),
         "add_norm": (
-            lambda x, residual: kernels.add_norm(x, residual, weight, 1e-5)[1],
+            lambda x, residual: kernels.norm.add_norm(x, residual, weight, 1e-5)[1],
             add_norm,
             [torch.randn(n_tokens, d_model, **low), torch.randn(n_tokens, d_model, **exact)],
         ),
-        "geglu": (kernels.geglu, geglu, [torch.randn(n_tokens, 2 * config.d_ff, **low)]),
+        "geglu": (kernels.geglu.geglu, geglu, [torch.randn(n_tokens, 2 * config.d_ff, **low)]),
     }
     found = {}
     for name, (ours, plain, inputs) in table.items():
@@ -272,10 +276,10 @@ def product_seconds(step: Callable[[], None], repeats: int = 5) -> tuple[float, 
     Those of attention are counted as the torch code has them, since Triton's are inside its kernels. On a GPU
     each is launched many times before the clock is read, so that no launch is waited for.
     """
-    chosen, kernels.FORCED = kernels.FORCED, "torch"
+    chosen, kernels.dispatch.FORCED = kernels.dispatch.FORCED, "torch"
     with Products() as products:
         step()
-    kernels.FORCED = chosen
+    kernels.dispatch.FORCED = chosen
     seconds, flops = 0.0, 0
     for factors, count in products.found.items():
         a, b = (like(*factor) for factor in factors)

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-import checkpoint
-import intervals
-from intervals import Estimate, Score
-from text import UserError
+from analysis import statistics
+from analysis.statistics import Estimate, Score
+from files import disk
+from files.disk import UserError
 
 KEY = ("data", "model", "row", "labels", "seed")
 COLUMNS = (*KEY, "fingerprint", "accuracy", "macro_f1", "rmse", "seconds", "choice", "validation")
@@ -23,7 +23,7 @@ class Results:
         self.out, self.path, self.rows = out, out / "results.csv", {}
         (out / "predictions").mkdir(exist_ok=True)
         if not self.path.exists():
-            checkpoint.write(self.path, (",".join(COLUMNS) + "\n").encode())
+            disk.write_file(self.path, (",".join(COLUMNS) + "\n").encode())
         with open(self.path, newline="", encoding="utf-8", errors="replace") as file:
             table = csv.DictReader(file)
             if tuple(table.fieldnames or ()) != COLUMNS:
@@ -47,12 +47,12 @@ class Results:
     def add(self, key: tuple[str, ...], row: dict[str, Any], targets: np.ndarray, found: np.ndarray) -> None:
         """The predictions first: a line in the table says that they are there."""
         np.savez_compressed(content := io.BytesIO(), targets=targets, found=found)
-        checkpoint.write(self.predictions(key), content.getbuffer())
+        disk.write_file(self.predictions(key), content.getbuffer())
         self.rows[key] = {name: str(row.get(name, "")) for name in COLUMNS}
         table = csv.DictWriter(text := io.StringIO(), COLUMNS)
         table.writeheader()
         table.writerows(self.rows.values())
-        checkpoint.write(self.path, text.getvalue().encode())
+        disk.write_file(self.path, text.getvalue().encode())
 
     def load(self, key: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
         with np.load(self.predictions(key)) as kept:
@@ -86,10 +86,10 @@ class Table:
             raise UserError(f"{results.path}: no run in it yet, so there is nothing to report")
         self.is_classes = self.targets.dtype.kind == "i"
         self.figure = "accuracy" if self.is_classes else "R squared"
-        self.weights = intervals.resamples(len(self.targets))
+        self.weights = statistics.resamples(len(self.targets))
         self.scores = {
             row: {
-                budget: intervals.mean_score(self.values(found), self.weights)
+                budget: statistics.mean_score(self.values(found), self.weights)
                 for budget, found in cells.items()
             }
             for row, cells in self.found.items()
@@ -104,7 +104,7 @@ class Table:
 
     def f1(self, row: str, budget: int) -> Score:
         found = self.found[row][budget]
-        return intervals.macro_f1(found.argmax(-1), self.targets, found.shape[-1], self.weights)
+        return statistics.macro_f1(found.argmax(-1), self.targets, found.shape[-1], self.weights)
 
     def points(self, row: str) -> list[tuple[float, Estimate]]:
         return [(budget, score.level()) for budget, score in self.scores[row].items()]

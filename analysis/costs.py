@@ -18,10 +18,10 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import Normalizer
 from tokenizers import Tokenizer
 
-import checkpoint
-from labels import Labelled, batches, encode
+from analysis.baselines import LSA_WIDTHS
+from files import model_folder
+from labels import LabeledDataset, batches, encode
 from model import Classifier, Config
-from rivals import LSA_WIDTHS
 
 BATCHES = (1, 32)
 TIMED_TEXTS = 64
@@ -43,7 +43,7 @@ def of_pretraining(folder: Path, config: Config) -> dict[str, float]:
     times those of the forward pass, the vocabulary at the masked tokens, windows of the greatest length."""
     if not (run := folder / "metrics.json").is_file():
         return {}
-    with checkpoint.reading(run):
+    with model_folder.reading(run):
         metrics, flags = (json.loads((folder / name).read_text()) for name in (run.name, "flags.json"))
         head = 2 * float(flags["mask_rate"]) * config.d_model * (config.d_model + config.vocab_size)
         flops = 3 * metrics["tokens"] * (flops_per_token(config, flags["max_len"]) + head)
@@ -70,7 +70,7 @@ def peak_memory(model: Path, texts: list[str], folder: Path) -> float:
     """Megabytes that predict.py takes at most, libraries and weights included, in a process of its own."""
     file = folder / "texts.txt"
     file.write_text("\n".join(" ".join(text.split()) for text in texts[:TIMED_TEXTS]))
-    script = [sys.executable, str(Path(__file__).with_name("predict.py"))]
+    script = [sys.executable, str(Path(__file__).parents[1] / "predict.py")]
     child = subprocess.Popen(
         [*script, "--model", str(model), "--file", str(file)],
         stdout=subprocess.DEVNULL,
@@ -94,7 +94,7 @@ def of_network(
     model = Classifier(config, n_classes).to(device).eval()
 
     def rows_of(some: list[str]) -> list[np.ndarray]:
-        return encode(Labelled(some, None, np.zeros(len(some)), None), tokenizer, max_len)[0]
+        return encode(LabeledDataset(some, None, np.zeros(len(some)), None), tokenizer, max_len)[0]
 
     @torch.no_grad()
     def answer(some: list[str]) -> None:
@@ -112,7 +112,7 @@ def of_network(
 
 
 def rival_pipelines(is_classes: bool) -> dict[str, Pipeline]:
-    """Bag of words and LSA as they would be used: rivals.py's parts end to end."""
+    """Bag of words and LSA as they would be used: baselines.py's parts end to end."""
     last = LogisticRegression if is_classes else Ridge
     bag = make_pipeline(TfidfVectorizer(sublinear_tf=True), last())
     reduced = (TruncatedSVD(LSA_WIDTHS[1], random_state=0), Normalizer())

@@ -1,4 +1,4 @@
-"""The pictures. Those of analyze.py have their labels at the ends of lines, intervals as bands, and the
+"""The plots. Those of analyze.py have their labels at the ends of lines, intervals as bands, and the
 colours of Okabe & Ito, which the colour-blind tell apart."""
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 from matplotlib import patheffects, pyplot
 from matplotlib.axes import Axes
 
-from intervals import Estimate
+from analysis.statistics import Estimate
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555", "#000000")
 MARKERS = "osD^vP*X"

@@ -1,4 +1,4 @@
-"""What runs.py promises: checkpoints are whole or not there, damage is seen, bad steps are counted.
+"""What run_folder.py promises: checkpoints are whole or not there, damage is seen, bad steps are counted.
 
 Here the damage is done within the process, or in a child that ends in the middle; tests/test_damage.py does
 it to real runs.
@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
 import optim
-import runs
 from data import train_tokenizer
+from files import model_folder, run_folder
+from files.disk import UserError
 from model import Config, MaskedLM
-from text import UserError
 
 TOKENIZER = train_tokenizer(["ab abc abcd"] * 3, 40)
 CONFIG = Config(TOKENIZER.get_vocab_size(), d_model=8, n_layers=2, n_heads=2, d_ff=12, max_len=16)
@@ -34,7 +33,7 @@ def save(out, step, keep=1, losses=None):
     torch.manual_seed(step)
     points = [{"step": s, "validation_loss": loss} for s, loss in (losses or {}).items()]
     state = {"step": step, "points": points, "momentum": torch.randn(3), "flags": FLAGS, "environment": FOUND}
-    runs.save_step(out, MaskedLM(CONFIG), [], torch.amp.GradScaler(enabled=False), TOKENIZER, state, keep)
+    run_folder.save_checkpoint(out, MaskedLM(CONFIG), [], torch.amp.GradScaler(enabled=False), TOKENIZER, state, keep)
 
 
 def steps(out):
@@ -48,13 +47,13 @@ def content(folder):
 def last(out):
     """(step of the newest whole checkpoint, what was said on the way to it)."""
     said = []
-    folder = runs.last_step(out, said.append)
-    return folder and runs.load_state(folder, FLAGS, FOUND, said.append)["step"], said
+    folder = run_folder.latest_checkpoint(out, said.append)
+    return folder and run_folder.load_state(folder, FLAGS, FOUND, said.append)["step"], said
 
 
 @pytest.fixture
 def begun(tmp_path):
-    runs.begin_run(tmp_path, FLAGS, FOUND)
+    run_folder.start_run(tmp_path, FLAGS, FOUND)
     return tmp_path
 
 
@@ -70,11 +69,11 @@ def test_the_last_checkpoint_is_what_was_saved(begun):
     for step in (2, 9, 10):
         save(begun, step)
         assert steps(begun) == [f"step-{step}"]
-        folder = runs.last_step(begun, pytest.fail)
-        state = runs.load_state(folder, FLAGS, FOUND, pytest.fail)
+        folder = run_folder.latest_checkpoint(begun, pytest.fail)
+        state = run_folder.load_state(folder, FLAGS, FOUND, pytest.fail)
         torch.manual_seed(step)
         assert state["step"] == step and torch.equal(state["momentum"], torch.randn(3))
-        assert checkpoint.load_model(folder)[0] == CONFIG
+        assert model_folder.load_model(folder)[0] == CONFIG
 
 
 def test_the_last_and_the_best_stay(begun):
@@ -88,47 +87,47 @@ def test_the_last_and_the_best_stay(begun):
 
 def test_a_new_run_does_not_go_on_from_an_earlier_one(begun):
     save(begun, 3)
-    runs.begin_run(begun, FLAGS, FOUND)
+    run_folder.start_run(begun, FLAGS, FOUND)
     assert last(begun)[0] is None and json.loads((begun / "environment.json").read_text()) == FOUND
 
 
 @pytest.mark.parametrize("change", ({"steps": 10}, {"mask_rate": 0.15}, {"corpus": ["a.txt"]}), ids=str)
 def test_resuming_with_other_flags_is_refused(begun, change):
     save(begun, 1)
-    folder = runs.last_step(begun, pytest.fail)
+    folder = run_folder.latest_checkpoint(begun, pytest.fail)
     name, value = next(iter(change.items()))
     with pytest.raises(UserError) as error:
-        runs.load_state(folder, FLAGS | change, FOUND, pytest.fail)
+        run_folder.load_state(folder, FLAGS | change, FOUND, pytest.fail)
     message = str(error.value)
     assert f"--{name.replace('_', '-')} {value}" in message and str(FLAGS[name]) in message
     may_change = {"resume": True, "device": "cuda", "out": "b", "keep": 7}
-    assert runs.load_state(folder, FLAGS | may_change, FOUND, pytest.fail)
+    assert run_folder.load_state(folder, FLAGS | may_change, FOUND, pytest.fail)
 
 
 def test_another_environment_is_named(begun):
     save(begun, 1)
     said = []
-    runs.load_state(begun / "checkpoints" / "step-1", FLAGS, FOUND | {"threads": 64}, said.append)
+    run_folder.load_state(begun / "checkpoints" / "step-1", FLAGS, FOUND | {"threads": 64}, said.append)
     assert len(said) == 1 and "threads 2, now 64" in said[0] and "torch" not in said[0]
 
 
 def test_the_environment_is_told(monkeypatch):
-    found = runs.environment(torch.device("cpu"), 2)
+    found = run_folder.environment(torch.device("cpu"), 2)
     assert found["torch"] == torch.__version__ and found["ranks"] == 2 and found["numpy"] == np.__version__
     monkeypatch.setenv("PATH", "")
-    assert runs.environment(torch.device("cpu"), 1)["commit"] is None
+    assert run_folder.environment(torch.device("cpu"), 1)["commit"] is None
 
 
 def test_too_small_a_disk_is_told_before_training(begun, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, 13 * 10**6))
-    runs.check_space(begun, 10**6, keep=2, n_saves=9, n_snapshots=0)
-    runs.check_space(begun, 10**6, keep=1000, n_saves=1, n_snapshots=0)
+    run_folder.check_space(begun, 10**6, keep=2, n_saves=9, n_snapshots=0)
+    run_folder.check_space(begun, 10**6, keep=1000, n_saves=1, n_snapshots=0)
     for more in ({"keep": 3, "n_saves": 9, "n_snapshots": 0}, {"keep": 2, "n_saves": 9, "n_snapshots": 1}):
         with pytest.raises(UserError, match="MB, and 13 MB are free"):
-            runs.check_space(begun, 10**6, **more)
+            run_folder.check_space(begun, 10**6, **more)
     (begun / "checkpoints" / "step-1").mkdir()
     (begun / "checkpoints" / "step-1" / "weights").write_bytes(bytes(10**6))  # makes way
-    runs.check_space(begun, 10**6, keep=2, n_saves=9, n_snapshots=1)
+    run_folder.check_space(begun, 10**6, keep=2, n_saves=9, n_snapshots=1)
 
 
 # ------------------------------------------------------------------------------- written whole or not at all
@@ -173,7 +172,7 @@ def intercept(monkeypatch, at):
         def __exit__(self, *_):
             self.file.close()
 
-    monkeypatch.setattr(checkpoint, "open", lambda *given: Half(open(*given)), raising=False)  # noqa: SIM115
+    monkeypatch.setattr(model_folder, "open", lambda *given: Half(open(*given)), raising=False)  # noqa: SIM115
     monkeypatch.setattr(os, "fsync", call("fsync", os.fsync))
     monkeypatch.setattr(os, "replace", call("rename", os.replace))
     return counts
@@ -355,7 +354,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(begun):
     (begun / "checkpoints" / "step-1" / "config.json").unlink()
     said = []
     with pytest.raises(UserError, match="none of its checkpoints is whole"):
-        runs.last_step(begun, said.append)
+        run_folder.latest_checkpoint(begun, said.append)
     assert len(said) == 1 and "config.json" in said[0] and steps(begun) == ["step-1"]
 
 
@@ -382,15 +381,15 @@ def test_a_damaged_later_one_does_not_make_the_newest_go(begun):
 
 
 def test_a_folder_is_of_one_run_at_a_time(tmp_path):
-    with runs.claim(tmp_path):
+    with run_folder.lock_folder(tmp_path):
         told = pytest.raises(UserError, match=f"^--out {tmp_path}: another run is writing into it$")
-        with told, runs.claim(tmp_path):
+        with told, run_folder.lock_folder(tmp_path):
             pytest.fail("two runs in one folder")
-        with runs.claim(tmp_path / "other"):
+        with run_folder.lock_folder(tmp_path / "other"):
             pass
-    with pytest.raises(Dropped), runs.claim(tmp_path):
+    with pytest.raises(Dropped), run_folder.lock_folder(tmp_path):
         raise Dropped
-    with runs.claim(tmp_path):  # which the end of the one before has left free
+    with run_folder.lock_folder(tmp_path):  # which the end of the one before has left free
         pass
 
 
@@ -400,7 +399,7 @@ def test_of_many_that_begin_at_once_one_gets_the_folder(tmp_path):
     def begin():
         gate.wait()
         try:
-            with runs.claim(tmp_path):
+            with run_folder.lock_folder(tmp_path):
                 got.append(1)
                 gate.wait()
         except UserError:
@@ -419,14 +418,14 @@ def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatc
     def refuse(*_):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(runs.fcntl, "flock", refuse)
-    with runs.claim(tmp_path):
+    monkeypatch.setattr(run_folder.fcntl, "flock", refuse)
+    with run_folder.lock_folder(tmp_path):
         assert "cannot be locked (Function not implemented)" in capsys.readouterr().out
 
 
 def test_a_run_where_a_file_stands(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"), runs.claim(tmp_path / "file"):
+    with pytest.raises(UserError, match="cannot be written"), run_folder.lock_folder(tmp_path / "file"):
         pass
 
 

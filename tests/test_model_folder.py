@@ -1,4 +1,4 @@
-"""What checkpoint.py promises: mistakes told in one line, files replaced whole, hardware chosen."""
+"""What model_folder.py promises: mistakes told in one line, files replaced whole, hardware chosen."""
 
 import dataclasses
 import json
@@ -8,11 +8,11 @@ import pytest
 import safetensors.torch
 import torch
 
-import checkpoint
 from data import train_tokenizer
-from flags import choose_hardware
+from files import disk, model_folder
+from files.cli import choose_hardware
+from files.disk import UserError
 from model import Config, MaskedLM
-from text import UserError
 
 TOKENIZER = train_tokenizer(["ab abc abcd"] * 3, 40)
 CONFIG = Config(TOKENIZER.get_vocab_size(), d_model=8, n_layers=2, n_heads=2, d_ff=12, max_len=16)
@@ -21,7 +21,7 @@ CONFIG = Config(TOKENIZER.get_vocab_size(), d_model=8, n_layers=2, n_heads=2, d_
 def save(folder, seed=0):
     torch.manual_seed(seed)
     model = MaskedLM(CONFIG)
-    checkpoint.save_model(folder, model, TOKENIZER)
+    model_folder.save_model(folder, model, TOKENIZER)
     return model
 
 
@@ -43,11 +43,11 @@ def fail(*_):
 
 def test_a_saved_model_is_what_load_model_returns(tmp_path):
     model = save(tmp_path / "new" / "folder")
-    config, weights, tokenizer, raw = checkpoint.load_model(tmp_path / "new" / "folder")
+    config, weights, tokenizer, raw = model_folder.load_model(tmp_path / "new" / "folder")
     assert config == CONFIG and raw["model_type"] == "modernbert"
     assert tokenizer.get_vocab() == TOKENIZER.get_vocab()
     other = MaskedLM(config)
-    checkpoint.load_weights(other, weights, tmp_path)
+    model_folder.load_weights(other, weights, tmp_path)
     mine = model.state_dict()
     assert all(torch.equal(mine[name], weight) for name, weight in other.state_dict().items())
     assert set(content(tmp_path / "new" / "folder")) == {
@@ -60,7 +60,7 @@ def test_a_saved_model_is_what_load_model_returns(tmp_path):
 
 def test_no_folder(tmp_path):
     with pytest.raises(UserError) as error:
-        checkpoint.load_model(tmp_path / "nothing")
+        model_folder.load_model(tmp_path / "nothing")
     assert_told_in_one_line(error, tmp_path / "nothing")
 
 
@@ -73,7 +73,7 @@ def test_a_file_is_missing_or_cut_short(tmp_path, name, share):
     if share is not None:
         (tmp_path / name).write_bytes(raw[: int(share * len(raw))])
     with pytest.raises(UserError) as error:
-        checkpoint.load_model(tmp_path)
+        model_folder.load_model(tmp_path)
     assert_told_in_one_line(error, tmp_path)
 
 
@@ -82,7 +82,7 @@ def test_a_broken_config(tmp_path, text):
     save(tmp_path)
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError) as error:
-        checkpoint.load_model(tmp_path)
+        model_folder.load_model(tmp_path)
     assert_told_in_one_line(error, tmp_path)
 
 
@@ -102,7 +102,7 @@ def test_a_config_of_impossible_sizes(tmp_path, change):
     raw = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(raw | change))
     with pytest.raises(UserError) as error:
-        checkpoint.load_model(tmp_path)
+        model_folder.load_model(tmp_path)
     assert_told_in_one_line(error, tmp_path)
 
 
@@ -110,26 +110,26 @@ def test_the_tokenizer_of_another_model(tmp_path):
     save(tmp_path)
     train_tokenizer(["xyz"] * 3, 40).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError) as error:
-        checkpoint.load_model(tmp_path)
+        model_folder.load_model(tmp_path)
     assert_told_in_one_line(error, tmp_path, "tokenizer", CONFIG.vocab_size)
 
 
 def test_a_weight_is_missing(tmp_path):
     save(tmp_path)
-    _, weights, _, _ = checkpoint.load_model(tmp_path)
+    _, weights, _, _ = model_folder.load_model(tmp_path)
     for name in weights:
         rest = {other: weight for other, weight in weights.items() if other != name}
         with pytest.raises(UserError) as error:
-            checkpoint.load_weights(MaskedLM(CONFIG), rest, tmp_path)
+            model_folder.load_weights(MaskedLM(CONFIG), rest, tmp_path)
         assert_told_in_one_line(error, tmp_path, name)
-    checkpoint.load_weights(MaskedLM(CONFIG), rest, tmp_path, fresh=(name,))
+    model_folder.load_weights(MaskedLM(CONFIG), rest, tmp_path, fresh=(name,))
 
 
 def test_weights_of_another_size(tmp_path):
     save(tmp_path)
-    _, weights, _, _ = checkpoint.load_model(tmp_path)
+    _, weights, _, _ = model_folder.load_model(tmp_path)
     with pytest.raises(UserError) as error:
-        checkpoint.load_weights(MaskedLM(dataclasses.replace(CONFIG, d_ff=14)), weights, tmp_path)
+        model_folder.load_weights(MaskedLM(dataclasses.replace(CONFIG, d_ff=14)), weights, tmp_path)
     assert_told_in_one_line(error, tmp_path, "mlp.Wi.weight")
 
 
@@ -140,7 +140,7 @@ def test_weights_do_not_fit_the_tokenizer(tmp_path):
     name = "model.embeddings.tok_embeddings.weight"
     safetensors.torch.save_file(weights | {name: weights[name][:-1]}, tmp_path / "model.safetensors")
     with pytest.raises(UserError) as error:
-        checkpoint.load_model(tmp_path)
+        model_folder.load_model(tmp_path)
     assert_told_in_one_line(error, tmp_path, name)
 
 
@@ -149,26 +149,26 @@ def test_weights_do_not_fit_the_tokenizer(tmp_path):
 
 def test_write_replaces_a_whole_file_or_nothing(tmp_path, monkeypatch):
     path = tmp_path / "file"
-    checkpoint.write(path, b"old")
-    checkpoint.write(path, b"new")
+    disk.write_file(path, b"old")
+    disk.write_file(path, b"new")
     assert content(tmp_path) == {"file": b"new"}
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(UserError) as error:
-        checkpoint.write(path, b"newer")
+        disk.write_file(path, b"newer")
     assert_told_in_one_line(error, path, "No space left")
     assert path.read_bytes() == b"new"
 
 
 def test_write_where_there_is_no_folder(tmp_path):
     with pytest.raises(UserError) as error:
-        checkpoint.write(tmp_path / "nothing" / "file", b"")
+        disk.write_file(tmp_path / "nothing" / "file", b"")
     assert_told_in_one_line(error, tmp_path / "nothing" / "file")
 
 
 def test_config_comes_last(tmp_path, monkeypatch):
     """So that a folder with a config.json is whole."""
     order = []
-    monkeypatch.setattr(checkpoint, "write", lambda path, content: order.append(path.name))
+    monkeypatch.setattr(model_folder, "write_file", lambda path, content: order.append(path.name))
     save(tmp_path)
     assert len(order) == 4 and order[-1] == "config.json"
 

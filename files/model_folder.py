@@ -1,5 +1,5 @@
 """Save and load a model: config.json, model.safetensors, tokenizer.json, tokenizer_config.json, the layout
-that `transformers` reads; convert.py has the names in them.
+that `transformers` reads; hub_names.py has the names in them.
 
 Every file of this program's runs is written by `write`: under another name, flushed to the disk, then renamed
 into place, so that no reader sees half of one, and no loss of power leaves half of one.
@@ -7,7 +7,6 @@ into place, so that no reader sees half of one, and no loss of power leaves half
 
 import contextlib
 import json
-import os
 import pickle
 import re
 from collections.abc import Iterator
@@ -21,10 +20,10 @@ from safetensors import SafetensorError
 from tokenizers import BertWordPieceTokenizer, Tokenizer
 from torch import nn
 
-import convert
 from data import special_ids, special_tokens
+from files import hub_names
+from files.disk import UserError, first_line, to_json, write_file
 from model import Classifier, Config, MaskedLM, ShapesOnly, Tagger
-from text import UserError
 
 # What the libraries raise that read a config or weights which are broken.
 BROKEN = (OSError, EOFError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, SafetensorError)
@@ -36,20 +35,16 @@ def save_model(
 ) -> None:
     """Write the four files; config.json, with `extra` in it, comes last: a folder with one is whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = convert.write_config(model.config, model.task, special_ids(tokenizer)) | (extra or {})
+    config = hub_names.write_config(model.config, model.task, special_ids(tokenizer)) | (extra or {})
     tokenizer_config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     tokenizer_config["model_max_length"] = model.config.max_len
     tokenizer_config |= {f"{name}_token": token for name, token in special_tokens(tokenizer).items()}
-    exported = convert.export_weights(model.state_dict(), model.config, model.task)
+    exported = hub_names.export_weights(model.state_dict(), model.config, model.task)
     weights = {name: weight.detach().cpu().contiguous() for name, weight in exported.items()}
-    write(folder / "model.safetensors", safetensors.torch.save(weights, metadata={"format": "pt"}))
-    write(folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
-    write(folder / "tokenizer_config.json", to_json(tokenizer_config))
-    write(folder / "config.json", to_json(config))
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    write_file(folder / "model.safetensors", safetensors.torch.save(weights, metadata={"format": "pt"}))
+    write_file(folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
+    write_file(folder / "tokenizer_config.json", to_json(tokenizer_config))
+    write_file(folder / "config.json", to_json(config))
 
 
 @contextlib.contextmanager
@@ -85,14 +80,14 @@ def load_model(name: Path) -> tuple[Config, dict[str, torch.Tensor], Tokenizer, 
     folder = find_model(name)
     try:
         raw = json.loads((folder / "config.json").read_text())
-        config = convert.read_config(raw)
+        config = hub_names.read_config(raw)
         if (folder / "model.safetensors").is_file() or not (folder / "pytorch_model.bin").is_file():
             weights = safetensors.torch.load_file(folder / "model.safetensors")
         else:
             weights = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
         task = next(iter(raw.get("architectures") or [""])).partition("For")[2]
-        weights = convert.import_weights(weights, config, task)
-        convert.check_shapes(config, weights)
+        weights = hub_names.import_weights(weights, config, task)
+        hub_names.check_shapes(config, weights)
     except pickle.UnpicklingError:
         raise UserError(f"{folder}/pytorch_model.bin: not weights alone: it would run code") from None
     except BROKEN as error:
@@ -139,7 +134,7 @@ def load_weights(
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
         raise UserError(f"{folder}: weights do not fit config.json: {reason}") from None
-    missing = [name for name in missing if name not in convert.NOT_EXPORTED]
+    missing = [name for name in missing if name not in hub_names.NOT_EXPORTED]
     if wanted := [name for name in missing if not name.startswith(fresh)]:
         raise UserError(f"{folder}/model.safetensors: no weight {wanted[0]}")
     return missing
@@ -176,44 +171,3 @@ def open_model(folder: Path, device: torch.device) -> tuple[nn.Module, Tokenizer
 def as_bytes(weights: dict[str, torch.Tensor]) -> list[np.ndarray]:
     """(bytes,) of each, whatever its dtype."""
     return [weight.contiguous().reshape(-1).view(torch.uint8).numpy() for weight in weights.values()]
-
-
-def to_json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def write(path: Path, content: bytes | memoryview) -> None:
-    """Replace a file at once. Raises UserError where it cannot be written."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        rename(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
-
-
-def rename(old: Path, new: Path) -> None:
-    """Rename a file or folder whose content is on the disk, and bring the new name there too."""
-    os.replace(old, new)
-    folder = os.open(new.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def make_folder(out: Path, model: Path | None = None) -> None:
-    """Make the folder of a run. Raises UserError where it cannot be written, or is that of the model read."""
-    if model and out.resolve() == model.resolve():
-        raise UserError(f"--out {out}: this is the folder of --model, which would be overwritten")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".try").touch()
-        (out / ".try").unlink()
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written: {error.strerror}") from None

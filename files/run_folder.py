@@ -26,9 +26,9 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-import checkpoint
+from files import disk, model_folder
+from files.disk import UserError
 from model import Config, MaskedLM, ShapesOnly
-from text import UserError
 
 MANIFEST = "manifest.json"
 # flags that a resumed run need not share with its beginning
@@ -39,10 +39,10 @@ MAY_CHANGE = {"resume", "device", "out", "keep", "rows"}
 
 
 @contextlib.contextmanager
-def claim(out: Path, model: Path | None = None) -> Iterator[None]:
+def lock_folder(out: Path, model: Path | None = None) -> Iterator[None]:
     """Make the folder of a run, and hold its lock, which ends with this process however that ends. Raises
     UserError where it cannot be written, is that of the model read, or another run writes into it."""
-    checkpoint.make_folder(out, model)
+    disk.make_folder(out, model)
     with open(out / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -80,7 +80,7 @@ def environment(device: torch.device, n_ranks: int) -> dict[str, Any]:
     """What, beside flags and text, the last bits of a result hang on."""
     command = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"]
     try:
-        said = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout
+        said = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True).stdout
     except OSError:  # no git
         said = ""
     found = {library.__name__: str(library.__version__) for library in (torch, np, tokenizers)}
@@ -90,7 +90,7 @@ def environment(device: torch.device, n_ranks: int) -> dict[str, Any]:
     return found
 
 
-def discard(folder: Path) -> None:
+def remove_folder(folder: Path) -> None:
     """Remove a folder. It is renamed first: what a kill leaves of it then is never taken for the whole."""
     shutil.rmtree(old := folder.with_name(".old"), ignore_errors=True)
     if folder.exists():
@@ -98,7 +98,7 @@ def discard(folder: Path) -> None:
         shutil.rmtree(old)
 
 
-def begin_run(
+def start_run(
     out: Path,
     flags: dict[str, Any],
     found: dict[str, Any],
@@ -108,18 +108,18 @@ def begin_run(
     from; the first of the folders is made anew."""
     try:
         for folder in kept:
-            discard(out / folder)
+            remove_folder(out / folder)
         (out / kept[0]).mkdir()
     except OSError as error:
         raise UserError(f"--out {out}: cannot be cleared: {error.strerror}") from None
-    checkpoint.write(out / "flags.json", checkpoint.to_json(flags))
-    checkpoint.write(out / "environment.json", checkpoint.to_json(found))
+    disk.write_file(out / "flags.json", disk.to_json(flags))
+    disk.write_file(out / "environment.json", disk.to_json(found))
 
 
 # --------------------------------------------------------------------------------------------- checkpoints
 
 
-def step_folders(out: Path) -> dict[int, Path]:
+def checkpoint_folders(out: Path) -> dict[int, Path]:
     """{step: folder}, the earliest first."""
     found = (out / "checkpoints").glob("step-*")
     return dict(sorted((int(f.name[5:]), f) for f in found if re.fullmatch(r"step-\d+", f.name)))
@@ -132,10 +132,10 @@ def manifest(folder: Path, step: int) -> bytes:
         if path.name != MANIFEST and not path.name.startswith("."):
             with open(path, "rb") as file:
                 files[path.name] = [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
-    return checkpoint.to_json({"step": step, "files": files})
+    return disk.to_json({"step": step, "files": files})
 
 
-def damage(folder: Path, step: int) -> str:
+def verify(folder: Path, step: int) -> str:
     """What is wrong with a checkpoint, and nothing where it is as it was written."""
     try:
         wanted, found = (folder / MANIFEST).read_bytes(), manifest(folder, step)
@@ -154,7 +154,7 @@ def damage(folder: Path, step: int) -> str:
         return f"{MANIFEST} is not as it was written"
 
 
-def save_step(
+def save_checkpoint(
     out: Path, model: nn.Module, optimizers: list, scaler: Any, tokenizer: Tokenizer, state: dict, keep: int
 ) -> None:
     """A whole checkpoint in OUT/checkpoints/step-N. Once it is in its place, all go but the last `keep` and
@@ -163,33 +163,33 @@ def save_step(
     folder, work = folders / f"step-{step}", folders / ".new"
     try:
         shutil.rmtree(work, ignore_errors=True)
-        checkpoint.save_model(work, model, tokenizer)
+        model_folder.save_model(work, model, tokenizer)
         state = state | {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}
         state |= {"scaler": scaler.state_dict(), "bag_bias": model.bag_bias.detach().cpu()}
         torch.save(state, buffer := io.BytesIO())
-        checkpoint.write(work / "training.pt", buffer.getbuffer())
-        checkpoint.write(work / MANIFEST, manifest(work, step))
-        discard(folder)  # one is there only where it was damaged, and was stepped over
-        checkpoint.rename(work, folder)
+        disk.write_file(work / "training.pt", buffer.getbuffer())
+        disk.write_file(work / MANIFEST, manifest(work, step))
+        remove_folder(folder)  # one is there only where it was damaged, and was stepped over
+        disk.rename(work, folder)
         losses = {p["step"]: p["validation_loss"] for p in state["points"] if "validation_loss" in p}
-        there = {s: f for s, f in step_folders(out).items() if s <= step}
+        there = {s: f for s, f in checkpoint_folders(out).items() if s <= step}
         measured = [s for s in there if math.isfinite(losses.get(s, math.nan))]
         best = min(measured, key=losses.get, default=None)
         for old in list(there)[:-keep]:
             if old != best:
-                discard(there[old])
+                remove_folder(there[old])
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def last_step(out: Path, say: Callable[[str], None]) -> Path | None:
+def latest_checkpoint(out: Path, say: Callable[[str], None]) -> Path | None:
     """The folder of the newest whole checkpoint, or None where none was written yet. Those that are damaged
     are stepped over, and named. Raises UserError where all are."""
-    folders = step_folders(out)
+    folders = checkpoint_folders(out)
     for step, folder in reversed(folders.items()):
-        if not (problem := damage(folder, step)):
+        if not (problem := verify(folder, step)):
             return folder
         say(f"{folder}: damaged, {problem}: stepping over it")
     if folders:
@@ -207,7 +207,7 @@ def load_state(
         state = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
         before, there = state["flags"], state["environment"]
     except Exception as error:  # pickle and zip each raise their own
-        raise UserError(f"{folder}: cannot be resumed: {checkpoint.first_line(error)}") from None
+        raise UserError(f"{folder}: cannot be resumed: {disk.first_line(error)}") from None
     compare(folder.parents[1], (flags, before), (found, there), say)
     return state
 
@@ -228,19 +228,19 @@ def compare(
 
 def restore(folder: Path, state: dict[str, Any], model: nn.Module, optimizers: list, scaler: Any) -> None:
     """Bring all back to where the checkpoint was written. Raises UserError where it does not fit."""
-    checkpoint.load_weights(model, checkpoint.load_model(folder)[1], folder)
+    model_folder.load_weights(model, model_folder.load_model(folder)[1], folder)
     try:
         model.bag_bias.data.copy_(state["bag_bias"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         scaler.load_state_dict(state["scaler"])
-    except checkpoint.BROKEN as error:
-        raise UserError(f"{folder}: cannot be resumed: {checkpoint.first_line(error)}") from None
+    except model_folder.BROKEN as error:
+        raise UserError(f"{folder}: cannot be resumed: {disk.first_line(error)}") from None
 
 
 def advise(out: Path) -> str:
     """What is left of a run that went wrong, and how to go on."""
-    if not (folders := step_folders(out)):
+    if not (folders := checkpoint_folders(out)):
         return "there is no checkpoint yet: begin anew, with a lower --lr-adamw, --lr-embedding or --lr-muon"
     kept = f"the last good state is in {list(folders.values())[-1]}"
     return f"{kept}: --resume goes on behind them, --model begins from it, perhaps with lower rates"

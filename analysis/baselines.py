@@ -16,7 +16,6 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import normalize
 
-import checkpoint
 from data import CACHE, Corpus
 
 LSA_WIDTHS = (100, 256, 512)
@@ -93,7 +92,7 @@ def document_vectors(
     """The vectors of `texts` in the space of the text that pretraining saw, whose token cache the run's
     folder names, or, where there is none, of the labelled texts; and a name for it."""
     run = model_folder / "metrics.json"
-    with checkpoint.reading(run):
+    with model_folder.reading(run):
         cache = run.is_file() and CACHE / json.loads(run.read_text()).get("tokens_folder", "none")
     if cache and cache.is_dir():
         takes_all = len(open_corpus(cache).train.start) <= LSA_WINDOWS  # whatever the seed

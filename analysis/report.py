@@ -7,13 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-import checkpoint
-import cost
-import intervals
-import pictures
-from intervals import Score
-from labels import Labelled
-from results import Results, Table
+from analysis import plots, statistics
+from analysis.results import Results, Table
+from analysis.statistics import Score
+from files import model_folder
+from labels import LabeledDataset
 
 HARDEST = 20
 LONGEST_SHOWN = 160  # characters of a text in the report
@@ -35,7 +33,7 @@ def write_scores(table: Table, out: Path, looks: dict, majority: float) -> list[
     n_draws = max(len(found) for cells in table.found.values() for found in cells.values())
     lines = [f"Test {table.figure}, mean of {n_draws} draws [95% interval over draws and test examples]."]
     lines += grid(head, rows)
-    pictures.learning_curves(
+    plots.learning_curves(
         {row: table.points(row) for row in table.scores}, looks, table.figure, majority, out / "curves.png"
     )
     lines += ["![learning curves](curves.png)", ""]
@@ -55,13 +53,13 @@ def write_verdicts(table: Table, ours: str, rivals: list[str]) -> list[str]:
         ]
         if pairs:
             lines += [f"With {budget:,} labels, difference of {table.figure}:", ""]
-            lines += [f"- {intervals.verdict(ours, row, difference)}" for row, difference in pairs]
+            lines += [f"- {statistics.verdict(ours, row, difference)}" for row, difference in pairs]
             lines += [""]
     wanted, rows = [budget for budget in own if budget < table.budgets[-1]], []
     for row in rivals:
         means = [float(score.by_draw.mean()) for score in table.scores[row].values()]
         levels = (float(own[budget].by_draw.mean()) for budget in wanted)
-        rows.append([row, *(intervals.label_equivalent([*table.scores[row]], means, x) for x in levels)])
+        rows.append([row, *(statistics.label_equivalent([*table.scores[row]], means, x) for x in levels)])
     if rows and wanted:
         lines += [f"Labels that a rival needs for what {ours} has with", ""]
         lines += grid(["", *(f"{budget:,} labels" for budget in wanted)], rows)[1:]
@@ -71,11 +69,11 @@ def write_verdicts(table: Table, ours: str, rivals: list[str]) -> list[str]:
 def write_calibration(table: Table, out: Path, looks: dict) -> list[str]:
     head, rows, drawn, errors = ["labels", *(f"{b:,}" for b in table.budgets)], [], {}, {}
     for row, cells in table.found.items():
-        found = {budget: intervals.calibration(cell, table.targets) for budget, cell in cells.items()}
+        found = {budget: statistics.calibration(cell, table.targets) for budget, cell in cells.items()}
         rows.append([row, *(f"{found[b][0]:.3f}" if b in found else "" for b in table.budgets)])
         if table.budgets[-1] in found:
             errors[row], drawn[row] = found[table.budgets[-1]]
-    pictures.reliability(drawn, errors, looks, out / "reliability.png")
+    plots.reliability(drawn, errors, looks, out / "reliability.png")
     most = f"{table.budgets[-1]:,}"
     return [
         "Expected calibration error of the likeliest class, 15 bins (Guo et al. 2017).",
@@ -101,7 +99,7 @@ def read_curve(model: Path) -> Curve | None:
     folders = sorted((model / "snapshots").glob("step-*"), key=lambda folder: int(folder.name[5:]))
     if len(folders) < 2:
         return None
-    with checkpoint.reading(model):
+    with model_folder.reading(model):
         flags = json.loads((model / "flags.json").read_text())
         step_tokens = flags["micro_batch_tokens"] * flags["accumulate"]
         points = [json.loads(line) for line in (model / "metrics.jsonl").read_text().splitlines()]
@@ -139,7 +137,7 @@ def write_time(
         for rival, scores in rivals.items()
         for b in budgets
     ]
-    pictures.over_time(*curve[1:], found, levels, table.figure, out / "time.png")
+    plots.over_time(*curve[1:], found, levels, table.figure, out / "time.png")
     rows = [
         [f"{step:,}", f"{t / 1e6:.1f}", f"{s:.0f}", f"{loss:.3f}", *(str(found[b][i]) for b in found)]
         for i, (step, t, s, loss) in enumerate(zip(*curve, strict=True))
@@ -155,12 +153,12 @@ def write_time(
 
 def write_layers(table: Table, found: dict[int, dict[int, np.ndarray]], name: str, out: Path) -> list[str]:
     scores = {
-        layer: {b: intervals.mean_score(right, table.weights) for b, right in cells.items()}
+        layer: {b: statistics.mean_score(right, table.weights) for b, right in cells.items()}
         for layer, cells in found.items()
     }
     budgets = list(found[0])
     shown = {f"{b:,} labels": [(layer, cells[b].level()) for layer, cells in scores.items()] for b in budgets}
-    pictures.by_layer(shown, table.figure, out / "layers.png")
+    plots.by_layer(shown, table.figure, out / "layers.png")
     rows = [
         [str(layer) if layer else "embedding", *(str(cells[b].level()) for b in budgets)]
         for layer, cells in scores.items()
@@ -174,7 +172,7 @@ def write_layers(table: Table, found: dict[int, dict[int, np.ndarray]], name: st
         if best != (last := max(scores)):
             gained = scores[best][budget] - scores[last][budget]
             named = f"layer {best}" if best else "the embedding"
-            sentence = intervals.verdict(named, f"layer {last}", gained)
+            sentence = statistics.verdict(named, f"layer {last}", gained)
             lines += [f"- With {budget:,} labels {sentence}."]
         else:
             lines += [f"- With {budget:,} labels the last layer's mean is the highest."]
@@ -205,13 +203,13 @@ def write_costs(table: Table, costs: dict[str, dict[str, float]], looks: dict, o
     axis = {"milliseconds": "milliseconds until one text is answered"}
     if any("pretraining_flops" in costs for _, costs, _ in points):
         axis["pretraining_flops"] = "operations of pretraining"
-    pictures.pareto(points, looks, axis, table.figure, out / "pareto.png")
+    plots.pareto(points, looks, axis, table.figure, out / "pareto.png")
     latency = {row: costs[row]["milliseconds"] for row in costs}
-    advice = intervals.advise(
+    advice = statistics.advise(
         table.budgets, {row: s for row, s in table.scores.items() if row in costs}, latency
     )
     return [
-        f"On this machine: milliseconds of one text, texts a second in batches of {cost.BATCHES[-1]}, memory",
+        f"On this machine: milliseconds of one text, texts a second in batches of {costs.BATCHES[-1]}, memory",
         f"of a whole process of predict.py; {table.figure} with {most:,} labels.",
         *grid(head, rows),
         "![Pareto](pareto.png)",
@@ -223,7 +221,7 @@ def write_costs(table: Table, costs: dict[str, dict[str, float]], looks: dict, o
     ]
 
 
-def write_hardest(table: Table, test: Labelled) -> list[str]:
+def write_hardest(table: Table, test: LabeledDataset) -> list[str]:
     """The texts to whose class all rows together give the least probability."""
     most = table.budgets[-1]
     there = {row: cells[most].mean(0) for row, cells in table.found.items() if most in cells}

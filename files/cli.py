@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-import kernels
-from text import UserError
+import kernels.dispatch
+from files.disk import UserError
 
 
 class Flags(argparse.ArgumentParser):
@@ -56,7 +56,7 @@ def number(kind: type, low: float, high: float | None = None) -> Callable[[str],
     return convert
 
 
-def to_record(args: argparse.Namespace) -> dict[str, Any]:
+def flags_to_json(args: argparse.Namespace) -> dict[str, Any]:
     """The flags as the run's folder carries them, in JSON's types."""
     return json.loads(json.dumps(vars(args), default=str))
 
@@ -79,7 +79,7 @@ def choose_hardware(device_name: str | None, dtype_name: str) -> tuple[torch.dev
     ):
         raise UserError(f"--device {name}: not on this machine; there is {there}")
     try:
-        kernels.check_forced(device)
+        kernels.dispatch.check_kernel_choice(device)
     except ValueError as error:
         raise UserError(str(error)) from None
     if dtype_name != "auto":

