@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from analysis.baselines import LSA_WIDTHS, Fit, bag_of_words, document_vectors, linear, linear_fits, lsa
 from files import disk, model_folder, run_folder
-from files.cli import Flags, choose_hardware, flags_to_json, number, run_script
+from files.cli import Parser, choose_hardware, flags_to_json, number, run_script
 from files.disk import UserError
 from journal import begin_journal, keep, recall
 from labels import LabeledDataset, batches, draw, encode, folds, load
@@ -65,7 +65,7 @@ CORRELATIONS = (stats.pearsonr, stats.spearmanr)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    flags = Flags("Fine-tune a pretrained model, and compare it with three rivals.")
+    flags = Parser("Fine-tune a pretrained model, and compare it with three rivals.")
     add, positive, rate = flags.add_argument, number(int, 1), number(float, 0)
     models = "folder that train.py left, or a BERT, RoBERTa or ModernBERT: its folder or its name on the hub"
     add("--model", type=Path, default=Path("runs/pretrain"), help=models)
@@ -326,7 +326,7 @@ def compare_rows(args: argparse.Namespace) -> dict[str, Any]:
         model = Classifier(config, n_classes or 1).to(device)
         model.dropout.p = args.dropout
         if start == "pretrained":
-            model_folder.load_weights(model, weights, args.model, fresh=("classifier", "pooler"))
+            model_folder.load_weights(model, weights, args.model, allow_missing=("classifier", "pooler"))
         return model
 
     def fit(

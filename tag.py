@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         model = Tagger(config, len(train.names)).to(device)
         model.dropout.p = args.dropout
         if name == "pretrained":
-            model_folder.load_weights(model, weights, args.model, fresh=("classifier", "head"))
+            model_folder.load_weights(model, weights, args.model, allow_missing=("classifier", "head"))
         fit_network(model, rows, targets, on, rate, args, autocast)
         tagged = token_tags(model, rows, unseen, autocast)
         words = [entities.word_tags(t, places[i], train.names) for i, t in zip(unseen, tagged, strict=True)]

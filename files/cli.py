@@ -14,7 +14,7 @@ import kernels.dispatch
 from files.disk import UserError
 
 
-class Flags(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Plain argparse: defaults shown in the help, no abbreviations, errors in one line."""
 
     def __init__(self, description: str):

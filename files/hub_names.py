@@ -89,7 +89,7 @@ OLD_NAMES = (
 NOT_EXPORTED = ("decoder.weight", "bag_bias")
 
 
-def write_config(config: Config, task: str, special: dict[str, int]) -> dict[str, Any]:
+def config_to_json(config: Config, task: str, special: dict[str, int]) -> dict[str, Any]:
     """What config.json says of a model; `special` holds the ids of its special tokens."""
     written = {"architectures": [f"{CLASS_PREFIX[config.family]}For{task}"]}
     written["model_type"] = CLASS_PREFIX[config.family].lower()
@@ -101,7 +101,7 @@ def write_config(config: Config, task: str, special: dict[str, int]) -> dict[str
     return written | ({"classifier_pooling": "mean"} if config.is_modern else {"hidden_act": "gelu"})
 
 
-def read_config(raw: dict[str, Any]) -> Config:
+def config_from_json(raw: dict[str, Any]) -> Config:
     """The Config of a config.json, ours or as transformers 5 writes it, with the kind of each layer and its
     rotation by name. Raises ValueError, TypeError or KeyError where it is of none of the three families."""
     families = {prefix.lower(): family for family, prefix in CLASS_PREFIX.items()}

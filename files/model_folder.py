@@ -35,7 +35,7 @@ def save_model(
 ) -> None:
     """Write the four files; config.json, with `extra` in it, comes last: a folder with one is whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = hub_names.write_config(model.config, model.task, special_ids(tokenizer)) | (extra or {})
+    config = hub_names.config_to_json(model.config, model.task, special_ids(tokenizer)) | (extra or {})
     tokenizer_config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     tokenizer_config["model_max_length"] = model.config.max_len
     tokenizer_config |= {f"{name}_token": token for name, token in special_tokens(tokenizer).items()}
@@ -80,7 +80,7 @@ def load_model(name: Path) -> tuple[Config, dict[str, torch.Tensor], Tokenizer, 
     folder = find_model(name)
     try:
         raw = json.loads((folder / "config.json").read_text())
-        config = hub_names.read_config(raw)
+        config = hub_names.config_from_json(raw)
         if (folder / "model.safetensors").is_file() or not (folder / "pytorch_model.bin").is_file():
             weights = safetensors.torch.load_file(folder / "model.safetensors")
         else:
@@ -125,17 +125,17 @@ def empty(device: torch.device, kind: type, *given: Any) -> nn.Module:
 
 
 def load_weights(
-    model: nn.Module, weights: dict[str, torch.Tensor], folder: Path, fresh: tuple[str, ...] = ()
+    model: nn.Module, weights: dict[str, torch.Tensor], folder: Path, allow_missing: tuple[str, ...] = ()
 ) -> list[str]:
     """Fill a model; returns the names of those weights that stay as they are, which may be those named
-    `fresh...`. Raises UserError where others are missing, or any misfits."""
+    `allow_missing...`. Raises UserError where others are missing, or any misfits."""
     try:
         missing, _ = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
         raise UserError(f"{folder}: weights do not fit config.json: {reason}") from None
     missing = [name for name in missing if name not in hub_names.NOT_EXPORTED]
-    if wanted := [name for name in missing if not name.startswith(fresh)]:
+    if wanted := [name for name in missing if not name.startswith(allow_missing)]:
         raise UserError(f"{folder}/model.safetensors: no weight {wanted[0]}")
     return missing
 
@@ -153,7 +153,7 @@ def open_model(folder: Path, device: torch.device) -> tuple[nn.Module, Tokenizer
     if kind is MaskedLM:  # which in BERT's families has no use for the pooler
         model = empty(device, kind, config)
         model.decoder.weight = model.model.embeddings.tok_embeddings.weight  # emptied, they were parted
-        load_weights(model, weights, folder, fresh=("pooler",))
+        load_weights(model, weights, folder, allow_missing=("pooler",))
         return model, tokenizer, None
     if kind is Classifier and config.is_modern and pooling != "mean":
         raise UserError(f"{folder}: classifier_pooling {pooling!r} is not supported, only 'mean' is")

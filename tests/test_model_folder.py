@@ -122,7 +122,7 @@ def test_a_weight_is_missing(tmp_path):
         with pytest.raises(UserError) as error:
             model_folder.load_weights(MaskedLM(CONFIG), rest, tmp_path)
         assert_told_in_one_line(error, tmp_path, name)
-    model_folder.load_weights(MaskedLM(CONFIG), rest, tmp_path, fresh=(name,))
+    model_folder.load_weights(MaskedLM(CONFIG), rest, tmp_path, allow_missing=(name,))
 
 
 def test_weights_of_another_size(tmp_path):
