@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and the error that names what the user got wrong."""
+"""Files that are written completely or not at all, and the error for a mistake of the user."""
 
 import contextlib
 import json
@@ -6,28 +6,43 @@ import os
 from pathlib import Path
 from typing import Any
 
-CACHE = Path(
-    os.environ.get("CLOZE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "cloze"
-).expanduser()
+# Tokenized corpora and the default corpus; it may be deleted at any time.
+_USER_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+CACHE = Path(os.environ.get("CLOZE_CACHE") or _USER_CACHE / "cloze").expanduser()
 
 
 class UserError(Exception):
-    """The user's mistake, told in one line that names the file, the line or the flag; scripts exit with 2."""
+    """A mistake of the user, in one line that names the file and line or the flag.
+
+    `files.cli.run_script` prints it and ends the script with exit code 2.
+    """
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.splitlines()))  # a name may have lines of its own
+        # A file name may contain line breaks; the message is one line all the same.
+        super().__init__(" ".join(message.splitlines()))
 
 
 def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an error's message, or its type where it has no message."""
+    message = str(error).strip() or type(error).__name__
+    return message.splitlines()[0]
 
 
 def to_json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    """The content of a JSON file, readable for people."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    return (text + "\n").encode()
 
 
 def write_file(path: Path, content: bytes | memoryview) -> None:
-    """Replace a file at once. Raises UserError where it cannot be written."""
+    """Write a file, or replace it, in one step: a reader sees the old content or the new one.
+
+    The content is on the disk before it gets the name `path`, so a power failure cannot leave half
+    of a file either.
+
+    Raises:
+        UserError: the file cannot be written; the old one is unchanged.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -44,20 +59,37 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
 def rename(old: Path, new: Path) -> None:
     """Rename a file or folder whose content is on the disk, and bring the new name there too."""
     os.replace(old, new)
-    folder = os.open(new.parent, os.O_RDONLY)
+    sync_folder(new.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk; Windows, which cannot open a folder, skips this."""
     try:
-        os.fsync(folder)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return
+    try:
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 def make_folder(out: Path, model: Path | None = None) -> None:
-    """Make the folder of a run. Raises UserError where it cannot be written, or is that of the model read."""
+    """Make the output folder of a run.
+
+    Args:
+        out: the folder, the value of --out.
+        model: the folder of the model that the run reads, the value of --model.
+
+    Raises:
+        UserError: the folder cannot be written, or it is the one of the model.
+    """
     if model and out.resolve() == model.resolve():
         raise UserError(f"--out {out}: this is the folder of --model, which would be overwritten")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / ".try").touch()
-        (out / ".try").unlink()
+        probe = out / ".try"
+        probe.touch()
+        probe.unlink()
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written: {error.strerror}") from None

@@ -195,7 +195,7 @@ def test_a_device_that_is_not_there(machine, name):
     machine()
     with pytest.raises(UserError) as error:
         choose_hardware(name, "auto")
-    assert_told_in_one_line(error, f"--device {name}", "there is cpu")
+    assert_told_in_one_line(error, f"--device {name}", "available: cpu")
 
 
 def test_a_card_that_is_not_there(machine):
