@@ -34,7 +34,7 @@ from analysis.baselines import LSA_WIDTHS, Fit, bag_of_words, document_vectors, 
 from files import disk, model_folder, run_folder
 from files.cli import Parser, choose_hardware, flags_to_json, number, run_script
 from files.disk import UserError
-from journal import begin_journal, keep, recall
+from journal import as_bytes, begin_journal, keep, recall
 from labels import LabeledDataset, batches, draw, encode, folds, load
 from model import Classifier, Config, Tagger
 from optim import AdamW, judge, new_health, set_learning_rates
@@ -307,7 +307,7 @@ def compare_rows(args: argparse.Namespace) -> dict[str, Any]:
     rows, texts = train_rows + test_rows, joined(train) + joined(test)
     all_train, all_test = np.arange(n_train), n_train + np.arange(len(test))
     splits, how = choose_splits(train)
-    read = [*rows, train.targets, test.targets, *model_folder.as_bytes(weights)]
+    read = [*rows, train.targets, test.targets, *as_bytes(weights)]
     journal = begin_journal(args.out, flags, read, args.resume, device)
     args.epochs = args.epochs or max(2, min(8, round(31 / (n_train / (n_classes or 2)) ** 0.35)))
     print(f"{n_train:,} labels, {len(test):,} examples to test on; choices by {how}; {args.epochs} epochs")

@@ -279,6 +279,8 @@ class Pooler(nn.Module):
 
 def pooled(model: "MaskedLM | Classifier", states: Tensor, cu_seqlens: Tensor) -> Tensor:
     """The vector of each text that a family's classifier reads, (T, d_model) to (S, d_model)."""
+    if getattr(model, "pooling", "mean") == "cls":
+        return model.head(states.index_select(0, cu_seqlens[:-1]))
     if model.config.is_modern:
         return model.head(mean_pool(states, cu_seqlens))
     return model.pooler(states, cu_seqlens)
@@ -288,6 +290,7 @@ class MaskedLM(nn.Module):
     """Encoder, head and tied decoder, with the two losses of pretraining."""
 
     task = "MaskedLM"
+    pretraining_only = ("bag_bias",)
 
     def __init__(self, config: Config):
         super().__init__()
@@ -331,8 +334,12 @@ class Classifier(nn.Module):
 
     task = "SequenceClassification"
 
-    def __init__(self, config: Config, n_labels: int):
+    def __init__(self, config: Config, n_labels: int, pooling: str | None = None):
         super().__init__()
+        poolings = ("mean", "cls") if config.is_modern else ("pooler",)
+        self.pooling = poolings[0] if pooling is None else pooling
+        if self.pooling not in poolings:
+            raise ValueError(f"pooling {pooling!r} is none of {', '.join(poolings)}")
         self.config = config
         self.model = Encoder(config)
         if config.is_modern:

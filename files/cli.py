@@ -31,20 +31,13 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
 
     def add_device(self) -> None:
-        """Add the flag --device."""
-        self.add_argument(
-            "--device", help="cuda, cuda:1, mps or cpu; by default the fastest that is available"
-        )
+        devices = "cuda, cuda:1, mps or cpu; by default the fastest that is available"
+        self.add_argument("--device", help=devices)
 
     def add_dtype(self) -> None:
-        """Add the flag --dtype."""
-        self.add_argument(
-            "--dtype",
-            choices=("auto", "float32", "bfloat16", "float16"),
-            default="auto",
-            help="of matrix multiplications; auto is bfloat16 where the hardware supports it "
-            "natively, otherwise float32",
-        )
+        choices = ("auto", "float32", "bfloat16", "float16")
+        about = "of matrix multiplications; auto: bfloat16 where the hardware supports it natively"
+        self.add_argument("--dtype", choices=choices, default="auto", help=about)
 
     def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
         """Parse the command line; a mistake in it ends the process with exit code 2."""
@@ -61,15 +54,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind: type, low: float, high: float | None = None) -> Callable[[str], int | float]:
-    """The `type` of a flag whose value is a number between two limits.
+    """The `type`, for argparse, of a flag whose value is an int or a float between two limits.
 
-    Args:
-        kind: int or float.
-        low: the smallest value that is allowed.
-        high: the largest; by default the largest int32 or float.
-
-    Returns:
-        A function from the text of the command line to the number, for argparse.
+    Without `high` the limit is the largest int32, or the largest float.
     """
     if high is None:
         high = 2**31 - 1 if kind is int else sys.float_info.max
@@ -77,12 +64,11 @@ def number(kind: type, low: float, high: float | None = None) -> Callable[[str],
     def convert(text: str) -> int | float:
         value = kind(text)
         if not low <= value <= high:
-            limits = f"at least {low:g} and at most {high:g}"
-            raise argparse.ArgumentTypeError(f"{text}: it must be {limits}")
+            rule = f"it must be at least {low:g} and at most {high:g}"
+            raise argparse.ArgumentTypeError(f"{text}: {rule}")
         return value
 
-    # argparse shows this name where kind(text) raises ValueError.
-    convert.__name__ = "whole number" if kind is int else "number"
+    convert.__name__ = "whole number" if kind is int else "number"  # for argparse's messages
     return convert
 
 
@@ -95,14 +81,13 @@ def choose_hardware(device_name: str | None, dtype_name: str) -> tuple[torch.dev
     """Choose the device and the dtype of its matrix multiplications.
 
     Args:
-        device_name: the value of --device; None takes the fastest device of this machine. Under
+        device_name: the value of --device; None is the fastest device of this machine. Under
             torchrun, "cuda" is the GPU of this process's LOCAL_RANK.
-        dtype_name: the value of --dtype; "auto" takes bfloat16 only where the hardware multiplies
-            it natively, because elsewhere it is slower than float32.
+        dtype_name: the value of --dtype; "auto" is bfloat16 only where the hardware multiplies it
+            natively, because elsewhere it is slower than float32.
 
     Raises:
-        UserError: this machine has no such device, or CLOZE_KERNELS asks for kernels that do not
-            run on it.
+        UserError: there is no such device, or the kernels of CLOZE_KERNELS do not run on it.
     """
     available = ["cpu"]
     if torch.backends.mps.is_available():
@@ -113,18 +98,14 @@ def choose_hardware(device_name: str | None, dtype_name: str) -> tuple[torch.dev
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
 
+    choices = f"available: {', '.join(available)}"
     try:
         device = torch.device(name)
     except RuntimeError:
-        choices = ", ".join(available)
-        raise UserError(f"--device {name}: no such device; available: {choices}") from None
-    is_available = device.type in available
-    if device.type == "cuda":
-        is_available = is_available and (device.index or 0) < torch.cuda.device_count()
-    if not is_available:
-        choices = ", ".join(available)
-        raise UserError(f"--device {name}: not on this machine; available: {choices}")
-
+        raise UserError(f"--device {name}: no such device; {choices}") from None
+    n_devices = torch.cuda.device_count() if device.type == "cuda" else 1
+    if device.type not in available or (device.index or 0) >= n_devices:
+        raise UserError(f"--device {name}: not on this machine; {choices}")
     try:
         kernels.dispatch.check_kernel_choice(device)
     except ValueError as error:
@@ -148,12 +129,8 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
 def run_script(main: Callable[[], dict[str, Any]], stopped: str = "stopped") -> dict[str, Any]:
     """Run a script's `main`, and return what it returns.
 
-    A UserError ends the process with exit code 2 and one line on stderr, Ctrl-C with 130, and
-    SIGTERM with 143.
-
-    Args:
-        main: the function of the script.
-        stopped: the line printed after Ctrl-C or SIGTERM, for example how to resume.
+    A UserError ends the process with exit code 2 and one line on stderr; Ctrl-C and SIGTERM end it
+    with 130 and 143, and the line `stopped`.
     """
 
     def stop(signal_number: int, _: Any) -> None:

@@ -18,12 +18,10 @@ from typing import Any
 from files.disk import UserError
 
 TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv")
-# Both limits bound memory. Pretraining cuts a longer document (in characters) into several.
-LONGEST_DOCUMENT = 2**20
-# A longer line (in bytes) of a labelled file or table, or field of a table, is refused.
-LONGEST_LINE = 2**24
+LONGEST_DOCUMENT = 2**20  # characters; a longer document is cut into several
+LONGEST_LINE = 2**24  # bytes, and characters of a field; a longer line or field is refused
 
-# Called with each broken line, which is then left out.
+# What is called with the error of each broken line, which is then left out.
 Report = Callable[[UserError], None] | None
 
 
@@ -34,10 +32,9 @@ def read_lines(
 
     Args:
         path: the file, perhaps compressed (.gz); "-" is standard input.
-        piece: if given, a line of more bytes comes in pieces of this size, each with the number of
-            the line; otherwise a line longer than LONGEST_LINE is broken.
-        report: called with a UserError for each line that is broken: not UTF-8, with a NUL byte,
-            or too long. Without it the error is raised.
+        piece: where given, a line of more bytes comes in pieces of this size with the same number;
+            otherwise a line of more than LONGEST_LINE bytes is broken.
+        report: called for each line that is broken, that is, too long or not text in UTF-8.
 
     Yields:
         (line number from 1, line with its line break)
@@ -62,7 +59,7 @@ def read_lines(
                 else:
                     yield number, text
                 number += raw.endswith(b"\n")
-            _, problem = _decode(decoder, b"", final=True)
+            _, problem = _decode(decoder, b"")
             if problem:  # the file ends in the middle of a character
                 _report_or_raise(f"{path}:{number}: {problem}", report)
     except (OSError, EOFError, zlib.error) as error:
@@ -76,16 +73,14 @@ def _open(path: Path) -> contextlib.AbstractContextManager:
     return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
 
 
-def _decode(decoder: codecs.IncrementalDecoder, raw: bytes, final: bool = False) -> tuple[str, str]:
-    """(text, "") of some bytes, or ("", what is wrong with them)."""
+def _decode(decoder: codecs.IncrementalDecoder, raw: bytes) -> tuple[str, str]:
+    """(text, "") of some bytes, or ("", what is wrong with them); no bytes are the end."""
     try:
-        text = decoder.decode(raw, final)
+        text = decoder.decode(raw, final=not raw)
     except UnicodeDecodeError:
         decoder.reset()
         return "", "not UTF-8 text; convert it, for example with iconv"
-    if "\0" in text:
-        return "", "a NUL byte; this is not a text file in UTF-8"
-    return text, ""
+    return text, "a NUL byte; this is no text file in UTF-8" if "\0" in text else ""
 
 
 def _report_or_raise(message: str, report: Report) -> None:
@@ -104,22 +99,15 @@ def read_table(path: Path, report: Report = None) -> Iterator[tuple[int, dict[st
     """Read a .jsonl, .csv or .tsv file, perhaps compressed (.gz), row by row.
 
     The first line of a .csv or .tsv file names the columns. In a .tsv file every tab separates two
-    fields, and quotes are ordinary characters.
-
-    Args:
-        path: the file.
-        report: called with each broken row, as in `read_lines`.
+    fields, and quotes are ordinary characters. For `report` see `read_lines`.
 
     Yields:
         (number of the row's last line, {column: value})
 
     Raises:
-        UserError: the file cannot be read, its first line does not name columns, or a row is broken
-            and there is no `report`.
+        UserError: the file cannot be read, or a row is broken and there is no `report`.
     """
-    if text_suffix(path) == ".jsonl":
-        return _read_jsonl(path, report)
-    return _read_csv(path, report)
+    return (_read_jsonl if text_suffix(path) == ".jsonl" else _read_csv)(path, report)
 
 
 def _read_jsonl(path: Path, report: Report) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -136,8 +124,8 @@ def _read_jsonl(path: Path, report: Report) -> Iterator[tuple[int, dict[str, Any
         if isinstance(record, dict):
             yield number, record
         else:
-            rule = 'each line must be a JSON object such as {"text": "..."}'
-            _report_or_raise(f"{path}:{number}: {rule}", report)
+            problem = 'each line must be a JSON object such as {"text": "..."}'
+            _report_or_raise(f"{path}:{number}: {problem}", report)
 
 
 def _read_csv(path: Path, report: Report) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -169,8 +157,8 @@ def _read_csv(path: Path, report: Report) -> Iterator[tuple[int, dict[str, Any]]
         elif row is None:
             return
         elif row and len(row) != len(header):
-            counts = f"{len(row)} fields, but the first line names {len(header)}"
-            _report_or_raise(f"{path}:{line_number}: {counts}", report)
+            problem = f"{len(row)} fields, but the first line names {len(header)}"
+            _report_or_raise(f"{path}:{line_number}: {problem}", report)
         elif row:
             yield line_number, dict(zip(header, row, strict=True))
 
@@ -184,23 +172,26 @@ def read_documents(path: Path) -> Iterator[str]:
     Raises:
         UserError: the file cannot be read or is broken, or a row of a table has no `text`.
     """
-    if text_suffix(path) in TABLE_SUFFIXES:
-        for number, record in read_table(path):
-            text = record.get("text")
-            if not isinstance(text, str):
-                fields = ", ".join(map(repr, record)) or "nothing"
-                message = f"a field 'text' with text is needed; there is {fields}"
-                raise UserError(f"{path}:{number}: {message}")
-            for start in range(0, len(text) or 1, LONGEST_DOCUMENT):
-                yield text[start : start + LONGEST_DOCUMENT]
+    if text_suffix(path) not in TABLE_SUFFIXES:
+        yield from _read_plain_text(path)
         return
+    for number, record in read_table(path):
+        text = record.get("text")
+        if not isinstance(text, str):
+            fields = ", ".join(map(repr, record)) or "nothing"
+            problem = f"a field 'text' with text is needed; there is {fields}"
+            raise UserError(f"{path}:{number}: {problem}")
+        for start in range(0, len(text) or 1, LONGEST_DOCUMENT):
+            yield text[start : start + LONGEST_DOCUMENT]
 
+
+def _read_plain_text(path: Path) -> Iterator[str]:
     line_is_document = not _has_blank_lines(path)
     pieces: list[str] = []  # of the current document
     size = 0
     last_number = 0
     for number, text in read_lines(path, LONGEST_DOCUMENT):
-        is_blank = _is_blank_line(text, number, last_number)
+        is_blank = not text.strip() and number != last_number  # else it continues the last line
         if pieces and (line_is_document or is_blank or size + len(text) > LONGEST_DOCUMENT):
             yield "".join(pieces)
             pieces = []
@@ -213,37 +204,27 @@ def read_documents(path: Path) -> Iterator[str]:
         yield "".join(pieces)
 
 
-def _is_blank_line(text: str, number: int, last_number: int) -> bool:
-    """Whether a piece is a whole blank line; a piece with the last number continues that line."""
-    return not text.strip() and number != last_number
-
-
 def _has_blank_lines(path: Path) -> bool:
     """Whether a blank line stands between two lines of text."""
     seen_text = False
-    seen_blank = False  # after the last text
+    seen_blank = False
     last_number = 0
     for number, text in read_lines(path, LONGEST_DOCUMENT):
         if text.strip():
             if seen_blank:
                 return True
             seen_text = True
-        else:
-            seen_blank = seen_text and _is_blank_line(text, number, last_number)
+        elif seen_text and number != last_number:
+            seen_blank = True
         last_number = number
     return False
 
 
 def find_files(paths: Iterable[str]) -> list[Path]:
-    """List the text files behind paths.
-
-    Args:
-        paths: files, which are taken as they are, and folders, of which all .txt files and tables
-            are taken, sorted.
+    """The files among some paths, and the .txt files and tables in the folders among them, sorted.
 
     Raises:
-        UserError: a path does not exist, is neither a file nor a folder, or a folder has no text
-            files.
+        UserError: a path does not exist, is no regular file, or is a folder without text files.
     """
     suffixes = (".txt", *TABLE_SUFFIXES)
     files: list[Path] = []

