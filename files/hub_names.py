@@ -118,17 +118,14 @@ def config_to_json(config: Config, task: str, special_ids: dict[str, int]) -> di
     raw["hidden_activation" if config.is_modern else "hidden_act"] = "gelu"
     raw["tie_word_embeddings"] = True
 
-    reloaded = config_from_json(raw)
     for field in dataclasses.fields(config):
         if field.name not in (*MODERN_CONFIG, *BERT_CONFIG, *LEFT_OUT):
             advice = "add it to MODERN_CONFIG or BERT_CONFIG in files/hub_names.py"
             raise ValueError(f"Config.{field.name} would be lost in config.json; {advice}")
-        value = getattr(config, field.name)
-        if getattr(reloaded, field.name) != value:
-            reason = f"a {config.family} model does not have it"
-            raise ValueError(
-                f"Config.{field.name} {value!r} would be lost in config.json; {reason}"
-            )
+    fields = dataclasses.asdict(config)
+    reloaded = dataclasses.asdict(config_from_json(raw))
+    if lost := {name: value for name, value in fields.items() if reloaded[name] != value}:
+        raise ValueError(f"{lost} would be lost in the config.json of a {config.family} model")
     return raw
 
 

@@ -242,7 +242,7 @@ def open_model(folder: Path, device: torch.device) -> tuple[nn.Module, Tokenizer
             model = Tagger(config, n_labels)
         else:
             default = "cls" if config.is_modern else "pooler"  # as in `transformers`
-            model = Classifier(config, n_labels, raw.get("classifier_pooling", default))
+            model = Classifier(config, n_labels, raw.get("classifier_pooling") or default)
     except ValueError as error:
         raise UserError(f"{folder}: {first_line(error)}") from None
     load_weights(model, weights, folder)

@@ -6,7 +6,6 @@ once it is on the disk. Who goes on takes the newest that is as its manifest say
 """
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
@@ -25,6 +24,11 @@ import tokenizers
 import torch
 from tokenizers import Tokenizer
 from torch import nn
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
 
 from files import disk, model_folder
 from files.disk import UserError
