@@ -26,7 +26,7 @@ from analysis import plots, report
 from analysis.baselines import linear_fits
 from analysis.results import Results, Table
 from files import disk, model_folder, run_folder
-from files.cli import Flags, choose_hardware, flags_to_json, number, run_script
+from files.cli import Parser, choose_hardware, flags_to_json, number, run_script
 from files.disk import UserError
 from files.reviews import load_reviews
 from labels import LabeledDataset, draw, encode, load
@@ -39,7 +39,7 @@ TRANSFER_ROWS = ("frozen", "lsa")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    flags = Flags("Compare pretrained models with their rivals over label budgets and draws, and report.")
+    flags = Parser("Compare pretrained models with their rivals over label budgets and draws, and report.")
     add = flags.add_argument
     models = "folders of train.py, or BERTs; the rivals are run with the first one's text and shape"
     add("--model", type=Path, nargs="+", default=[Path("runs/pretrain")], metavar="DIR", help=models)
@@ -177,7 +177,7 @@ def layer_scores(
     (examples, test), n_classes = parts, len(parts[0].names)
     drawn = {(budget, seed): draw(examples, budget, seed) for budget in budgets for seed in range(n_seeds)}
     network = Classifier(config, n_classes).to(device).eval()
-    model_folder.load_weights(network, weights, model, fresh=("classifier", "pooler", "head"))
+    model_folder.load_weights(network, weights, model, allow_missing=("classifier", "pooler", "head"))
     rows = [row for part in (test, *drawn.values()) for row in encode(part, tokenizer, max_len)[0]]
     states: list[torch.Tensor] = []
     for module in (network.model.embeddings, *network.model.layers):

@@ -36,7 +36,7 @@ import train
 from benchmarks import ahead_of_time, references
 from data import Corpus, prepare
 from files import disk
-from files.cli import Flags, choose_hardware, number, run_script
+from files.cli import Parser, choose_hardware, number, run_script
 from model import Classifier, Config, MaskedLM, preset
 from optim import make_optimizers
 
@@ -51,7 +51,7 @@ PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "MI300
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    flags = Flags("Measure speed and memory, or compile the kernels ahead of time.")
+    flags = Parser("Measure speed and memory, or compile the kernels ahead of time.")
     add = flags.add_argument
     add("--against", default="hf,torch", help="peers of the step: hf is BERT and ModernBERT of transformers")
     add("--shape", default="2x256,6x384", help="layers x d_model of the step, with heads of 64")

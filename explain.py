@@ -23,7 +23,7 @@ import labels
 from analysis.html_page import AGAINST, FOR, attention_maps, page, section
 from data import special_ids
 from files import disk, model_folder
-from files.cli import Flags, choose_hardware, number, run_script
+from files.cli import Parser, choose_hardware, number, run_script
 from files.disk import UserError
 from files.readers import read_lines
 from model import Classifier
@@ -37,7 +37,7 @@ RESAMPLES = 10_000
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    flags = Flags("Tell which words made a classifier say what it said.")
+    flags = Parser("Tell which words made a classifier say what it said.")
     add = flags.add_argument
     add("texts", nargs="*", metavar="TEXT", help="a text to explain")
     add("--model", type=Path, default=Path("runs/finetune"), help="folder of finetune.py")

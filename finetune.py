@@ -32,9 +32,9 @@ from tqdm import tqdm
 
 from analysis.baselines import LSA_WIDTHS, Fit, bag_of_words, document_vectors, linear, linear_fits, lsa
 from files import disk, model_folder, run_folder
-from files.cli import Flags, choose_hardware, flags_to_json, number, run_script
+from files.cli import Parser, choose_hardware, flags_to_json, number, run_script
 from files.disk import UserError
-from journal import begin_journal, keep, recall
+from journal import as_bytes, begin_journal, keep, recall
 from labels import LabeledDataset, batches, draw, encode, folds, load
 from model import Classifier, Config, Tagger
 from optim import AdamW, judge, new_health, set_learning_rates
@@ -65,7 +65,7 @@ CORRELATIONS = (stats.pearsonr, stats.spearmanr)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    flags = Flags("Fine-tune a pretrained model, and compare it with three rivals.")
+    flags = Parser("Fine-tune a pretrained model, and compare it with three rivals.")
     add, positive, rate = flags.add_argument, number(int, 1), number(float, 0)
     models = "folder that train.py left, or a BERT, RoBERTa or ModernBERT: its folder or its name on the hub"
     add("--model", type=Path, default=Path("runs/pretrain"), help=models)
@@ -307,7 +307,7 @@ def compare_rows(args: argparse.Namespace) -> dict[str, Any]:
     rows, texts = train_rows + test_rows, joined(train) + joined(test)
     all_train, all_test = np.arange(n_train), n_train + np.arange(len(test))
     splits, how = choose_splits(train)
-    read = [*rows, train.targets, test.targets, *model_folder.as_bytes(weights)]
+    read = [*rows, train.targets, test.targets, *as_bytes(weights)]
     journal = begin_journal(args.out, flags, read, args.resume, device)
     args.epochs = args.epochs or max(2, min(8, round(31 / (n_train / (n_classes or 2)) ** 0.35)))
     print(f"{n_train:,} labels, {len(test):,} examples to test on; choices by {how}; {args.epochs} epochs")
@@ -326,7 +326,7 @@ def compare_rows(args: argparse.Namespace) -> dict[str, Any]:
         model = Classifier(config, n_classes or 1).to(device)
         model.dropout.p = args.dropout
         if start == "pretrained":
-            model_folder.load_weights(model, weights, args.model, fresh=("classifier", "pooler"))
+            model_folder.load_weights(model, weights, args.model, allow_missing=("classifier", "pooler"))
         return model
 
     def fit(

@@ -58,3 +58,8 @@ def recall(place: Path) -> tuple[Any, np.ndarray | None] | None:
             return json.loads(str(found["record"])), found.get("array")
         print(f"{place}: damaged: it is done again", flush=True)
     return None
+
+
+def as_bytes(weights):
+    """(bytes,) of each, whatever its dtype."""
+    return [weight.contiguous().reshape(-1).view(torch.uint8).numpy() for weight in weights.values()]

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 
 from data import special_ids, special_tokens
 from files import model_folder
-from files.cli import Flags, choose_hardware, number, run_script
+from files.cli import Parser, choose_hardware, number, run_script
 from files.disk import UserError
 from files.entities import predict_entities
 from files.readers import TABLE_SUFFIXES, Report, read_lines, read_table, text_suffix
@@ -44,7 +44,7 @@ class Item(NamedTuple):
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    flags = Flags("Classify texts, or fill their [MASK]s.")
+    flags = Parser("Classify texts, or fill their [MASK]s.")
     add, positive = flags.add_argument, number(int, 1)
     add("texts", nargs="*", metavar="TEXT", help="a text; or - alone for the lines of standard input")
     add("--model", type=Path, default=Path("runs/finetune"), help="folder of finetune.py or train.py")

@@ -18,7 +18,7 @@ from files import disk, entities, model_folder
 from files.cli import choose_hardware, flags_to_json
 from files.disk import UserError
 from finetune import CHOOSING, N_FOLDS, choose_length, choose_splits, fit_network
-from journal import begin_journal, keep, recall
+from journal import as_bytes, begin_journal, keep, recall
 from labels import LabeledDataset, batches
 from model import Tagger
 
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     all_train, all_test = np.arange(n_train), n_train + np.arange(len(test))
     truth = [[train.names[i] for i in tags] for tags in train.tags + test.tags]
     splits, how = choose_splits(LabeledDataset(train.words, None, np.zeros(n_train), None))
-    read = [*rows, *targets, *model_folder.as_bytes(weights)]
+    read = [*rows, *targets, *as_bytes(weights)]
     journal = begin_journal(args.out, flags, read, args.resume, device)
     args.epochs = args.epochs or EPOCHS
     print(f"{n_train:,} sentences, {len(test):,} to test on; choices by {how}; {args.epochs} epochs")
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         model = Tagger(config, len(train.names)).to(device)
         model.dropout.p = args.dropout
         if name == "pretrained":
-            model_folder.load_weights(model, weights, args.model, fresh=("classifier", "head"))
+            model_folder.load_weights(model, weights, args.model, allow_missing=("classifier", "head"))
         fit_network(model, rows, targets, on, rate, args, autocast)
         tagged = token_tags(model, rows, unseen, autocast)
         words = [entities.word_tags(t, places[i], train.names) for i, t in zip(unseen, tagged, strict=True)]

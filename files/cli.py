@@ -1,7 +1,8 @@
-"""The flags that every script has, and the hardware that they ask for."""
+"""What all scripts share: flags, the choice of hardware, and how a script ends."""
 
 import argparse
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -14,93 +15,130 @@ import kernels.dispatch
 from files.disk import UserError
 
 
-class Flags(argparse.ArgumentParser):
-    """Plain argparse: defaults shown in the help, no abbreviations, errors in one line."""
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows each default, except one that says nothing: None, and False of an on/off flag."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with defaults in the help, no abbreviated flags, and errors of one line."""
 
     def __init__(self, description: str):
-        formatter = argparse.ArgumentDefaultsHelpFormatter
-        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
+        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
 
     def add_device(self) -> None:
-        there = "cuda, cuda:1, mps or cpu; by default the fastest that is there"
-        self.add_argument("--device", help=there)
+        devices = "cuda, cuda:1, mps or cpu; by default the fastest that is available"
+        self.add_argument("--device", help=devices)
 
     def add_dtype(self) -> None:
-        products = "of matrix products; auto is bfloat16 where the hardware multiplies it natively"
         choices = ("auto", "float32", "bfloat16", "float16")
-        self.add_argument("--dtype", choices=choices, default="auto", help=products)
+        about = "of matrix multiplications; auto: bfloat16 where the hardware supports it natively"
+        self.add_argument("--dtype", choices=choices, default="auto", help=about)
 
     def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
-        given = sys.argv[1:] if argv is None else argv
-        for text in given:  # a path in another encoding can be opened, but neither printed nor saved
+        """Parse the command line; a mistake in it ends the process with exit code 2."""
+        argv = sys.argv[1:] if argv is None else argv
+        for text in argv:
+            # Python can open a path in another encoding, but neither print it nor save it as JSON.
             if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
                 self.error(f"{text!a}: not UTF-8 text")
-        return super().parse_args(given)
+        return super().parse_args(argv)
 
-    def error(self, message: str):
+    def error(self, message: str) -> None:
+        """End the process with exit code 2 and one line."""
         self.exit(2, f"{self.prog}: {' '.join(message.splitlines())}\n")
 
 
 def number(kind: type, low: float, high: float | None = None) -> Callable[[str], int | float]:
-    """The type of a flag that takes a number from low to high, by default as far as arrays can count."""
-    high = {int: 2**31 - 1, float: sys.float_info.max}[kind] if high is None else high
+    """The `type`, for argparse, of a flag whose value is an int or a float between two limits.
+
+    Without `high` the limit is the largest int32, or the largest float.
+    """
+    if high is None:
+        high = 2**31 - 1 if kind is int else sys.float_info.max
 
     def convert(text: str) -> int | float:
         value = kind(text)
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text}: it must be at least {low:g} and at most {high:g}")
+            rule = f"it must be at least {low:g} and at most {high:g}"
+            raise argparse.ArgumentTypeError(f"{text}: {rule}")
         return value
 
-    # argparse names it where kind(text) fails
-    convert.__name__ = {int: "whole number", float: "number"}[kind]
+    convert.__name__ = "whole number" if kind is int else "number"  # for argparse's messages
     return convert
 
 
 def flags_to_json(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags as the run's folder carries them, in JSON's types."""
+    """The flags in JSON's types, as they are saved with a run."""
     return json.loads(json.dumps(vars(args), default=str))
 
 
 def choose_hardware(device_name: str | None, dtype_name: str) -> tuple[torch.device, torch.dtype]:
-    """The device, and the dtype of its matrix products; None and "auto" look for the fastest that is there.
+    """Choose the device and the dtype of its matrix multiplications.
 
-    bfloat16 is chosen only where the hardware multiplies it natively: elsewhere it is the slower of the two.
-    Raises UserError where the one or the other, or what CLOZE_KERNELS asks for, is not to be had.
+    Args:
+        device_name: the value of --device; None is the fastest device of this machine. Under
+            torchrun, "cuda" is the GPU of this process's LOCAL_RANK.
+        dtype_name: the value of --dtype; "auto" is bfloat16 only where the hardware multiplies it
+            natively, because elsewhere it is slower than float32.
+
+    Raises:
+        UserError: there is no such device, or the kernels of CLOZE_KERNELS do not run on it.
     """
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = device_name or next(name for name, is_there in found.items() if is_there)
-    there = ", ".join(name for name, is_there in found.items() if is_there)
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        available.insert(0, "cuda")
+    name = device_name or available[0]
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+
+    choices = f"available: {', '.join(available)}"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device {name}: no such device; there is {there}") from None
-    if not found.get(device.type) or (
-        device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
-    ):
-        raise UserError(f"--device {name}: not on this machine; there is {there}")
+        raise UserError(f"--device {name}: no such device; {choices}") from None
+    n_devices = torch.cuda.device_count() if device.type == "cuda" else 1
+    if device.type not in available or (device.index or 0) >= n_devices:
+        raise UserError(f"--device {name}: not on this machine; {choices}")
     try:
         kernels.dispatch.check_kernel_choice(device)
     except ValueError as error:
         raise UserError(str(error)) from None
+
     if dtype_name != "auto":
         return device, getattr(torch, dtype_name)
-    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return device, torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions that multiply bfloat16 matrices."""
     if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-    return device, torch.bfloat16 if native else torch.float32
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return False
 
 
 def run_script(main: Callable[[], dict[str, Any]], stopped: str = "stopped") -> dict[str, Any]:
-    """What `main` returns. A user's mistake ends the process with 2 and a line on stderr; Ctrl-C and SIGTERM
-    with 130 and 143, and the line `stopped`, which may say how to go on."""
+    """Run a script's `main`, and return what it returns.
 
-    def stop(number: int, _: Any) -> None:
+    A UserError ends the process with exit code 2 and one line on stderr; Ctrl-C and SIGTERM end it
+    with 130 and 143, and the line `stopped`.
+    """
+
+    def stop(signal_number: int, _: Any) -> None:
         print(stopped, file=sys.stderr)
-        sys.exit(128 + number)
+        sys.exit(128 + signal_number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
     try:
         return main()
     except UserError as error:

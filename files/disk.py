@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and the error that names what the user got wrong."""
+"""Files that are written completely or not at all, and the error for a mistake of the user."""
 
 import contextlib
 import json
@@ -6,28 +6,35 @@ import os
 from pathlib import Path
 from typing import Any
 
+# Downloads and tokenized corpora; it may be deleted at any time.
 CACHE = Path(
     os.environ.get("CLOZE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "cloze"
 ).expanduser()
 
 
 class UserError(Exception):
-    """The user's mistake, told in one line that names the file, the line or the flag; scripts exit with 2."""
+    """A mistake of the user, in one line that names the file and line or the flag."""
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.splitlines()))  # a name may have lines of its own
+        super().__init__(" ".join(message.splitlines()))  # file names may contain line breaks
 
 
 def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type where it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def to_json(value: Any) -> bytes:
+    """The content of a JSON file, readable for people."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def write_file(path: Path, content: bytes | memoryview) -> None:
-    """Replace a file at once. Raises UserError where it cannot be written."""
+    """Write or replace a file in one step: readers, and a power failure, see the old or the new.
+
+    Raises:
+        UserError: the file cannot be written; the old one is unchanged.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -44,15 +51,27 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
 def rename(old: Path, new: Path) -> None:
     """Rename a file or folder whose content is on the disk, and bring the new name there too."""
     os.replace(old, new)
-    folder = os.open(new.parent, os.O_RDONLY)
+    sync_folder(new.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk."""
     try:
-        os.fsync(folder)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # Windows cannot open a folder
+        return
+    try:
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 def make_folder(out: Path, model: Path | None = None) -> None:
-    """Make the folder of a run. Raises UserError where it cannot be written, or is that of the model read."""
+    """Make `out`, the output folder of a run that reads the model in the folder `model`.
+
+    Raises:
+        UserError: `out` cannot be written, or is the folder of the model.
+    """
     if model and out.resolve() == model.resolve():
         raise UserError(f"--out {out}: this is the folder of --model, which would be overwritten")
     try:

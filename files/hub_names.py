@@ -1,19 +1,26 @@
-"""The names of BERT's, RoBERTa's and ModernBERT's settings and weights, and ours, both ways, as tables.
+"""Settings and weights in the names of BERT, RoBERTa and ModernBERT, and in ours.
 
-A folder is written in its family's own names and read back from them, so that `transformers` needs no
-conversion. Our names are ModernBERT's; BERT's and RoBERTa's differ, and part query, key and value.
+A folder is written in its family's own names and read from them, so `transformers` needs no
+conversion. Our names are ModernBERT's. BERT and RoBERTa have other names, and separate matrices
+for query, key and value where ours has one.
+
+Both directions are strict: what has no name here is an error and never dropped in silence.
 """
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from model import Config, Encoder, ShapesOnly
+from model import Config
 
-CLASS_PREFIX = {"modern": "ModernBert", "bert": "Bert", "roberta": "Roberta"}  # of `architectures`
+# The prefix of `architectures`; in lower case it is `model_type`.
+CLASS_PREFIX = {"modern": "ModernBert", "bert": "Bert", "roberta": "Roberta"}
 
-# Our name of each field of Config, and theirs in config.json.
+# ------------------------------------------------------------------------- tables of config.json
+
+# Each field of Config, and its name in config.json.
 SHARED_CONFIG = {
     "vocab_size": "vocab_size",
     "d_model": "hidden_size",
@@ -31,17 +38,27 @@ MODERN_CONFIG = SHARED_CONFIG | {
     "norm_eps": "norm_eps",
 }
 BERT_CONFIG = SHARED_CONFIG | {"n_types": "type_vocab_size", "norm_eps": "layer_norm_eps"}
-# Settings that exist in one kind here: another value is another arithmetic, and refused.
-ONLY = {
+CONFIG_NAMES = {"modern": MODERN_CONFIG, "bert": BERT_CONFIG, "roberta": BERT_CONFIG}
+
+# Fields of Config that are no settings of their own: `family` is written as model_type, and
+# `unused_positions` is added to max_position_embeddings and follows from pad_token_id.
+LEFT_OUT = ("family", "unused_positions")
+# Settings of `transformers` of which this program has one value; another one is another arithmetic.
+FIXED_SETTINGS = {
     "hidden_act": "gelu",
     "hidden_activation": "gelu",
+    "classifier_activation": "gelu",
     "position_embedding_type": "absolute",
     "attention_bias": False,
     "mlp_bias": False,
     "norm_bias": False,
+    "classifier_bias": False,
+    "decoder_bias": True,
     "is_decoder": False,
     "tie_word_embeddings": True,
 }
+
+# ---------------------------------------------------------------------------- tables of weights
 
 EMBEDDINGS = {
     "tok_embeddings": "word_embeddings",
@@ -73,115 +90,218 @@ HEADS = {
         "classifier": "classifier.out_proj",
     },
 }
-# The dense layer of RoBERTa's classifier does what a pooler does, and stands in its place.
-ROBERTA_HEADS = {
+# RoBERTa's sequence classifier has a dense layer of its own in the place of the pooler.
+ROBERTA_TASK_HEADS = {
     "SequenceClassification": {"pooler.dense": "classifier.dense"},
     "TokenClassification": {"classifier": "classifier"},
 }
-# Names in files of other programs, and of other times: Google's norms, and a bias stored under its layer.
-OLD_NAMES = (
-    (".gamma", ".weight"),
-    (".beta", ".bias"),
-    ("cls.predictions.decoder.bias", "cls.predictions.bias"),
-    ("lm_head.decoder.bias", "lm_head.bias"),
+# Parts of names in older files, and today's: Google's norms, and the decoder as a module.
+OLD_NAMES = {
+    "LayerNorm.gamma": "LayerNorm.weight",
+    "LayerNorm.beta": "LayerNorm.bias",
+    "cls.predictions.decoder.": "cls.predictions.",
+    "lm_head.decoder.": "lm_head.",
+}
+# The decoder's weight is tied: the embedding is saved, and this name is not.
+TIED = "decoder.weight"
+# Weights of a file that a model may leave unused. Every other unused weight is an error, because
+# the saved model computed something that the loaded one would not.
+MAY_BE_UNUSED = (
+    # heads of other tasks, in our names: a new task starts from an encoder that had another one
+    "head.",
+    "decoder.",
+    "pooler.",
+    "classifier.",
+    # the same, in BERT's names: next-sentence prediction and question answering
+    "cls.seq_relationship.",
+    "qa_outputs.",
+    # constants that old versions of `transformers` saved, not parameters
+    "bert.embeddings.position_ids",
+    "roberta.embeddings.position_ids",
+    "roberta.embeddings.token_type_ids",
 )
-# Not exported: the decoder's weight is the embedding's, the bias of the pooled loss serves pretraining alone.
-NOT_EXPORTED = ("decoder.weight", "bag_bias")
+
+# ------------------------------------------------------------------------------------ config.json
 
 
-def write_config(config: Config, task: str, special: dict[str, int]) -> dict[str, Any]:
-    """What config.json says of a model; `special` holds the ids of its special tokens."""
-    written = {"architectures": [f"{CLASS_PREFIX[config.family]}For{task}"]}
-    written["model_type"] = CLASS_PREFIX[config.family].lower()
-    names = MODERN_CONFIG if config.is_modern else BERT_CONFIG
-    written |= {theirs: getattr(config, ours) for ours, theirs in names.items()}
-    written["max_position_embeddings"] += config.unused_positions
-    written |= {f"{name}_token_id": special[name] for name in ("pad", "cls", "sep")}
-    written |= {"bos_token_id": special["cls"], "eos_token_id": special["sep"], "tie_word_embeddings": True}
-    return written | ({"classifier_pooling": "mean"} if config.is_modern else {"hidden_act": "gelu"})
+def config_to_json(config: Config, task: str, special_ids: dict[str, int]) -> dict[str, Any]:
+    """The content of config.json.
+
+    Args:
+        config: the shape of the model.
+        task: the `task` of its class, for example "MaskedLM".
+        special_ids: the ids of the tokenizer's special tokens, by name ("pad", "cls", ...).
+
+    Raises:
+        ValueError: a field of the config would be lost, or would be read back as another value.
+    """
+    prefix = CLASS_PREFIX[config.family]
+    raw: dict[str, Any] = {"architectures": [f"{prefix}For{task}"], "model_type": prefix.lower()}
+    raw |= {theirs: getattr(config, ours) for ours, theirs in CONFIG_NAMES[config.family].items()}
+    raw["max_position_embeddings"] += config.unused_positions
+    raw |= {f"{name}_token_id": special_ids[name] for name in ("pad", "cls", "sep")}
+    raw |= {"bos_token_id": special_ids["cls"], "eos_token_id": special_ids["sep"]}
+    raw["hidden_activation" if config.is_modern else "hidden_act"] = "gelu"
+    raw["tie_word_embeddings"] = True
+
+    reloaded = config_from_json(raw)
+    for field in dataclasses.fields(config):
+        if field.name not in (*MODERN_CONFIG, *BERT_CONFIG, *LEFT_OUT):
+            raise ValueError(
+                f"Config.{field.name} would be lost when a model is saved: name it in "
+                "MODERN_CONFIG or BERT_CONFIG of files/hub_names.py"
+            )
+        value = getattr(config, field.name)
+        if getattr(reloaded, field.name) != value:
+            reason = f"the config.json of a {config.family} model cannot hold it"
+            raise ValueError(f"Config.{field.name} {value!r} would be lost: {reason}")
+    return raw
 
 
-def read_config(raw: dict[str, Any]) -> Config:
-    """The Config of a config.json, ours or as transformers 5 writes it, with the kind of each layer and its
-    rotation by name. Raises ValueError, TypeError or KeyError where it is of none of the three families."""
+def config_from_json(raw: dict[str, Any]) -> Config:
+    """The Config of a config.json, written by us or by any version of `transformers`.
+
+    Raises:
+        ValueError, TypeError or KeyError: it is of none of the three families, or of a variant
+            that computes something else.
+    """
+    model_type = raw.get("model_type", "modernbert")
     families = {prefix.lower(): family for family, prefix in CLASS_PREFIX.items()}
-    if (kind := raw.get("model_type", "modernbert")) not in families:
-        raise ValueError(f"model_type {kind!r} is none of {', '.join(families)}")
-    for name, value in ONLY.items():
+    if model_type not in families:
+        raise ValueError(f"model_type {model_type!r} is none of {', '.join(families)}")
+    for name, value in FIXED_SETTINGS.items():
         if raw.get(name, value) != value:
             raise ValueError(f"{name} {raw[name]!r} is not supported, only {value!r} is")
-    if (family := families[kind]) != "modern":
-        ours = {name: raw[theirs] for name, theirs in BERT_CONFIG.items() if theirs in raw}
-        ours["norm_eps"] = ours.get("norm_eps", 1e-12)
-        ours["unused_positions"] = raw.get("pad_token_id", 1) + 1 if family == "roberta" else 0
-        ours["max_len"] -= ours["unused_positions"]
-        return Config(family=family, **ours)
-    ours = {name: raw[theirs] for name, theirs in MODERN_CONFIG.items() if theirs in raw}
-    ropes = raw.get("rope_parameters") or {}
-    for name, kind in (("global_rope_theta", "full_attention"), ("local_rope_theta", "sliding_attention")):
-        if kind in ropes:
-            ours[name] = ropes[kind]["rope_theta"]
-    if layers := raw.get("layer_types"):
-        every = ours["global_attn_every_n_layers"] = (*layers, "full_attention").index("full_attention", 1)
-        if any((kind == "full_attention") != (layer % every == 0) for layer, kind in enumerate(layers)):
-            raise ValueError("layer_types without a period are not supported")
-    return Config(**ours)
+
+    family = families[model_type]
+    names = CONFIG_NAMES[family]
+    fields = {ours: raw[theirs] for ours, theirs in names.items() if theirs in raw}
+    if family == "modern":
+        fields |= _read_layers(raw)
+    else:
+        fields.setdefault("norm_eps", 1e-12)
+        fields["unused_positions"] = raw.get("pad_token_id", 1) + 1 if family == "roberta" else 0
+        fields["max_len"] -= fields["unused_positions"]
+    return Config(family=family, **fields)
 
 
-def table(config: Config, task: str) -> dict[str, tuple[str, ...]]:
-    """Our name of each module with weights, and theirs: three where ours is fused."""
-    of_task = ROBERTA_HEADS.get(task, {}) if config.family == "roberta" else {}
-    names = {ours: (theirs,) for ours, theirs in (HEADS[config.family] | of_task).items()}
+def _read_layers(raw: dict[str, Any]) -> dict[str, Any]:
+    """The fields that transformers 5 writes as the kind of each layer and the RoPE of each kind."""
+    fields = {}
+    names = {"full_attention": "global_rope_theta", "sliding_attention": "local_rope_theta"}
+    for attention, rope in (raw.get("rope_parameters") or {}).items():
+        if rope.get("rope_type", "default") != "default":
+            raise ValueError(f"rope_type {rope['rope_type']!r} is not supported")
+        fields[names[attention]] = rope["rope_theta"]
+
+    if layer_types := raw.get("layer_types"):
+        period = (*layer_types, "full_attention").index("full_attention", 1)
+        fields["global_attn_every_n_layers"] = period
+        for layer, attention in enumerate(layer_types):
+            if (attention == "full_attention") != (layer % period == 0):
+                raise ValueError("layer_types without a period are not supported")
+    return fields
+
+
+# ---------------------------------------------------------------------------------------- weights
+
+
+def module_names(config: Config, task: str) -> dict[str, tuple[str, ...]]:
+    """BERT's or RoBERTa's name of each of our modules; three names where ours is fused."""
     base = config.family
-    names |= {f"model.embeddings.{a}": (f"{base}.embeddings.{b}",) for a, b in EMBEDDINGS.items()}
+    heads = HEADS[config.family]
+    if config.family == "roberta":
+        heads = heads | ROBERTA_TASK_HEADS.get(task, {})
+    names = {ours: (theirs,) for ours, theirs in heads.items()}
+    for ours, theirs in EMBEDDINGS.items():
+        names[f"model.embeddings.{ours}"] = (f"{base}.embeddings.{theirs}",)
     for i in range(config.n_layers):
-        for ours, theirs in LAYER.items():
-            names[f"model.layers.{i}.{ours}"] = tuple(f"{base}.encoder.layer.{i}.{name}" for name in theirs)
+        for ours, parts in LAYER.items():
+            names[f"model.layers.{i}.{ours}"] = tuple(
+                f"{base}.encoder.layer.{i}.{p}" for p in parts
+            )
     return names
 
 
 def export_weights(weights: dict[str, Tensor], config: Config, task: str) -> dict[str, Tensor]:
-    """Weights in the names of their family."""
-    weights = {name: w for name, w in weights.items() if name not in NOT_EXPORTED}
+    """Rename weights from our names to those of the family; the tied decoder is left out.
+
+    Raises:
+        ValueError: a weight has no name in the tables of the family.
+    """
+    weights = {name: weight for name, weight in weights.items() if name != TIED}
     if config.is_modern:
         return weights
-    names, exported = table(config, task), {}
+    names = module_names(config, task)
+    exported = {}
     for name, weight in weights.items():
         module, kind = name.rsplit(".", 1)
-        parts = weight.chunk(len(names[module]))
-        exported |= {f"{theirs}.{kind}": part for theirs, part in zip(names[module], parts, strict=True)}
+        if module not in names:
+            rule = "add it to the tables of files/hub_names.py, or to MaskedLM.pretraining_only"
+            raise ValueError(f"weight {name} has no name in {config.family} models; {rule}")
+        parts = weight.chunk(len(names[module]))  # query, key and value where they are fused
+        for theirs, part in zip(names[module], parts, strict=True):
+            exported[f"{theirs}.{kind}"] = part
     return exported
 
 
 def import_weights(weights: dict[str, Tensor], config: Config, task: str) -> dict[str, Tensor]:
-    """Weights in our names; those that we have no use for are left out. A file of the bare encoder, without
-    the prefix of a model with a head, is read as well. Raises ValueError where the layers cannot be in it."""
+    """Rename weights from the names in a file to ours.
+
+    A file of the bare encoder, whose names lack the prefix, is read as well. A name that is in no
+    table stays as it is: `model_folder.load_weights` decides whether that is an error.
+
+    Raises:
+        ValueError: the file has fewer weights than the config has layers.
+    """
     if config.n_layers > len(weights):
         raise ValueError(f"the config has {config.n_layers} layers, more than there are weights")
-    for old, new in OLD_NAMES:
-        weights = {name.removesuffix(old) + new * name.endswith(old): w for name, w in weights.items()}
+    for old, new in OLD_NAMES.items():
+        weights = {name.replace(old, new): weight for name, weight in weights.items()}
     prefix = "model." if config.is_modern else f"{config.family}."
     if not any(name.startswith(prefix) for name in weights):
         weights = {prefix + name: weight for name, weight in weights.items()}
-    if config.is_modern:
-        return {name: weight for name, weight in weights.items() if name not in NOT_EXPORTED}
-    found = {}
-    for ours, theirs in table(config, task).items():
+
+    imported = dict(weights)
+    names = {} if config.is_modern else module_names(config, task)
+    for ours, theirs in names.items():
         for kind in ("weight", "bias"):
-            parts = [weights[f"{name}.{kind}"] for name in theirs if f"{name}.{kind}" in weights]
-            if len(parts) == len(theirs):
-                found[f"{ours}.{kind}"] = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return found
+            if all(f"{name}.{kind}" in weights for name in theirs):
+                parts = [imported.pop(f"{name}.{kind}") for name in theirs]
+                imported[f"{ours}.{kind}"] = torch.cat(parts) if len(parts) > 1 else parts[0]
+    imported.pop(TIED, None)
+    return imported
 
 
 def check_shapes(config: Config, weights: dict[str, Tensor]) -> None:
-    """Raises ValueError where an encoder of that config has other weights than these: before a model takes
-    the memory that an absurd config asks for."""
-    with torch.device("meta"), ShapesOnly():
-        expected = Encoder(config).state_dict(prefix="model.")
-    for name, weight in expected.items():
+    """Compare the sizes of the config with the weights of the encoder.
+
+    This comes before the model is made, so a wrong config cannot ask for absurd amounts of memory.
+
+    Args:
+        config: the config of a folder.
+        weights: its weights, in our names.
+
+    Raises:
+        ValueError: a matrix is missing, or has another shape.
+    """
+    width = config.d_model
+    shapes = {"model.embeddings.tok_embeddings": (config.vocab_size, width)}
+    if not config.is_modern:
+        n_positions = config.unused_positions + config.max_len
+        shapes["model.embeddings.position_embeddings"] = (n_positions, width)
+        shapes["model.embeddings.token_type_embeddings"] = (config.n_types, width)
+    n_inner = 2 * config.d_ff if config.is_modern else config.d_ff  # GeGLU has a gate
+    for i in range(config.n_layers):
+        shapes[f"model.layers.{i}.attn.Wqkv"] = (3 * width, width)
+        shapes[f"model.layers.{i}.attn.Wo"] = (width, width)
+        shapes[f"model.layers.{i}.mlp.Wi"] = (n_inner, width)
+        shapes[f"model.layers.{i}.mlp.Wo"] = (width, config.d_ff)
+
+    for module, shape in shapes.items():
+        name = f"{module}.weight"
         if name not in weights:
             raise ValueError(f"no weight {name}")
-        if weights[name].shape != weight.shape:
-            found, shape = tuple(weights[name].shape), tuple(weight.shape)
-            raise ValueError(f"{name} is {found}, but by the config {shape}")
+        if weights[name].shape != shape:
+            actual = tuple(weights[name].shape)
+            raise ValueError(f"{name} has the shape {actual}, but by the config {shape}")

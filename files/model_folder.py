@@ -1,8 +1,10 @@
-"""Save and load a model: config.json, model.safetensors, tokenizer.json, tokenizer_config.json, the layout
-that `transformers` reads; hub_names.py has the names in them.
+"""Save and load a model: config.json, model.safetensors, tokenizer.json, tokenizer_config.json.
 
-Every file of this program's runs is written by `write`: under another name, flushed to the disk, then renamed
-into place, so that no reader sees half of one, and no loss of power leaves half of one.
+This is the layout that `transformers` reads; hub_names.py has the names in it.
+
+A folder is a model if it has a config.json. To overwrite a model, `save_model` removes config.json
+first and writes it last, and `load_model` checks at its end that config.json is still the same
+file. So nobody reads the weights of one model with the settings or the tokenizer of another.
 """
 
 import contextlib
@@ -13,43 +15,69 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from tokenizers import BertWordPieceTokenizer, Tokenizer
-from torch import nn
+from torch import Tensor, nn
 
 from data import special_ids, special_tokens
-from files import hub_names
+from files import disk, hub_names
 from files.disk import UserError, first_line, to_json, write_file
-from model import Classifier, Config, MaskedLM, ShapesOnly, Tagger
+from model import Classifier, Config, MaskedLM, Tagger
 
-# What the libraries raise that read a config or weights which are broken.
-BROKEN = (OSError, EOFError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, SafetensorError)
-MODEL_FILES = ("config.json", "*.safetensors", "pytorch_model.bin", "tokenizer*.json", "vocab.txt")
+# What the libraries raise when they read a broken config or broken weights.
+BROKEN = (OSError, EOFError, ValueError, TypeError, AttributeError, KeyError, RuntimeError)
+BROKEN += (SafetensorError,)
+# The files that are fetched from the Hugging Face hub.
+HUB_FILES = ("config.json", "*.safetensors", "pytorch_model.bin", "tokenizer*.json", "vocab.txt")
 
 
 def save_model(
     folder: Path, model: nn.Module, tokenizer: Tokenizer, extra: dict[str, Any] | None = None
 ) -> None:
-    """Write the four files; config.json, with `extra` in it, comes last: a folder with one is whole."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = hub_names.write_config(model.config, model.task, special_ids(tokenizer)) | (extra or {})
+    """Write a MaskedLM, Classifier or Tagger and its tokenizer; a model in the folder is replaced.
+
+    Args:
+        extra: further settings for config.json, for example id2label.
+
+    Raises:
+        UserError: a file cannot be written.
+        ValueError: a setting or a weight has no name in the family of the model.
+    """
+    config = hub_names.config_to_json(model.config, model.task, special_ids(tokenizer))
+    # In a ModernBERT without this setting `transformers` takes "cls"; our default is "mean".
+    pooling = getattr(model, "pooling", "mean" if model.config.is_modern else None)
+    if pooling:
+        config["classifier_pooling"] = pooling
+
     tokenizer_config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     tokenizer_config["model_max_length"] = model.config.max_len
-    tokenizer_config |= {f"{name}_token": token for name, token in special_tokens(tokenizer).items()}
-    exported = hub_names.export_weights(model.state_dict(), model.config, model.task)
-    weights = {name: weight.detach().cpu().contiguous() for name, weight in exported.items()}
-    write_file(folder / "model.safetensors", safetensors.torch.save(weights, metadata={"format": "pt"}))
+    for name, token in special_tokens(tokenizer).items():
+        tokenizer_config[f"{name}_token"] = token
+
+    skip = tuple(getattr(model, "pretraining_only", ()))
+    weights = {name: w for name, w in model.state_dict().items() if not name.startswith(skip)}
+    exported = hub_names.export_weights(weights, model.config, model.task)
+    exported = {name: weight.detach().cpu().contiguous() for name, weight in exported.items()}
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "config.json").exists():
+            (folder / "config.json").unlink()
+            disk.sync_folder(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
+    content = safetensors.torch.save(exported, metadata={"format": "pt"})
+    write_file(folder / "model.safetensors", content)
     write_file(folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
     write_file(folder / "tokenizer_config.json", to_json(tokenizer_config))
-    write_file(folder / "config.json", to_json(config))
+    write_file(folder / "config.json", to_json(config | (extra or {})))
 
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Whatever is wrong with what a run left there is a UserError that names it."""
+    """Turn an error in reading a file that an earlier run wrote into a UserError that names it."""
     try:
         yield
     except BROKEN as error:
@@ -57,117 +85,177 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def find_model(name: Path) -> Path:
-    """The folder of a model: the one of that name, or where there is none, the Hugging Face hub's, fetched
-    into its cache. Raises UserError where there is neither."""
-    here = UserError(f"{name}: no checkpoint: it has no config.json; train.py leaves one in its --out")
+    """The folder of a model: `name` itself, or a model of the Hugging Face hub in the hub's cache.
+
+    Raises:
+        UserError: there is no such folder, and no such model on the hub.
+    """
     if (name / "config.json").is_file():
         return name
-    # what looks like a folder of a run that is not there yet is not asked for elsewhere
-    is_folder = name.exists() or name.parts[0] == "runs" or (len(name.parts) > 1 and name.parent.exists())
-    if is_folder or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(name)):
-        raise here
+    # The name of an output folder that does not exist yet is not looked up on the hub.
+    is_path = name.parts[0] == "runs" or (len(name.parts) > 1 and name.parent.exists())
+    is_hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(name))
+    if name.exists() or is_path or not is_hub_name:
+        advice = "train.py leaves one in its --out"
+        raise UserError(f"{name}: no checkpoint: it has no config.json; {advice}")
+
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=MODEL_FILES))
-    except Exception as error:  # of the network, of the hub, of its cache: each library has its own
+        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=HUB_FILES))
+    except Exception as error:  # the network, the hub and its cache each have errors of their own
         raise UserError(f"{name}: no such folder; from the hub: {first_line(error)}") from None
 
 
-def load_model(name: Path) -> tuple[Config, dict[str, torch.Tensor], Tokenizer, dict[str, Any]]:
-    """(config, weights in our names, tokenizer, the whole of config.json) of a folder, or of a model of the
-    hub. Raises UserError where it is none of the three families."""
+def load_model(name: Path) -> tuple[Config, dict[str, Tensor], Tokenizer, dict[str, Any]]:
+    """Read a folder, or a model of the hub, written by us or by `transformers`.
+
+    Returns:
+        (config, weights in our names, tokenizer, the whole content of config.json)
+
+    Raises:
+        UserError: the folder is of none of the three families, is broken, or is being overwritten.
+    """
     folder = find_model(name)
+    version = _version(folder)
     try:
-        raw = json.loads((folder / "config.json").read_text())
-        config = hub_names.read_config(raw)
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = hub_names.config_from_json(raw)
         if (folder / "model.safetensors").is_file() or not (folder / "pytorch_model.bin").is_file():
-            weights = safetensors.torch.load_file(folder / "model.safetensors")
+            exported = safetensors.torch.load_file(folder / "model.safetensors")
         else:
-            weights = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
-        task = next(iter(raw.get("architectures") or [""])).partition("For")[2]
-        weights = hub_names.import_weights(weights, config, task)
+            exported = torch.load(folder / "pytorch_model.bin", "cpu", weights_only=True)
+        weights = hub_names.import_weights(exported, config, _task(raw))
         hub_names.check_shapes(config, weights)
     except pickle.UnpicklingError:
-        raise UserError(f"{folder}/pytorch_model.bin: not weights alone: it would run code") from None
+        rule = "it holds more than weights, and would run code"
+        raise UserError(f"{folder}/pytorch_model.bin: {rule}") from None
     except BROKEN as error:
         raise UserError(f"{folder}: no checkpoint of this program: {first_line(error)}") from None
+
     tokenizer = load_tokenizer(folder)
     if tokenizer.get_vocab_size() != config.vocab_size:
         sizes = f"{tokenizer.get_vocab_size()} word pieces, the model {config.vocab_size}"
         raise UserError(f"{folder}: the tokenizer has {sizes}")
+    if _version(folder) != version:
+        raise UserError(f"{folder}: another run is overwriting this model; wait until it has ended")
     return config, weights, tokenizer, raw
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """From tokenizer.json, or BERT's from vocab.txt. Raises UserError where it cannot be used."""
-    path = folder / "tokenizer.json"
+def _version(folder: Path) -> tuple[int, int] | None:
+    """What distinguishes one config.json from the next; None where there is none."""
     try:
-        if path.is_file() or not (folder / "vocab.txt").is_file():
+        status = (folder / "config.json").stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_ino
+
+
+def _task(raw: dict[str, Any]) -> str:
+    """The task of a config.json: "MaskedLM" of BertForMaskedLM, "" of BertModel."""
+    architectures = raw.get("architectures") or [""]
+    return architectures[0].partition("For")[2]
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Read tokenizer.json, or BERT's vocab.txt where there is no tokenizer.json.
+
+    Raises:
+        UserError: it is broken, lacks a special token, or cannot encode an unknown letter.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file() and (folder / "vocab.txt").is_file():
+        path = folder / "vocab.txt"
+    try:
+        if path.name == "tokenizer.json":
             tokenizer = Tokenizer.from_file(str(path))
         else:
-            path, about = folder / "vocab.txt", folder / "tokenizer_config.json"
-            lower = not about.is_file() or json.loads(about.read_text()).get("do_lower_case", True)
-            tokenizer = Tokenizer.from_str(BertWordPieceTokenizer(str(path), lowercase=lower).to_str())
+            settings_file = folder / "tokenizer_config.json"
+            settings = json.loads(settings_file.read_bytes()) if settings_file.is_file() else {}
+            is_uncased = settings.get("do_lower_case", True)
+            bert_tokenizer = BertWordPieceTokenizer(str(path), lowercase=is_uncased)
+            tokenizer = Tokenizer.from_str(bert_tokenizer.to_str())
         special_ids(tokenizer)
-        tokenizer.encode("\N{CUNEIFORM SIGN A}")  # fails where there is no token for what is unknown
-    except Exception as error:  # tokenizers raises nothing more special
+        tokenizer.encode("\N{CUNEIFORM SIGN A}")
+    except Exception as error:  # tokenizers has no errors of its own
         raise UserError(f"{path}: {first_line(error)}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
-def empty(device: torch.device, kind: type, *given: Any) -> nn.Module:
-    """A model to load: drawing weights that the file's replace would take longer than reading those."""
-    with torch.device("meta"), ShapesOnly():
-        return kind(*given).to_empty(device=device).eval()
-
-
 def load_weights(
-    model: nn.Module, weights: dict[str, torch.Tensor], folder: Path, fresh: tuple[str, ...] = ()
+    model: nn.Module, weights: dict[str, Tensor], folder: Path, allow_missing: tuple[str, ...] = ()
 ) -> list[str]:
-    """Fill a model; returns the names of those weights that stay as they are, which may be those named
-    `fresh...`. Raises UserError where others are missing, or any misfits."""
+    """Copy the weights that `load_model` returned into a model, strictly.
+
+    Args:
+        folder: where the weights are from, for messages.
+        allow_missing: beginnings of names of weights that may be missing.
+
+    Returns:
+        The names of the weights that are missing; the model's own are unchanged.
+
+    Raises:
+        UserError: another weight is missing, one does not fit, or the model does not use one that
+            `hub_names.MAY_BE_UNUSED` does not name.
+    """
     try:
-        missing, _ = model.load_state_dict(weights, strict=False)
+        missing, unused = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
         raise UserError(f"{folder}: weights do not fit config.json: {reason}") from None
-    missing = [name for name in missing if name not in hub_names.NOT_EXPORTED]
-    if wanted := [name for name in missing if not name.startswith(fresh)]:
-        raise UserError(f"{folder}/model.safetensors: no weight {wanted[0]}")
+
+    never_saved = (hub_names.TIED, *getattr(model, "pretraining_only", ()))
+    missing = [name for name in missing if not name.startswith(never_saved)]
+    for name in missing:
+        if not name.startswith(allow_missing):
+            raise UserError(f"{folder}/model.safetensors: no weight {name}")
+    for name in unused:
+        if not name.startswith(hub_names.MAY_BE_UNUSED):
+            kind = type(model).__name__
+            raise UserError(f"{folder}: unexpected weight {name}, which a {kind} does not use")
     return missing
 
 
 def open_model(folder: Path, device: torch.device) -> tuple[nn.Module, Tokenizer, list[str] | None]:
-    """To be used: (MaskedLM, Classifier or Tagger; its tokenizer; the names of its classes or tags, or None).
-    Raises UserError where the folder holds another kind of model."""
+    """Load a model of a folder or of the hub, ready for use on a device.
+
+    Returns:
+        (MaskedLM, Classifier or Tagger; its tokenizer; the names of its classes or tags, None for
+        a MaskedLM or a regression)
+
+    Raises:
+        UserError: the folder cannot be read, or holds another kind of model.
+    """
     config, weights, tokenizer, raw = load_model(folder)
-    kinds = {f"For{kind.task}": kind for kind in (MaskedLM, Classifier, Tagger)}
-    architecture, problem = next(iter(raw.get("architectures") or [""])), raw.get("problem_type")
-    kind = next((kind for name, kind in kinds.items() if architecture.endswith(name)), None)
-    pooling, given = raw.get("classifier_pooling"), raw.get("id2label")
-    if kind is None:
-        raise UserError(f"{folder}: architecture {architecture!r} is none of those {', '.join(kinds)}")
-    if kind is MaskedLM:  # which in BERT's families has no use for the pooler
-        model = empty(device, kind, config)
-        model.decoder.weight = model.model.embeddings.tok_embeddings.weight  # emptied, they were parted
-        load_weights(model, weights, folder, fresh=("pooler",))
-        return model, tokenizer, None
-    if kind is Classifier and config.is_modern and pooling != "mean":
-        raise UserError(f"{folder}: classifier_pooling {pooling!r} is not supported, only 'mean' is")
-    if problem not in (None, "single_label_classification", "regression"):
-        raise UserError(f"{folder}: problem_type {problem!r} is not supported")
+    if _task(raw) == MaskedLM.task:
+        model = MaskedLM(config)
+        load_weights(model, weights, folder, allow_missing=("pooler",))  # only a classifier uses it
+        return model.to(device).eval(), tokenizer, None
+
+    problem_type = raw.get("problem_type")
+    if problem_type not in (None, "single_label_classification", "regression"):
+        raise UserError(f"{folder}: problem_type {problem_type!r} is not supported")
+    if _task(raw) not in (Classifier.task, Tagger.task):
+        kinds = ", ".join(f"For{kind.task}" for kind in (MaskedLM, Classifier, Tagger))
+        raise UserError(f"{folder}: architectures {raw.get('architectures')} is none of {kinds}")
     if "classifier.weight" not in weights:
         raise UserError(f"{folder}/model.safetensors: no weight classifier.weight")
-    model = empty(device, kind, config, len(weights["classifier.weight"]))
-    given = given if isinstance(given, dict) else {}
-    names = [str(given.get(str(i), f"LABEL_{i}")) for i in range(model.classifier.out_features)]
+    n_labels = len(weights["classifier.weight"])
+    try:
+        if _task(raw) == Tagger.task:
+            model = Tagger(config, n_labels)
+        else:
+            default = "cls" if config.is_modern else "pooler"  # as in `transformers`
+            model = Classifier(config, n_labels, raw.get("classifier_pooling", default))
+    except ValueError as error:
+        raise UserError(f"{folder}: {first_line(error)}") from None
     load_weights(model, weights, folder)
-    return model, tokenizer, None if problem == "regression" else names
+    model = model.to(device).eval()
 
-
-def as_bytes(weights: dict[str, torch.Tensor]) -> list[np.ndarray]:
-    """(bytes,) of each, whatever its dtype."""
-    return [weight.contiguous().reshape(-1).view(torch.uint8).numpy() for weight in weights.values()]
+    if problem_type == "regression":
+        return model, tokenizer, None
+    names = raw.get("id2label")
+    names = names if isinstance(names, dict) else {}
+    return model, tokenizer, [str(names.get(str(i), f"LABEL_{i}")) for i in range(n_labels)]

@@ -174,7 +174,7 @@ def test_pieces_of_a_step_sum_to_the_step(pretrained, topics):
         args = finetune.parse(["--accumulate", str(pieces), "--epochs", "1", "--dropout", "0"])
         torch.manual_seed(0)
         model = Classifier(config, 3)
-        model_folder.load_weights(model, state, pretrained, fresh=("classifier",))
+        model_folder.load_weights(model, state, pretrained, allow_missing=("classifier",))
         off = torch.autocast("cpu", enabled=False)
         finetune.fit_network(model, rows, train.targets, np.arange(64), 1e-3, args, off)
         models.append(model.state_dict())
@@ -196,7 +196,7 @@ def test_rare_words_move_a_pretrained_embedding_less(pretrained, topics, tmp_pat
         args = finetune.parse(["--epochs", "2", "--weight-decay", "0"])
         torch.manual_seed(0)
         model = Classifier(config, 3)
-        model_folder.load_weights(model, state, pretrained, fresh=("classifier",))
+        model_folder.load_weights(model, state, pretrained, allow_missing=("classifier",))
         embedding = model.model.embeddings.tok_embeddings.weight
         before, off = embedding.detach().clone(), torch.autocast("cpu", enabled=False)
         finetune.fit_network(model, rows, train.targets, np.arange(len(rows)), 3e-4, args, off, eps)

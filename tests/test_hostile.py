@@ -289,7 +289,7 @@ def flag_names(script, monkeypatch):
         raise SystemExit(0)
 
     with monkeypatch.context() as patch, contextlib.suppress(SystemExit):
-        patch.setattr(cli.Flags, "parse_args", note)
+        patch.setattr(cli.Parser, "parse_args", note)
         script.parse([])
     return sorted(set(names) - {"-h", "--help"})
 

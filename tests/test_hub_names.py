@@ -102,7 +102,7 @@ def test_states_and_logits_of_masked_tokens_are_those_of_transformers(tmp_path, 
     other = their_folder(tmp_path, name, "ForMaskedLM")
     config, weights, tokenizer, _ = model_folder.load_model(tmp_path)
     model = MaskedLM(config).eval()
-    missing = model_folder.load_weights(model, weights, tmp_path, fresh=("pooler",))
+    missing = model_folder.load_weights(model, weights, tmp_path, allow_missing=("pooler",))
     assert missing == ["pooler.dense.weight", "pooler.dense.bias"]
     inputs, padded = flat_and_padded(tokenizer, CONFIGS[name].get("pad_token_id", 0), pairs)
     there, n = padded["attention_mask"].bool(), int(padded["attention_mask"].sum())
@@ -142,7 +142,7 @@ def test_a_real_bert():
     other = transformers.AutoModel.from_pretrained(MINILM, attn_implementation="eager").eval()
     config, weights, tokenizer, _ = model_folder.load_model(MINILM)
     model = Classifier(config, 2).eval()
-    model_folder.load_weights(model, weights, MINILM, fresh=("classifier",))
+    model_folder.load_weights(model, weights, MINILM, allow_missing=("classifier",))
     inputs, padded = flat_and_padded(tokenizer, pairs=TEXTS[::-1])
     there, n = padded["attention_mask"].bool(), int(padded["attention_mask"].sum())
     expected = other(**padded)
@@ -166,7 +166,7 @@ def test_a_folder_survives_a_round_trip_to_the_bit(tmp_path, name, task):
     other = their_folder(tmp_path / "theirs", name, task)
     config, weights, tokenizer, raw = model_folder.load_model(tmp_path / "theirs")
     model = MaskedLM(config) if task == "ForMaskedLM" else Classifier(config, 2)
-    model_folder.load_weights(model, weights, tmp_path, fresh=("pooler",))
+    model_folder.load_weights(model, weights, tmp_path, allow_missing=("pooler",))
     model_folder.save_model(tmp_path / "ours", model, tokenizer)
     assert json.loads((tmp_path / "ours/config.json").read_text())["architectures"] == raw["architectures"]
     again = type(other).from_pretrained(tmp_path / "ours")
@@ -193,7 +193,7 @@ def test_weights_in_old_names_and_in_a_pickle(tmp_path):
     torch.save(old, tmp_path / "pytorch_model.bin")
     config, weights, _, _ = model_folder.load_model(tmp_path)
     model = MaskedLM(config)
-    model_folder.load_weights(model, weights, tmp_path, fresh=("pooler",))
+    model_folder.load_weights(model, weights, tmp_path, allow_missing=("pooler",))
     exported = hub_names.export_weights(model.state_dict(), config, "MaskedLM")
     for name, weight in other.state_dict().items():
         assert "decoder" in name or torch.equal(exported[name], weight), name

@@ -122,7 +122,7 @@ def test_a_weight_is_missing(tmp_path):
         with pytest.raises(UserError) as error:
             model_folder.load_weights(MaskedLM(CONFIG), rest, tmp_path)
         assert_told_in_one_line(error, tmp_path, name)
-    model_folder.load_weights(MaskedLM(CONFIG), rest, tmp_path, fresh=(name,))
+    model_folder.load_weights(MaskedLM(CONFIG), rest, tmp_path, allow_missing=(name,))
 
 
 def test_weights_of_another_size(tmp_path):
@@ -195,7 +195,7 @@ def test_a_device_that_is_not_there(machine, name):
     machine()
     with pytest.raises(UserError) as error:
         choose_hardware(name, "auto")
-    assert_told_in_one_line(error, f"--device {name}", "there is cpu")
+    assert_told_in_one_line(error, f"--device {name}", "available: cpu")
 
 
 def test_a_card_that_is_not_there(machine):
