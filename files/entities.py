@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from data import special_ids
+from files.tokenizer import special_ids
 from files.disk import UserError
 from files.readers import read_lines, read_table, text_suffix
 from labels import TEST_SHARE, batches
