@@ -21,7 +21,15 @@ from data import Batch, Corpus
 from files import model_folder, run_folder
 from files.cli import Parser, choose_hardware, flags_to_json, number, run_script
 from files.disk import UserError, to_json, write_file
-from files.machine import Ranks, collect_signals, compile_blocks, cpu_share, join_ranks
+from files.machine import (
+    MICRO_BATCH_TOKENS,
+    STEPS,
+    Ranks,
+    collect_signals,
+    compile_blocks,
+    default_steps,
+    join_ranks,
+)
 from files.step_monitor import StepMonitor
 from files.token_cache import prepare
 from model import PRESETS, Config, MaskedLM, preset
@@ -29,12 +37,6 @@ from optim import make_optimizers, set_learning_rates
 
 # The weight of each loss of MaskedLM.forward in the sum that is minimized.
 LOSS_WEIGHTS = {"masked_lm": 1.0}
-
-# For tiny, steps that end within 10 minutes on 2 CPU cores; for the others, which need a GPU, a
-# first guess.
-STEPS = {"tiny": 1500, "small": 20_000, "base": 100_000}
-MICRO_BATCH_TOKENS = 8192
-FEW_STEPS = 500  # where the default is fewer, twice as many of half the tokens learn more
 
 # Peak learning rates of a new model; and of one that --model continues, which those would ruin.
 NEW_RATES = {"lr_muon": 0.02, "lr_adamw": 3e-3, "lr_embedding": 3e-3}
@@ -73,9 +75,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--mask-rate", type=share, default=0.3, help="fewer masked tokens teach less per step")
     masks = "whole words, rare ones more often, because frequent ones say less; or any token"
     add("--mask", choices=("rare", "even"), default="rare", help=masks)
-    starts = (
-        "embedding: from the text's co-occurrences, which saves a third of the steps; or random"
-    )
+    starts = "embedding: the text's co-occurrences, which saves a third of the steps; or random"
     add("--start", choices=("spectral", "random"), default="spectral", help=starts)
     add("--seed", type=number(int, 0), default=0, help="of the weights, the order and the masks")
     parser.add_device()
@@ -102,28 +102,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.steps is None and args.preset not in STEPS:
         parser.error(f"--preset {args.preset} has no default number of steps: give --steps")
     return args
-
-
-def default_steps(
-    preset_name: str, device: torch.device, dtype_name: str, micro_batch_tokens: int | None = None
-) -> tuple[int, int, str]:
-    """How long to train: a number of steps and not of seconds, so that runs repeat.
-
-    Returns:
-        (steps, tokens of a micro-batch, the rule that gave them).
-    """
-    n_steps = STEPS[preset_name]
-    reason = f"the default of {preset_name}"
-    if device.type == "cpu":
-        factor, feature = cpu_share(dtype_name)
-        n_steps = round(n_steps * factor)
-        if factor != 1:
-            reason += f" x {factor:g}, for a CPU that multiplies in {dtype_name} with {feature}"
-    if n_steps < FEW_STEPS and micro_batch_tokens is None:
-        n_steps *= 2
-        micro_batch_tokens = MICRO_BATCH_TOKENS // 2
-        reason += f"; few, so twice as many of {micro_batch_tokens:,} tokens"
-    return n_steps, micro_batch_tokens or MICRO_BATCH_TOKENS, f"{n_steps} steps: {reason}"
 
 
 def set_defaults(
@@ -225,20 +203,6 @@ def validate(model: MaskedLM, batches: list[Batch], autocast) -> dict[str, float
     return {"validation_loss": weighted_sum(means)} | named
 
 
-def load_checkpoint(
-    args: argparse.Namespace, record: dict[str, Any], ranks: Ranks
-) -> tuple[Path | None, dict[str, Any]]:
-    """The (folder, training state) to resume from; (None, {}) for a new run."""
-    folder = None
-    if args.resume and ranks.is_first:
-        folder = run_folder.latest_checkpoint(args.out, ranks.log)
-    folder = ranks.from_first(folder)
-    if folder is None:
-        return None, {}
-    defaults = flags_to_json(parse_args([]))
-    return folder, run_folder.load_state(folder, record, defaults, ranks.log)
-
-
 def show_progress(bar: tqdm, point: dict[str, Any], n_tokens_left: int, ranks: Ranks) -> None:
     """Loss and speed beside the bar, or in a line of their own where there is none."""
     speed = point["tokens_per_second"]
@@ -261,7 +225,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         set_defaults(args, device, dtype, ranks)
         environment = run_folder.environment(device, ranks.n)
         record = {"flags": flags_to_json(args), "environment": environment}
-        checkpoint, state = load_checkpoint(args, record, ranks)
+        defaults = flags_to_json(parse_args([]))
+        checkpoint, state = run_folder.find_checkpoint(args, record, defaults, ranks)
 
         initial = model_folder.load_model(args.model) if args.model else None
         config = build_config(args, initial)
@@ -277,25 +242,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         n_weights = sum(p.numel() for p in model.parameters())
         step_tokens = args.accumulate * args.micro_batch_tokens
 
-        first_step = 0
-        points: list[dict[str, Any]] = []  # of the curve
-        if checkpoint:
-            first_step = run_folder.restore(checkpoint, state, record, model, optimizers, scaler)
-            monitor.load_state_dict(state["monitor"])
-            points = run_folder.cut_metrics(args.out, first_step) if ranks.is_first else []
-            ranks.log(f"resuming after step {first_step}")
-        elif ranks.is_first:
-            n_saves = args.steps // args.save_every
-            run_folder.check_space(args.out, 4 * n_weights, args.keep, n_saves, args.snapshots)
-            run_folder.start_run(args.out, record)
+        training = (model, optimizers, scaler, monitor)
+        first_step, points = run_folder.start_or_resume(
+            args, checkpoint, state, record, training, ranks
+        )
         if args.compile:
             compile_blocks(model.model.layers, device, ranks.log)
-        parallel_model = ranks.wrap(model)
-        if checkpoint:
-            ranks.rehearse(parallel_model, corpus.batch(0, ranks.rank, ranks.n, args.mask_rate))
-        ranks.log(
-            f"{n_weights:,} weights on {device}, {args.dtype}; {step_tokens:,} tokens per step"
-        )
+        rehearsal = corpus.batch(0, ranks.rank, ranks.n, args.mask_rate) if checkpoint else None
+        parallel_model = ranks.wrap(model, rehearsal)
+        ranks.log(f"{n_weights:,} weights on {device}, {args.dtype}; {step_tokens:,} tokens a step")
 
         progress = tqdm(total=args.steps, initial=first_step, unit="step", disable=ranks.hide_bar)
         signals = stack.enter_context(collect_signals())
@@ -350,22 +305,23 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             is_snapshot = done * args.snapshots // args.steps > step * args.snapshots // args.steps
             if is_snapshot or done % args.validate_every == 0 or is_last:
                 new_points.append({"step": done} | validate(model, validation, autocast))
-                loss = new_points[-1]["validation_loss"]
-                ranks.log(f"step {done}: validation loss {loss:.3f}")
+                validation_loss = new_points[-1]["validation_loss"]
+                ranks.log(f"step {done}: validation loss {validation_loss:.3f}")
             points += new_points
 
             must_save = interrupted or done % args.save_every == 0 or is_last
             gave_up = monitor.gave_up
             if gave_up:  # skipped steps changed no weight: save them if they still predict
                 monitor.reset()
-                loss = validate(model, validation, autocast)["validation_loss"]
-                must_save = math.isfinite(loss)
+                validation_loss = validate(model, validation, autocast)["validation_loss"]
+                must_save = math.isfinite(validation_loss)
             if ranks.is_first:
                 run_folder.append_metrics(args.out, new_points)
                 if must_save:
-                    state = record | {"step": done, "monitor": monitor.state_dict()}
-                    training = (model, optimizers, scaler, corpus.tokenizer)
-                    run_folder.save_checkpoint(args.out, *training, state, args.keep, points)
+                    state = record | {"step": done}
+                    run_folder.save_checkpoint(
+                        args.out, training, corpus.tokenizer, state, args.keep, points
+                    )
                 if is_snapshot:
                     snapshot = args.out / "snapshots" / f"step-{done}"
                     model_folder.save_model(snapshot, model, corpus.tokenizer)
@@ -402,8 +358,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             from analysis import plots  # matplotlib takes a second to import
 
             plots.loss_curve(points, args.out / "curve.png")
-        loss = metrics["validation_loss"]
-        ranks.log(f"{args.out}: validation loss {loss:.3f} after {metrics['seconds']:.0f} s")
+        seconds = f"{metrics['seconds']:.0f} s"
+        ranks.log(f"{args.out}: validation loss {metrics['validation_loss']:.3f} after {seconds}")
     return metrics
 
 

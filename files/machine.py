@@ -1,4 +1,4 @@
-"""What a run needs of its machine: processes, signals, a compiler, and how fast its CPU is."""
+"""What a run needs of its machine: processes, signals, a compiler, and how many steps to take."""
 
 import contextlib
 import os
@@ -12,6 +12,11 @@ from torch import nn
 
 from files.disk import first_line
 
+# For tiny, steps that end within 10 minutes on 2 CPU cores; for the others, which need a GPU, a
+# first guess.
+STEPS = {"tiny": 1500, "small": 20_000, "base": 100_000}
+MICRO_BATCH_TOKENS = 8192
+FEW_STEPS = 500  # where the default is fewer, twice as many of half the tokens learn more
 # (precision, CPU feature, share of STEPS that takes as long as all of them do with AMX)
 CPU_SHARES = (
     ("bfloat16", "amx_bf16", 1.0),
@@ -55,19 +60,22 @@ class Ranks(NamedTuple):
             dist.all_reduce(sums)
         return dict(zip(values, sums.tolist(), strict=True))
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """DistributedDataParallel on several ranks, the model itself on one."""
-        return nn.parallel.DistributedDataParallel(model) if self.n > 1 else model
+    def wrap(self, model: nn.Module, rehearsal=None) -> nn.Module:
+        """DistributedDataParallel on several ranks, the model itself on one.
 
-    def rehearse(self, parallel_model: nn.Module, batch) -> None:
-        """One backward pass whose gradients are dropped, before a resumed run.
-
-        After its first step DDP sums gradients in other groups, so that a resumed run would differ
-        from an uninterrupted one in the last bits.
+        After its first step DDP sums gradients in other groups. A resumed run therefore computes
+        the gradients of a `rehearsal` batch and drops them, or it would differ from an
+        uninterrupted one in the last bits.
         """
-        if self.n > 1:
-            sum(total for total, _ in parallel_model(batch).values()).backward()
-            parallel_model.zero_grad(set_to_none=True)
+        if self.n == 1:
+            return model
+        parallel_model = nn.parallel.DistributedDataParallel(model)
+        if rehearsal is not None:
+            device = next(model.parameters()).device
+            losses = parallel_model(rehearsal.to(device))
+            sum(total for total, _ in losses.values()).backward()
+            model.zero_grad(set_to_none=True)
+        return parallel_model
 
     def gradient_sync(self, parallel_model: nn.Module, is_last: bool):
         """A context: gradients are summed over the ranks in the last micro-batch of a step only."""
@@ -105,6 +113,28 @@ def collect_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def default_steps(
+    preset: str, device: torch.device, dtype_name: str, micro_batch_tokens: int | None = None
+) -> tuple[int, int, str]:
+    """How long to pretrain: a number of steps and not of seconds, so that runs repeat.
+
+    Returns:
+        (steps, tokens of a micro-batch, the rule that gave them).
+    """
+    n_steps = STEPS[preset]
+    reason = f"the default of {preset}"
+    if device.type == "cpu":
+        share, feature = cpu_share(dtype_name)
+        n_steps = round(n_steps * share)
+        if share != 1:
+            reason += f" x {share:g}, for a CPU that multiplies in {dtype_name} with {feature}"
+    if n_steps < FEW_STEPS and micro_batch_tokens is None:
+        n_steps *= 2
+        micro_batch_tokens = MICRO_BATCH_TOKENS // 2
+        reason += f"; few, so twice as many of {micro_batch_tokens:,} tokens"
+    return n_steps, micro_batch_tokens or MICRO_BATCH_TOKENS, f"{n_steps} steps: {reason}"
+
+
 def cpu_share(dtype_name: str) -> tuple[float, str]:
     """How many steps this CPU does while one with AMX does one, and the feature that decides."""
     features = torch.cpu.get_capabilities()
@@ -131,5 +161,5 @@ def compiler_problem(device: torch.device) -> str:
     try:
         torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
     except Exception as error:  # a C++ compiler, Python's headers or Triton is missing
-        return disk.first_line(error)
+        return first_line(error)
     return ""

@@ -16,7 +16,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from torch import nn
 
 from files import disk, model_folder
 from files.disk import UserError, to_json, write_file
+from files.step_monitor import StepMonitor
 from model import Config
 
 try:
@@ -54,6 +55,8 @@ LEFT_BEHIND = (
 MAY_CHANGE = {"resume", "device", "out", "keep", "keep_best"}
 
 Log = Callable[[str], None]
+# What changes at every step, and is saved in every checkpoint.
+Training = tuple[nn.Module, list[torch.optim.Optimizer], torch.amp.GradScaler, StepMonitor]
 
 
 # ---------------------------------------------------------------------------------- before a run
@@ -260,18 +263,18 @@ def verify(folder: Path, step: int) -> str:
 
 def save_checkpoint(
     out: Path,
-    model: nn.Module,
-    optimizers: list[torch.optim.Optimizer],
-    scaler: torch.amp.GradScaler,
+    training: Training,
     tokenizer: Tokenizer,
     state: dict[str, Any],
     keep: int,
-    points: list[dict[str, Any]] = (),
+    points: Sequence[dict[str, Any]] = (),
 ) -> None:
     """Write OUT/checkpoints/step-N, then remove all but the last `keep` and the best.
 
     Args:
         out: the folder of the run.
+        training: what changes at every step.
+        tokenizer: of the model.
         state: what the run continues from: "step" (N), "flags", "environment", "data", its own.
         keep: checkpoints to keep.
         points: of the curve; the checkpoint with the best validation loss is kept as well.
@@ -282,10 +285,12 @@ def save_checkpoint(
     step = state["step"]
     folder = out / "checkpoints" / f"step-{step}"
     work = folder.with_name(".new")
-    training = {
+    model, optimizers, scaler, monitor = training
+    content = {
         **state,
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "scaler": scaler.state_dict(),
+        "monitor": monitor.state_dict(),
         "pretraining_only": pretraining_only_weights(model),
     }
     try:
@@ -296,7 +301,7 @@ def save_checkpoint(
         shutil.rmtree(work, ignore_errors=True)
         model_folder.save_model(work, model, tokenizer)
         buffer = io.BytesIO()
-        torch.save(training, buffer)
+        torch.save(content, buffer)
         write_file(work / "training.pt", buffer.getbuffer())
         write_file(work / MANIFEST, manifest(work, step))
         remove_folder(folder)  # a damaged one, which this run was not resumed from
@@ -360,6 +365,26 @@ def latest_checkpoint(out: Path, log: Log) -> Path | None:
     return None
 
 
+def find_checkpoint(
+    args, record: dict[str, Any], defaults: dict[str, Any], ranks
+) -> tuple[Path | None, dict[str, Any]]:
+    """The checkpoint that --resume continues and its training state; (None, {}) for a new run.
+
+    Args:
+        args: "out" and "resume" of them.
+        record: "flags" and "environment" of this run.
+        defaults: of all flags, for those that an older run may not have had yet.
+        ranks: the processes; the first one decides for all.
+    """
+    folder = None
+    if args.resume and ranks.is_first:
+        folder = latest_checkpoint(args.out, ranks.log)
+    folder = ranks.from_first(folder)
+    if folder is None:
+        return None, {}
+    return folder, load_state(folder, record, defaults, ranks.log)
+
+
 def load_state(
     folder: Path, record: dict[str, Any], defaults: dict[str, Any], log: Log
 ) -> dict[str, Any]:
@@ -397,15 +422,36 @@ def load_state(
     return state
 
 
-def restore(
-    folder: Path,
+def start_or_resume(
+    args,
+    checkpoint: Path | None,
     state: dict[str, Any],
     record: dict[str, Any],
-    model: nn.Module,
-    optimizers: list[torch.optim.Optimizer],
-    scaler: torch.amp.GradScaler,
-) -> int:
-    """Load weights, optimizers and scaler of a checkpoint; returns its step.
+    training: Training,
+    ranks,
+) -> tuple[int, list[dict[str, Any]]]:
+    """Restore a checkpoint, or clear the folder for a new run.
+
+    Returns:
+        (the first step, the points of the curve so far, which only the first rank has).
+    """
+    if checkpoint:
+        restore(checkpoint, state, record, training)
+        ranks.log(f"resuming after step {state['step']}")
+        points = cut_metrics(args.out, state["step"]) if ranks.is_first else []
+        return state["step"], points
+    if ranks.is_first:
+        n_bytes = 4 * sum(p.numel() for p in training[0].parameters())
+        n_saves = args.steps // args.save_every
+        check_space(args.out, n_bytes, args.keep, n_saves, args.snapshots)
+        start_run(args.out, record)
+    return 0, []
+
+
+def restore(
+    folder: Path, state: dict[str, Any], record: dict[str, Any], training: Training
+) -> None:
+    """Load weights, optimizers, scaler and monitor of a checkpoint.
 
     Raises:
         UserError: they do not fit, or the run was started with other data than `record["data"]`.
@@ -413,15 +459,16 @@ def restore(
     if state["data"] != record["data"]:
         out = folder.parents[1]
         raise UserError(f"--resume: the run in {out} was started with another model or other data")
+    model, optimizers, scaler, monitor = training
     _, weights, _, _ = model_folder.load_model(folder)
     model_folder.load_weights(model, weights | state["pretraining_only"], folder)
     try:
         for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(optimizer_state)
         scaler.load_state_dict(state["scaler"])
+        monitor.load_state_dict(state["monitor"])
     except model_folder.BROKEN as error:
         raise UserError(f"{folder}: cannot be resumed: {disk.first_line(error)}") from None
-    return state["step"]
 
 
 def how_to_continue(out: Path) -> str:
