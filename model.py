@@ -43,14 +43,10 @@ FAMILIES = ("modern", "bert", "roberta")
 def preset(
     name: str, family: str = "modern", n_layers: int | None = None, d_model: int | None = None
 ) -> dict[str, int | float | str]:
-    """Return the fields of a Config for a named size.
+    """The fields of a Config of a named size.
 
-    Args:
-        name: a key of PRESETS.
-        family: "modern" or "bert"; BERT's MLP has two matrices where GeGLU has three, and gets as
-            many weights.
-        n_layers: another depth than the preset's.
-        d_model: another width than the preset's, a multiple of the head size, 64.
+    `d_model` is a multiple of the head size, 64. BERT's MLP has two matrices where GeGLU has three,
+    and gets as many weights.
     """
     fields = dict(PRESETS[name])
     if n_layers:
@@ -97,20 +93,16 @@ class Config:
         if self.family not in FAMILIES:
             raise ValueError(f"family {self.family!r} is none of {', '.join(FAMILIES)}")
         for field in dataclasses.fields(self):
-            if field.type is str:
-                continue
             value = getattr(self, field.name)
-            smallest = 1 if field.type is int else 1e-30
-            if field.name == "unused_positions":
-                smallest = 0
-            is_integer = isinstance(value, int)
-            if not smallest <= value < 2**31 or (field.type is int and not is_integer):
+            if field.type is str or (field.name == "unused_positions" and value == 0):
+                continue
+            accepted = int if field.type is int else (int, float)
+            if not isinstance(value, accepted) or not 0 < value < 2**31:
                 kind = field.type.__name__
                 raise ValueError(f"{field.name} must be a positive {kind}, got {value}")
         if self.d_model % self.n_heads or self.head_dim % 2:
-            raise ValueError(
-                f"d_model {self.d_model} cannot be split into {self.n_heads} heads of even size"
-            )
+            heads = f"{self.n_heads} heads of even size"
+            raise ValueError(f"d_model {self.d_model} cannot be split into {heads}")
 
     @property
     def is_modern(self) -> bool:
@@ -199,12 +191,8 @@ class Attention(nn.Module):
         self.Wqkv = FusedLinear(config.d_model, config.d_model, n_maps=3, bias=has_bias)
         self.Wo = nn.Linear(config.d_model, config.d_model, bias=has_bias)
 
-    def project(self, x: Tensor) -> Tensor:
-        """Queries, keys and values: (T, d_model) to (T, 3, H, D)."""
-        return self.Wqkv(x).unflatten(-1, (3, self.n_heads, -1))
-
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rope: Rope | None) -> Tensor:
-        qkv = self.project(x)
+        qkv = self.Wqkv(x).unflatten(-1, (3, self.n_heads, -1))  # (T, 3, H, D)
         heads = attention(qkv, cu_seqlens, max_seqlen, rope, self.window)  # (T, H, D)
         return self.Wo(heads.flatten(1))  # (T, d_model)
 
@@ -345,8 +333,7 @@ def first_token(states: Tensor, cu_seqlens: Tensor) -> Tensor:
     return states.index_select(0, cu_seqlens[:-1])
 
 
-# How a classifier turns states into one vector per text. A new pooling is a function here and, so
-# that transformers computes the same, a value of `classifier_pooling` that ModernBERT knows.
+# From states to one vector per text, by the names of ModernBERT's `classifier_pooling`.
 POOLINGS = {"mean": mean_pool, "cls": first_token}
 
 
@@ -423,10 +410,7 @@ class Classifier(nn.Module):
         choices = tuple(POOLINGS) if config.is_modern else ("pooler",)
         self.pooling = pooling or choices[0]
         if self.pooling not in choices:
-            raise ValueError(
-                f"pooling {pooling!r} is none of those of family {config.family}: "
-                f"{', '.join(choices)}"
-            )
+            raise ValueError(f"pooling {pooling!r} is none of {', '.join(choices)}")
         self.config = config
         self.model = Encoder(config)
         if config.is_modern:
@@ -446,12 +430,9 @@ class Classifier(nn.Module):
             return self.pooler(first_token(states, cu_seqlens))
         return self.head(POOLINGS[self.pooling](states, cu_seqlens))
 
-    def forward(
-        self, ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, token_types: Tensor | None = None
-    ) -> Tensor:
-        """The logits of each text, (S, n_labels)."""
-        features = self.features(ids, cu_seqlens, max_seqlen, token_types)
-        return self.classifier(self.dropout(features))
+    def forward(self, *inputs) -> Tensor:
+        """The logits of each text, (S, n_labels), of the inputs of `features`."""
+        return self.classifier(self.dropout(self.features(*inputs)))
 
 
 class Tagger(nn.Module):
@@ -479,12 +460,9 @@ class Tagger(nn.Module):
         """The vector of each token that the linear layer reads, (T, d_model)."""
         return self.head(self.model(ids, cu_seqlens, max_seqlen, token_types))
 
-    def forward(
-        self, ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, token_types: Tensor | None = None
-    ) -> Tensor:
-        """The logits of each token, (T, n_labels)."""
-        features = self.features(ids, cu_seqlens, max_seqlen, token_types)
-        return self.classifier(self.dropout(features))
+    def forward(self, *inputs) -> Tensor:
+        """The logits of each token, (T, n_labels), of the inputs of `features`."""
+        return self.classifier(self.dropout(self.features(*inputs)))
 
 
 # ----------------------------------------------------------------------------------------- weights
