@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import labels
 from analysis.html_page import AGAINST, FOR, attention_maps, page, section
-from data import special_ids
+from files.tokenizer import special_ids
 from files import disk, model_folder
 from files.cli import Parser, choose_hardware, number, run_script
 from files.disk import UserError

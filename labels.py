@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from data import special_ids
+from files.tokenizer import special_ids
 from files.disk import UserError
 from files.readers import TABLE_SUFFIXES, read_table, text_suffix
 from files.reviews import load_reviews

@@ -1,18 +1,19 @@
-"""The transformer: config, block, encoder, head, the two losses, one init function.
+"""The transformer: configuration, block, encoder, heads, and the loss of pretraining.
 
-Axes: T tokens of a batch, S sequences, N masked tokens. A batch is a flat row of T tokens, never a padded
-rectangle; `cu_seqlens` (S + 1,) int32 says where each sequence begins (DESIGN: "unpadded").
+Axes: T tokens of a batch, S sequences, N masked tokens, H heads, D head size. A batch is one flat
+row of T tokens, never a padded rectangle; `cu_seqlens` (S + 1,) int32 says where each sequence
+starts. Only attention and pooling look at it.
 
-Two families share the block, chosen by `Config.family`:
+Two families share one block; `Config.family` selects between them:
 
-    modern         ModernBERT (Warner et al. 2024, arXiv 2412.13663): embedding norm, pre-norm without biases,
-                   RoPE, GeGLU, a final norm; a text's vector is head(mean of its states)
-    bert, roberta  BERT (Devlin et al. 2018, arXiv 1810.04805): learned positions and token types, post-norm,
-                   biases, GELU; a text's vector is pooler(state of [CLS]). RoBERTa leaves the first rows of
-                   its table of positions unused
+    modern         ModernBERT (Warner et al. 2024, arXiv 2412.13663): a norm before each half of a
+                   block (pre-norm), no biases, rotary positions, GeGLU.
+    bert, roberta  BERT (Devlin et al. 2018, arXiv 1810.04805): a norm after each half (post-norm),
+                   biases, learned positions and token types, GELU. RoBERTa leaves the first rows
+                   of its table of positions unused.
 
-Both have a head of dense, GELU and norm, and a decoder tied to the embedding. Modules carry the names that
-`transformers` gives ModernBERT's; `hub_names.py` knows BERT's.
+Modules are named as `transformers` names those of ModernBERT, so that a saved folder needs no
+conversion; files/hub_names.py translates the names of BERT and RoBERTa.
 """
 
 import dataclasses
@@ -22,27 +23,19 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from kernels.attention import Rope, attention, rope_tables
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.geglu import geglu
 from kernels.norm import add_norm
 
-# d_ff is 8/3 of d_model, rounded to 64: with GeGLU's third matrix, as many weights as BERT's 4 x d_model.
+# d_ff is 8/3 of d_model, rounded to 64: with GeGLU's third matrix this gives as many weights as
+# BERT's two matrices of 4 x d_model.
 PRESETS = {
-    "tiny": {"n_layers": 2, "d_model": 256, "n_heads": 4, "d_ff": 704, "vocab_size": 8192, "max_len": 256},
-    "small": {"n_layers": 6, "d_model": 384, "n_heads": 6, "d_ff": 1024, "vocab_size": 16384, "max_len": 256},
-    "base": {
-        "n_layers": 12,
-        "d_model": 768,
-        "n_heads": 12,
-        "d_ff": 2048,
-        "vocab_size": 32768,
-        "max_len": 512,
-    },
+    "tiny": dict(n_layers=2, d_model=256, n_heads=4, d_ff=704, vocab_size=8192, max_len=256),
+    "small": dict(n_layers=6, d_model=384, n_heads=6, d_ff=1024, vocab_size=16384, max_len=256),
+    "base": dict(n_layers=12, d_model=768, n_heads=12, d_ff=2048, vocab_size=32768, max_len=512),
 }
-
 
 FAMILIES = ("modern", "bert", "roberta")
 
@@ -50,35 +43,50 @@ FAMILIES = ("modern", "bert", "roberta")
 def preset(
     name: str, family: str = "modern", n_layers: int | None = None, d_model: int | None = None
 ) -> dict[str, int | float | str]:
-    """The fields of a Config, perhaps with another depth, or another width in heads of 64. BERT's have two
-    matrices for GeGLU's three, with as many weights together."""
-    row = PRESETS[name] | ({"n_layers": n_layers} if n_layers else {})
+    """The fields of a Config of a named size.
+
+    `d_model` is a multiple of the head size, 64. BERT's MLP has two matrices where GeGLU has three,
+    and gets as many weights.
+    """
+    fields = dict(PRESETS[name])
+    if n_layers:
+        fields["n_layers"] = n_layers
     if d_model:
-        d_ff = -(-8 * d_model // 3 // 64) * 64
-        row |= {"d_model": d_model, "n_heads": d_model // 64, "d_ff": d_ff}
-    bert = {"family": family, "d_ff": 3 * row["d_ff"] // 2, "norm_eps": 1e-12}
-    return row if family == "modern" else row | bert
+        fields["d_model"] = d_model
+        fields["n_heads"] = d_model // 64
+        fields["d_ff"] = math.ceil(8 * d_model / 3 / 64) * 64
+    if family != "modern":
+        fields["family"] = family
+        fields["d_ff"] = 3 * fields["d_ff"] // 2
+        fields["norm_eps"] = 1e-12
+    return fields
 
 
 @dataclass(frozen=True)
 class Config:
-    """The shape of a model. `max_len` counts [CLS] and [SEP]. Raises ValueError where the sizes do not
-    fit."""
+    """The shape of a model.
+
+    Every field is written to config.json by files/hub_names.py, which refuses a field it has no
+    name for.
+
+    Raises:
+        ValueError: sizes that do not fit together.
+    """
 
     vocab_size: int
     d_model: int
     n_layers: int
     n_heads: int
     d_ff: int
-    max_len: int
+    max_len: int  # tokens of the longest sequence, [CLS] and [SEP] included
     local_attention: int = 128  # a local layer sees |i - j| <= local_attention // 2
-    global_attn_every_n_layers: int = 1  # layers 0, n, 2n, ... are global; 1 means that there is no window
+    global_attn_every_n_layers: int = 1  # layers 0, n, 2n, ... are global; 1: there is no window
     global_rope_theta: float = 160_000.0
     local_rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
     init_std: float = 0.02
     family: str = "modern"
-    n_types: int = 2  # of tokens, in BERT: those of a first text and those of a second
+    n_types: int = 2  # token types of BERT: those of a first text and those of a second
     unused_positions: int = 0  # rows of RoBERTa's table before the first position
 
     def __post_init__(self):
@@ -86,13 +94,15 @@ class Config:
             raise ValueError(f"family {self.family!r} is none of {', '.join(FAMILIES)}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name == "family":
+            if field.type is str or (field.name == "unused_positions" and value == 0):
                 continue
-            least = 0 if field.name == "unused_positions" else 1 if field.type is int else 1e-30
-            if not least <= value < 2**31 or (field.type is int and not isinstance(value, int)):
-                raise ValueError(f"{field.name} must be a positive {field.type.__name__}, got {value}")
-        if self.d_model % self.n_heads or (self.d_model // self.n_heads) % 2:
-            raise ValueError(f"d_model {self.d_model} does not part into {self.n_heads} heads of even size")
+            accepted = int if field.type is int else (int, float)
+            if not isinstance(value, accepted) or not 0 < value < 2**31:
+                kind = field.type.__name__
+                raise ValueError(f"{field.name} must be a positive {kind}, got {value}")
+        if self.d_model % self.n_heads or self.head_dim % 2:
+            heads = f"{self.n_heads} heads of even size"
+            raise ValueError(f"d_model {self.d_model} cannot be split into {heads}")
 
     @property
     def is_modern(self) -> bool:
@@ -108,8 +118,22 @@ class Config:
         return None if is_global else self.local_attention // 2
 
 
+# ------------------------------------------------------------------------------------------ block
+
+
+class FusedLinear(nn.Linear):
+    """Several linear maps of one input, stored side by side so that one multiplication does all.
+
+    Muon orthogonalizes each of the `n_maps` blocks of rows by itself.
+    """
+
+    def __init__(self, d_in: int, d_out: int, n_maps: int, bias: bool):
+        super().__init__(d_in, n_maps * d_out, bias=bias)
+        self.n_maps = n_maps
+
+
 class Norm(nn.Module):
-    """LayerNorm, in the modern family without bias."""
+    """LayerNorm; the modern family has no bias."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -121,12 +145,16 @@ class Norm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
     def after_add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """(residual + x, the norm of that), in one pass."""
-        total, normed = add_norm(x, residual, self.weight, self.eps)
-        return total, normed if self.bias is None else normed + self.bias
+        """Return (residual + x, the norm of that sum), computed in one pass."""
+        residual, normed = add_norm(x, residual, self.weight, self.eps)
+        if self.bias is not None:
+            normed = normed + self.bias
+        return residual, normed
 
 
 class Embeddings(nn.Module):
+    """Token ids to vectors: (T,) to (T, d_model)."""
+
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
@@ -138,62 +166,65 @@ class Embeddings(nn.Module):
         self.norm = Norm(config)
 
     def forward(self, ids: Tensor, cu_seqlens: Tensor, token_types: Tensor | None) -> Tensor:
-        x = self.tok_embeddings(ids)  # (T,) to (T, d_model)
+        x = self.tok_embeddings(ids)
         if not self.config.is_modern:
-            starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=len(ids))
-            position = torch.arange(len(ids), device=ids.device) - starts
-            types = torch.zeros_like(ids) if token_types is None else token_types
-            x = x + self.token_type_embeddings(types.clamp(max=self.config.n_types - 1))
-            x = x + self.position_embeddings(position + self.config.unused_positions)
+            lengths = cu_seqlens.diff()
+            starts = cu_seqlens[:-1].repeat_interleave(lengths, output_size=len(ids))  # (T,)
+            positions = torch.arange(len(ids), device=ids.device) - starts
+            if token_types is None:
+                token_types = torch.zeros_like(ids)
+            token_types = token_types.clamp(max=self.config.n_types - 1)  # RoBERTa has one type
+
+            x = x + self.token_type_embeddings(token_types)
+            x = x + self.position_embeddings(positions + self.config.unused_positions)
         return self.norm(x)
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention within each sequence."""
+
     def __init__(self, config: Config, layer: int):
         super().__init__()
-        self.heads = (3, config.n_heads, config.head_dim)
+        has_bias = not config.is_modern
+        self.n_heads = config.n_heads
         self.window = config.window(layer)
-        self.Wqkv = nn.Linear(config.d_model, 3 * config.d_model, bias=not config.is_modern)
-        self.Wo = nn.Linear(config.d_model, config.d_model, bias=not config.is_modern)
+        self.Wqkv = FusedLinear(config.d_model, config.d_model, n_maps=3, bias=has_bias)
+        self.Wo = nn.Linear(config.d_model, config.d_model, bias=has_bias)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rope: Rope | None) -> Tensor:
-        qkv = self.Wqkv(x).unflatten(-1, self.heads)  # (T, 3, n_heads, head_dim)
-        return self.Wo(attention(qkv, cu_seqlens, max_seqlen, rope, self.window).flatten(1))  # (T, d_model)
+        qkv = self.Wqkv(x).unflatten(-1, (3, self.n_heads, -1))  # (T, 3, H, D)
+        heads = attention(qkv, cu_seqlens, max_seqlen, rope, self.window)  # (T, H, D)
+        return self.Wo(heads.flatten(1))  # (T, d_model)
 
 
 class MLP(nn.Module):
+    """Two linear maps around GeGLU (modern) or GELU (BERT)."""
+
     def __init__(self, config: Config):
         super().__init__()
+        has_bias = not config.is_modern
+        # GeGLU's first half goes through the GELU, its second half is the gate
+        n_maps = 2 if config.is_modern else 1
         self.activation = geglu if config.is_modern else F.gelu
-        n_inner = 2 * config.d_ff if config.is_modern else config.d_ff
-        self.Wi = nn.Linear(config.d_model, n_inner, bias=not config.is_modern)
-        self.Wo = nn.Linear(config.d_ff, config.d_model, bias=not config.is_modern)
+        self.Wi = FusedLinear(config.d_model, config.d_ff, n_maps, bias=has_bias)
+        self.Wo = nn.Linear(config.d_ff, config.d_model, bias=has_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.Wo(self.activation(self.Wi(x)))
 
 
-class Dropout(nn.Dropout):
-    """nn.Dropout; on a CPU, where random numbers would take 8% of a step, one of 64 bits serves four."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or not (self.training and self.p):
-            return super().forward(x)
-        draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        n_dropped = round(self.p * 2**16)  # of the values that 16 bits have
-        kept = draws.view(torch.int16)[: x.numel()].view(x.shape) >= n_dropped - 2**15
-        return x * kept.to(x.dtype).div_(1 - n_dropped / 2**16)
-
-
 class Block(nn.Module):
-    """Pre-norm (modern): each half adds to the stream what it computed from the normed stream. Post-norm
-    (BERT): each half adds to the stream what it computed from it, and the sum is normed."""
+    """One layer: attention, then an MLP, each added to the residual stream.
+
+    Pre-norm (modern) normalizes the input of each half; post-norm (BERT) normalizes the sum.
+    """
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
         self.is_pre_norm = config.is_modern
-        # the embedding norm stands right before layer 0, which with pre-norm has none of its own
-        self.attn_norm = nn.Identity() if self.is_pre_norm and layer == 0 else Norm(config)
+        # the norm of the embeddings directly precedes layer 0, which therefore has none of its own
+        needs_no_norm = self.is_pre_norm and layer == 0
+        self.attn_norm = nn.Identity() if needs_no_norm else Norm(config)
         self.attn = Attention(config, layer)
         self.mlp_norm = Norm(config)
         self.mlp = MLP(config)
@@ -205,6 +236,7 @@ class Block(nn.Module):
             attended = self.attn(self.attn_norm(x), cu_seqlens, max_seqlen, rope)
             x, normed = self.mlp_norm.after_add(dropout(attended), x)
             return x + dropout(self.mlp(normed))
+
         attended = self.attn(x, cu_seqlens, max_seqlen, rope)
         _, x = self.attn_norm.after_add(dropout(attended), x)
         _, x = self.mlp_norm.after_add(dropout(self.mlp(x)), x)
@@ -212,8 +244,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """ids (T,) and cu_seqlens (S + 1,) to the final states (T, d_model). `token_types` (T,) tell BERT the
-    first text of a pair, 0, from the second, 1; the modern family has none."""
+    """Token ids to the states of the last layer."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -221,29 +252,45 @@ class Encoder(nn.Module):
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.final_norm = Norm(config) if config.is_modern else nn.Identity()
-        self.dropout = Dropout(0.0)  # on hidden states only; fine-tuning may raise it
+        self.dropout = nn.Dropout(0.0)  # on hidden states only; fine-tuning raises it
 
     def ropes(self, max_seqlen: int, device: torch.device) -> dict[int | None, Rope | None]:
-        """The rotation of each window's layers; BERT's have none."""
+        """The rotary tables for each window size that the layers have; BERT has none."""
         config = self.config
         if not config.is_modern:
             return {None: None}
-        thetas = {None: config.global_rope_theta, config.local_attention // 2: config.local_rope_theta}
-        windows = {layer.attn.window for layer in self.layers}
-        return {w: rope_tables(max_seqlen, config.head_dim, thetas[w], device) for w in windows}
+        tables = {}
+        for window in {layer.attn.window for layer in self.layers}:
+            theta = config.global_rope_theta if window is None else config.local_rope_theta
+            tables[window] = rope_tables(max_seqlen, config.head_dim, theta, device)
+        return tables
 
     def forward(
         self, ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, token_types: Tensor | None = None
     ) -> Tensor:
-        rope = self.ropes(max_seqlen, ids.device)
+        """Compute the final states.
+
+        Args:
+            ids: (T,) int64, the sequences end to end.
+            cu_seqlens: (S + 1,) int32, where each sequence starts; the last entry is T.
+            max_seqlen: length of the longest sequence, or more.
+            token_types: (T,) int64, 0 in the first text of a pair and 1 in the second; BERT only.
+
+        Returns:
+            (T, d_model).
+        """
+        ropes = self.ropes(max_seqlen, ids.device)
         x = self.dropout(self.embeddings(ids, cu_seqlens, token_types))
         for layer in self.layers:
-            x = layer(x, cu_seqlens, max_seqlen, rope[layer.attn.window], self.dropout)
+            x = layer(x, cu_seqlens, max_seqlen, ropes[layer.attn.window], self.dropout)
         return self.final_norm(x)
 
 
+# ------------------------------------------------------------------------------------------ heads
+
+
 class Head(nn.Module):
-    """The head that masked rows read, and in the modern family pooled windows and the classifier too."""
+    """Dense, GELU, norm: read by masked tokens and, in the modern family, by pooled texts too."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -254,18 +301,6 @@ class Head(nn.Module):
         return self.norm(F.gelu(self.dense(x)))
 
 
-def mean_pool(x: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The float32 mean of each sequence's states, [CLS] and [SEP] too: (T, d_model) to (S, d_model)."""
-    lengths = cu_seqlens.diff()
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    if x.is_cuda:  # where index_add adds in no fixed order; elsewhere it is many times as fast
-        sums = torch.segment_reduce(x, "sum", lengths=lengths.long(), unsafe=True)
-    else:
-        sequence = torch.arange(len(lengths), device=x.device).repeat_interleave(lengths, output_size=len(x))
-        sums = torch.zeros(len(lengths), x.shape[1], dtype=x.dtype, device=x.device).index_add(0, sequence, x)
-    return sums / lengths.clamp(min=1)[:, None]
-
-
 class Pooler(nn.Module):
     """BERT's vector of a text: dense and tanh of the state of its [CLS]."""
 
@@ -273,36 +308,54 @@ class Pooler(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.d_model, config.d_model)
 
-    def forward(self, states: Tensor, cu_seqlens: Tensor) -> Tensor:
-        return torch.tanh(self.dense(states.index_select(0, cu_seqlens[:-1])))  # (T, d_model) to (S, d_model)
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.dense(x))
 
 
-def pooled(model: "MaskedLM | Classifier", states: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The vector of each text that a family's classifier reads, (T, d_model) to (S, d_model)."""
-    if getattr(model, "pooling", "mean") == "cls":
-        return model.head(states.index_select(0, cu_seqlens[:-1]))
-    if model.config.is_modern:
-        return model.head(mean_pool(states, cu_seqlens))
-    return model.pooler(states, cu_seqlens)
+def mean_pool(states: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The mean state of each sequence, [CLS] and [SEP] included.
+
+    Args:
+        states: (T, d_model).
+        cu_seqlens: (S + 1,).
+
+    Returns:
+        (S, d_model), at least float32.
+    """
+    lengths = cu_seqlens.diff()
+    states = states.to(torch.promote_types(states.dtype, torch.float32))
+    sums = torch.segment_reduce(states, "sum", lengths=lengths.long(), unsafe=True)
+    return sums / lengths.clamp(min=1)[:, None]
+
+
+def first_token(states: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The state of each sequence's [CLS]: (T, d_model) to (S, d_model)."""
+    return states.index_select(0, cu_seqlens[:-1])
+
+
+# From states to one vector per text, by the names of ModernBERT's `classifier_pooling`.
+POOLINGS = {"mean": mean_pool, "cls": first_token}
 
 
 class MaskedLM(nn.Module):
-    """Encoder, head and tied decoder, with the two losses of pretraining."""
+    """Encoder, head and a decoder tied to the embedding, with the loss of pretraining."""
 
     task = "MaskedLM"
-    pretraining_only = ("bag_bias",)
+    # Names of modules that only pretraining needs. They are initialized after all others, kept in
+    # checkpoints, restored by --resume, and never exported.
+    pretraining_only: tuple[str, ...] = ()
 
     def __init__(self, config: Config):
         super().__init__()
+        seed = draw_seed()
         self.config = config
         self.model = Encoder(config)
         self.head = Head(config)
         if not config.is_modern:
-            self.pooler = Pooler(config)
+            self.pooler = Pooler(config).requires_grad_(False)  # masked tokens do not read it
         self.decoder = nn.Linear(config.d_model, config.vocab_size)
         self.decoder.weight = self.model.embeddings.tok_embeddings.weight
-        self.bag_bias = nn.Parameter(torch.zeros(config.vocab_size))  # of the pooled loss; not exported
-        init_weights(self, config)
+        init_weights(self, config, seed)
 
     def logits(
         self, ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, token_types: Tensor | None = None
@@ -310,36 +363,54 @@ class MaskedLM(nn.Module):
         """The logits of every token, (T, vocab_size)."""
         return self.decoder(self.head(self.model(ids, cu_seqlens, max_seqlen, token_types)))
 
-    def forward(self, batch) -> tuple[Tensor, Tensor]:
-        """The two losses of a `data.Batch`, as sums: over its masked tokens, and over its bags.
+    @staticmethod
+    def loss_counts(batch) -> dict[str, int]:
+        """How many elements each loss of `forward` sums over.
 
-        The first is masked-language modelling (Devlin et al. 2018, section 3.1). The second predicts from
-        the pooled vector the words of the document (the bag-of-words objective of DupMAE, Xiao et al. 2022,
-        arXiv 2211.08769, section 3.2); it is 0 where the batch has no bags.
+        This is known before the forward pass: micro-batches and ranks add up their counts first,
+        and then divide by the same number.
+        """
+        return {"masked_lm": len(batch.targets)}
+
+    def forward(self, batch) -> dict[str, tuple[Tensor, int]]:
+        """Compute the losses of a `data.Batch`.
+
+        Returns:
+            {name: (sum, count)}. "masked_lm" is the cross-entropy of the masked tokens, in nats
+            (Devlin et al. 2018, section 3.1).
         """
         states = self.model(batch.ids, batch.cu_seqlens, batch.max_seqlen)
-        embedding = self.decoder.weight
+        counts = self.loss_counts(batch)
+        return {"masked_lm": (self.masked_lm_loss(states, batch), counts["masked_lm"])}
+
+    def masked_lm_loss(self, states: Tensor, batch) -> Tensor:
+        """The sum of the cross-entropy over the N masked tokens."""
         masked = self.head(states.index_select(0, batch.masked))  # (N, d_model)
-        token_loss = linear_cross_entropy(masked, embedding, self.decoder.bias, batch.targets)
-        if batch.cu_bags is None:
-            return token_loss, torch.zeros_like(token_loss)
-        vectors = pooled(self, states, batch.cu_seqlens)  # (S, d_model)
-        bags = (batch.bag_ids, batch.bag_weights, batch.cu_bags)
-        return token_loss, linear_cross_entropy(vectors, embedding, self.bag_bias, *bags)
+        return linear_cross_entropy(masked, self.decoder.weight, self.decoder.bias, batch.targets)
 
 
 class Classifier(nn.Module):
-    """A linear layer on the pooled vector: BertForSequenceClassification, RobertaForSequenceClassification,
-    or ModernBertForSequenceClassification with classifier_pooling "mean"."""
+    """A linear layer on the pooled states of a text.
+
+    Equal to BertForSequenceClassification, RobertaForSequenceClassification, or
+    ModernBertForSequenceClassification with `classifier_pooling` "mean" or "cls".
+
+    Args:
+        config: the shape of the network.
+        n_labels: outputs; 1 for regression.
+        pooling: a key of POOLINGS in the modern family, "pooler" in BERT's; None is the default of
+            the family, "mean" or "pooler".
+    """
 
     task = "SequenceClassification"
 
     def __init__(self, config: Config, n_labels: int, pooling: str | None = None):
         super().__init__()
-        poolings = ("mean", "cls") if config.is_modern else ("pooler",)
-        self.pooling = poolings[0] if pooling is None else pooling
-        if self.pooling not in poolings:
-            raise ValueError(f"pooling {pooling!r} is none of {', '.join(poolings)}")
+        seed = draw_seed()
+        choices = tuple(POOLINGS) if config.is_modern else ("pooler",)
+        self.pooling = pooling or choices[0]
+        if self.pooling not in choices:
+            raise ValueError(f"pooling {pooling!r} is none of {', '.join(choices)}")
         self.config = config
         self.model = Encoder(config)
         if config.is_modern:
@@ -348,63 +419,82 @@ class Classifier(nn.Module):
             self.pooler = Pooler(config)
         self.dropout = self.model.dropout
         self.classifier = nn.Linear(config.d_model, n_labels)
-        init_weights(self, config)
+        init_weights(self, config, seed)
 
     def features(
         self, ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, token_types: Tensor | None = None
     ) -> Tensor:
-        """The pooled vector of each sequence, (S, d_model)."""
-        return pooled(self, self.model(ids, cu_seqlens, max_seqlen, token_types), cu_seqlens)
+        """The vector of each text that the linear layer reads, (S, d_model)."""
+        states = self.model(ids, cu_seqlens, max_seqlen, token_types)
+        if not self.config.is_modern:
+            return self.pooler(first_token(states, cu_seqlens))
+        return self.head(POOLINGS[self.pooling](states, cu_seqlens))
 
-    def forward(
-        self, ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, token_types: Tensor | None = None
-    ) -> Tensor:
-        features = self.features(ids, cu_seqlens, max_seqlen, token_types)
-        return self.classifier(self.dropout(features))  # (S, n_labels)
+    def forward(self, *inputs) -> Tensor:
+        """The logits of each text, (S, n_labels), of the inputs of `features`."""
+        return self.classifier(self.dropout(self.features(*inputs)))
 
 
 class Tagger(nn.Module):
-    """A linear layer on the state of each token, in the modern family through the head:
-    ModernBertForTokenClassification, BertForTokenClassification, RobertaForTokenClassification."""
+    """A linear layer on the state of each token.
+
+    Equal to ModernBertForTokenClassification (where the head comes first),
+    BertForTokenClassification and RobertaForTokenClassification.
+    """
 
     task = "TokenClassification"
 
     def __init__(self, config: Config, n_labels: int):
         super().__init__()
+        seed = draw_seed()
         self.config = config
         self.model = Encoder(config)
         self.head = Head(config) if config.is_modern else nn.Identity()
         self.dropout = self.model.dropout
         self.classifier = nn.Linear(config.d_model, n_labels)
-        init_weights(self, config)
+        init_weights(self, config, seed)
 
-    def forward(
+    def features(
         self, ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, token_types: Tensor | None = None
     ) -> Tensor:
-        states = self.head(self.model(ids, cu_seqlens, max_seqlen, token_types))
-        return self.classifier(self.dropout(states))  # (T, n_labels)
+        """The vector of each token that the linear layer reads, (T, d_model)."""
+        return self.head(self.model(ids, cu_seqlens, max_seqlen, token_types))
+
+    def forward(self, *inputs) -> Tensor:
+        """The logits of each token, (T, n_labels), of the inputs of `features`."""
+        return self.classifier(self.dropout(self.features(*inputs)))
 
 
-class ShapesOnly(TorchFunctionMode):
-    """Within it, on the meta device, a model is made without numbers: to draw them there, from nothing, would
-    import the compiler, seconds of every start."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function.__name__ in ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_"):
-            return args[0] if args else kwargs["tensor"]
-        return function(*args, **(kwargs or {}))
+# ----------------------------------------------------------------------------------------- weights
 
 
-def init_weights(module: nn.Module, config: Config) -> None:
-    """ModernBERT's: normal weights cut at 2 standard deviations, those that write to the stream smaller by
-    sqrt(2 n_layers) (Warner et al. 2024, appendix A; Megatron's scheme), biases zero, norms one."""
-    for name, parameter in module.named_parameters():
+def draw_seed() -> int:
+    """A seed for `init_weights`, from torch's generator.
+
+    A model draws it before its modules are created, because their constructors use that generator
+    too: a module that a fork adds would otherwise change the initial weights of all others.
+    """
+    return int(torch.randint(2**62, ()))
+
+
+def init_weights(model: nn.Module, config: Config, seed: int) -> None:
+    """Initialize all weights as ModernBERT does (Warner et al. 2024, appendix A).
+
+    Matrices are normal, cut at 2 standard deviations. Those that write to the residual stream are
+    smaller by sqrt(2 n_layers). Biases are zero and norms one.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    only_pretraining = getattr(model, "pretraining_only", ())
+    named = sorted(
+        model.named_parameters(), key=lambda item: item[0].split(".")[0] in only_pretraining
+    )
+    for name, parameter in named:
         std = config.init_std
         if name.endswith(("Wo.weight", "dense.weight")):
             std /= math.sqrt(2 * config.n_layers)
         elif name == "classifier.weight":
             std = config.d_model**-0.5
-        if parameter.dim() == 2:
-            nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
+        if parameter.dim() > 1:
+            nn.init.trunc_normal_(parameter, 0.0, std, -2 * std, 2 * std, generator)
         elif name.endswith("bias"):
             nn.init.zeros_(parameter)

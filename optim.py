@@ -1,58 +1,53 @@
-"""Muon for the matrices, AdamW for the rest, the learning-rate schedule, and steps not to be taken."""
+"""Muon for matrices, AdamW for everything else, and the learning-rate schedule."""
 
-import inspect
-import math
-from typing import Any
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-# Fused matrices are several linear maps side by side; each is orthogonalised apart.
-FUSED_BLOCKS = {"Wqkv": 3, "Wi": 2}
-# Coefficients of the quintic Newton-Schulz iteration, chosen for slope at zero (Jordan et al. 2024, "Muon").
+# Coefficients of the quintic Newton-Schulz iteration, chosen for its slope at zero (Jordan et al.
+# 2024, https://kellerjordan.github.io/posts/muon).
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-PATIENCE = 5  # bad steps in a row: a single bad batch passes, weights that are lost do not
-RECENT = 100  # losses that a spike is measured against
-LEAST_RECENT = 20
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
-    """Push the singular values of each of (n, rows, columns), rows <= columns, towards 1, in `dtype`."""
+    """Move the singular values of each matrix towards 1 by Newton-Schulz iteration.
+
+    Args:
+        matrices: (n, rows, columns) with rows <= columns.
+        dtype: of the matrix multiplications.
+        steps: iterations.
+
+    Returns:
+        (n, rows, columns) in `dtype`.
+    """
     a, b, c = NEWTON_SCHULZ
-    x = matrices.to(dtype)
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    # normalized before the cast: small gradients would underflow in float16
+    x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = x.to(dtype)
     for _ in range(steps):
-        gram = x @ x.transpose(-1, -2)
+        gram = x @ x.transpose(-1, -2)  # (n, rows, rows)
         x = a * x + torch.baddbmm(gram, gram, gram, beta=b, alpha=c) @ x
     return x
 
 
-class WithoutCompiler:
-    """Methods of torch's optimizers without what is wrapped around them: it imports the compiler, seconds of
-    every start, to tell it to leave them alone."""
+class Muon(torch.optim.Optimizer):
+    """Orthogonalized momentum (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
 
-    add_param_group, zero_grad, state_dict, load_state_dict = (
-        inspect.unwrap(getattr(torch.optim.Optimizer, name))
-        for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
-    )
+    A matrix of (rows, columns) moves by lr * sqrt(max(1, rows / columns)) times an orthogonal
+    matrix, so that the learning rate is the size of the step in spectral norm at any width.
+    Matrices of equal shape are orthogonalized together.
 
-
-class AdamW(WithoutCompiler, torch.optim.AdamW):
-    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
-
-
-class Muon(WithoutCompiler, torch.optim.Optimizer):
-    """Momentum, orthogonalised (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
-
-    A block of (rows, columns) moves by lr * sqrt(max(1, rows / columns)) times an orthogonal matrix, so that
-    the learning rate is the size of the step in spectral norm, whatever the width. Blocks of equal shape are
-    orthogonalised together. `dtype` is that of the products: bfloat16 where the hardware multiplies it
-    natively.
+    Args:
+        groups: parameter groups; "n_maps" of a group says how many blocks of rows of each matrix
+            are linear maps of their own (see model.FusedLinear).
+        lr: peak learning rate.
+        dtype: of the matrix multiplications; bfloat16 where the hardware supports it natively.
+        momentum: of the moving average of the gradients.
     """
 
     def __init__(self, groups: list[dict], lr: float, dtype: torch.dtype, momentum: float = 0.95):
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "n_blocks": 1})
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "n_maps": 1})
         self.dtype = dtype
 
     @torch.no_grad()
@@ -60,85 +55,111 @@ class Muon(WithoutCompiler, torch.optim.Optimizer):
         by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor, float]]] = {}
         for group in self.param_groups:
             for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
                 state = self.state[parameter]
                 if not state:
                     state["momentum"] = torch.zeros_like(parameter)
                 state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
                 nesterov = parameter.grad.lerp(state["momentum"], group["momentum"])
-                blocks = (parameter.chunk(group["n_blocks"]), nesterov.chunk(group["n_blocks"]))
-                for weight, update in zip(*blocks, strict=True):
+
+                weights = parameter.chunk(group["n_maps"])
+                updates = nesterov.chunk(group["n_maps"])
+                for weight, update in zip(weights, updates, strict=True):
                     rows, columns = weight.shape
                     scale = group["lr"] * max(1, rows / columns) ** 0.5
                     if rows > columns:
-                        weight, update = weight.T, update.T
+                        weight = weight.T
+                        update = update.T
                     by_shape.setdefault(tuple(weight.shape), []).append((weight, update, scale))
-        for members in by_shape.values():
-            updates = orthogonalize(torch.stack([update for _, update, _ in members]), self.dtype)
-            for (weight, _, scale), update in zip(members, updates, strict=True):
+
+        for matrices in by_shape.values():
+            updates = torch.stack([update for _, update, _ in matrices])
+            updates = orthogonalize(updates, self.dtype)
+            for (weight, _, scale), update in zip(matrices, updates, strict=True):
                 weight.add_(update.to(weight.dtype), alpha=-scale)
 
 
-def make_optimizers(
-    model: nn.Module, rates: tuple[float, float, float], weight_decay: float, dtype: torch.dtype
-) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks and the head; AdamW for embedding, norms and biases, where a row or
-    a number has a meaning of its own that orthogonalising would mix. `rates` are Muon's, of norms and biases,
-    and the embedding's, which alone decays. Where Muon's is 0, AdamW takes the matrices too."""
-    lr_muon, lr_adamw, lr_embedding = rates
-    fused = FUSED_BLOCKS if model.config.is_modern else FUSED_BLOCKS | {"Wi": 1}  # BERT's has no gate
-    matrices: dict[int, list[nn.Parameter]] = {}
-    embeddings, vectors = [], []
-    for name, parameter in ((n, p) for n, p in model.named_parameters() if p.requires_grad):
-        if parameter.dim() == 1:
-            vectors.append(parameter)
-        elif "embeddings" in name:
-            embeddings.append(parameter)
+class ParameterGroups(NamedTuple):
+    """The trainable parameters of a model, by how they are optimized."""
+
+    matrices: list[nn.Parameter]
+    embeddings: list[nn.Parameter]
+    no_decay: list[nn.Parameter]  # norms and biases
+
+
+def parameter_groups(model: nn.Module) -> ParameterGroups:
+    """Sort parameters: tables of nn.Embedding, vectors (norms and biases), and matrices.
+
+    Raises:
+        ValueError: a parameter with more than two axes, for which there is no rule.
+    """
+    tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    groups = ParameterGroups([], [], [])
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter in tables:
+            groups.embeddings.append(parameter)
+        elif parameter.dim() <= 1:
+            groups.no_decay.append(parameter)
+        elif parameter.dim() == 2:
+            groups.matrices.append(parameter)
         else:
-            matrices.setdefault(fused.get(name.split(".")[-2], 1), []).append(parameter)
-    muon = [Muon([{"params": p, "n_blocks": n} for n, p in matrices.items()], lr_muon, dtype)]
-    if not lr_muon:
-        muon, vectors = [], vectors + [parameter for members in matrices.values() for parameter in members]
-    groups = [
-        {"params": embeddings, "lr": lr_embedding, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return [*muon, AdamW(groups, lr=lr_adamw, betas=(0.9, 0.98), eps=1e-8, fused=True)]
+            raise ValueError(f"{name}: parameter_groups has no rule for {parameter.dim()} axes")
+    return groups
+
+
+def make_optimizers(
+    model: nn.Module, lr_muon: float, lr_adamw: float, lr_embedding: float, dtype: torch.dtype
+) -> list[torch.optim.Optimizer]:
+    """Muon for matrices; AdamW for embeddings, norms and biases, where a row or a number has a
+    meaning of its own that orthogonalization would mix with others.
+
+    Args:
+        lr_muon, lr_adamw, lr_embedding: peak learning rates of matrices (0 gives them to AdamW),
+            of norms and biases, and of embeddings.
+        dtype: of Muon's matrix multiplications.
+    """
+    groups = parameter_groups(model)
+    adamw_groups = [{"params": groups.embeddings, "lr": lr_embedding}, {"params": groups.no_decay}]
+    optimizers: list[torch.optim.Optimizer] = []
+    if lr_muon:
+        n_maps = {m.weight: m.n_maps for m in model.modules() if hasattr(m, "n_maps")}
+        by_n_maps: dict[int, list[nn.Parameter]] = {}
+        for matrix in groups.matrices:
+            by_n_maps.setdefault(n_maps.get(matrix, 1), []).append(matrix)
+        muon_groups = [{"params": p, "n_maps": n} for n, p in by_n_maps.items()]
+        optimizers.append(Muon(muon_groups, lr_muon, dtype))
+    else:
+        adamw_groups.append({"params": groups.matrices})
+    adamw = torch.optim.AdamW(
+        adamw_groups, lr=lr_adamw, betas=(0.9, 0.98), weight_decay=0.0, fused=True
+    )
+    return [*optimizers, adamw]
 
 
 def set_learning_rates(
     optimizers: list[torch.optim.Optimizer], step: int, n_steps: int, warmup: float
 ) -> float:
-    """Linear warm-up over the first share of the steps, then linearly to zero (the linear end beats the
-    cosine: Bergsma et al. 2025, arXiv 2502.15938). Returns the factor on each group's peak rate."""
+    """Linear warm-up, then linear decay to zero, which beats a cosine (Bergsma et al. 2025,
+    arXiv 2502.15938).
+
+    Args:
+        optimizers: each group's own "lr" is its peak learning rate.
+        step: from 0.
+        n_steps: of the whole run.
+        warmup: share of the steps in which the learning rate rises.
+
+    Returns:
+        The factor on the peak learning rates.
+    """
     n_warmup = max(1, round(warmup * n_steps))
-    factor = min((step + 1) / n_warmup, (n_steps - step) / max(1, n_steps - n_warmup), 1.0)
+    rising = (step + 1) / n_warmup
+    falling = (n_steps - step) / max(1, n_steps - n_warmup)
+    factor = min(rising, falling, 1.0)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group.setdefault("peak_lr", group["lr"]) * factor
+            peak = group.setdefault("peak_lr", group["lr"])
+            group["lr"] = peak * factor
     return factor
-
-
-def new_health(has_scaler: bool) -> dict[str, Any]:
-    """What `judge` remembers of a run; saved with it, so that a resumed one judges alike. Of float16 the
-    scaler begins at 2**16, and halves that at each bad step until the gradients fit."""
-    return {"losses": [], "spikes": 0, "skipped": 0, "in_row": 0, "patience": PATIENCE + 16 * has_scaler}
-
-
-def judge(health: dict[str, Any], loss: float, grad_norm: float) -> str:
-    """Count a step that must be skipped (health["in_row"] > 0 then), or a spike of the loss; returns what is
-    to be said of it, which mostly is nothing.
-
-    A spike is more than 6 standard deviations above the mean of the last losses, which the noise of batches
-    does not reach in a million steps, and more than 0.1 nats, for losses that hardly vary.
-    """
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        health["skipped"] += 1
-        health["in_row"] += 1
-        return f"loss {loss}, length of the gradient {grad_norm}: skipped"
-    recent = health["losses"]
-    limit = np.mean(recent) + max(6 * np.std(recent), 0.1) if len(recent) >= LEAST_RECENT else math.inf
-    health["in_row"], health["losses"] = 0, [*recent[1 - RECENT :], loss]
-    if loss <= limit:
-        return ""
-    health["spikes"] += 1
-    return f"the loss leapt to {loss:.3f}, from {np.mean(recent):.3f} in the steps before"

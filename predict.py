@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from data import special_ids, special_tokens
+from files.tokenizer import special_ids, special_tokens
 from files import model_folder
 from files.cli import Parser, choose_hardware, number, run_script
 from files.disk import UserError

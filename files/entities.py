@@ -12,13 +12,16 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from data import special_ids
+from files.tokenizer import special_ids
 from files.disk import UserError
 from files.readers import read_lines, read_table, text_suffix
 from labels import TEST_SHARE, batches
 from model import Tagger
 
-WORD_NAMES, TAG_NAMES = ("words", "tokens"), ("tags", "labels", "ner_tags")  # of the fields of a .jsonl
+WORD_NAMES, TAG_NAMES = (
+    ("words", "tokens"),
+    ("tags", "labels", "ner_tags"),
+)  # of the fields of a .jsonl
 OUTSIDE = "O"
 NOT_SCORED = -100  # the target of a token that no one reads: cross_entropy's ignore_index
 # What CoNLL's files call a word, in text that has not been cut into words.
@@ -39,7 +42,9 @@ class TaggedDataset:
         return len(self.words)
 
     def __getitem__(self, which: np.ndarray) -> "TaggedDataset":
-        return TaggedDataset([self.words[i] for i in which], [self.tags[i] for i in which], self.names)
+        return TaggedDataset(
+            [self.words[i] for i in which], [self.tags[i] for i in which], self.names
+        )
 
 
 def load(train: Path, test: Path | None) -> tuple[TaggedDataset, TaggedDataset]:
@@ -53,20 +58,26 @@ def load(train: Path, test: Path | None) -> tuple[TaggedDataset, TaggedDataset]:
     if test is None:
         n_test = max(1, int(TEST_SHARE * len(found)))
         if len(found) < 4:
-            raise UserError(f"{train}: {len(found)} sentences; at least 4 are needed without a --test file")
+            raise UserError(
+                f"{train}: {len(found)} sentences; at least 4 are needed without a --test file"
+            )
         print(f"no test file: the last fifth is held out, {n_test:,} sentences")
         return _numbered(found[:-n_test], names), _numbered(found[-n_test:], names)
     tested = read_sentences(test)
     for lines, _, tags in tested:
         for line, tag in zip(lines, tags, strict=True):
             if tag not in names:
-                raise UserError(f"{test}:{line}: tag {tag!r} is none of those in {train}: {', '.join(names)}")
+                raise UserError(
+                    f"{test}:{line}: tag {tag!r} is none of those in {train}: {', '.join(names)}"
+                )
     return _numbered(found, names), _numbered(tested, names)
 
 
 def _numbered(sentences: list, names: list[str]) -> TaggedDataset:
     words = [words for _, words, _ in sentences]
-    return TaggedDataset(words, [np.array([names.index(tag) for tag in tags]) for *_, tags in sentences], names)
+    return TaggedDataset(
+        words, [np.array([names.index(tag) for tag in tags]) for *_, tags in sentences], names
+    )
 
 
 def read_sentences(path: Path) -> list[tuple[list[int], list[str], list[str]]]:
@@ -76,7 +87,8 @@ def read_sentences(path: Path) -> list[tuple[list[int], list[str], list[str]]]:
     if text_suffix(path) == ".jsonl":
         for line, row in read_table(path):
             words, tags = (
-                next((row[name] for name in names if name in row), None) for names in (WORD_NAMES, TAG_NAMES)
+                next((row[name] for name in names if name in row), None)
+                for names in (WORD_NAMES, TAG_NAMES)
             )
             if not (_are_texts(words) and _are_texts(tags)):
                 wanted = f"lists of text {' or '.join(WORD_NAMES)} and {' or '.join(TAG_NAMES)}"
@@ -96,7 +108,9 @@ def read_sentences(path: Path) -> list[tuple[list[int], list[str], list[str]]]:
                 if begins:
                     sentences.append(([], [], []))
                 begins = False
-                for column, value in zip(sentences[-1], (line, columns[0], columns[-1]), strict=True):
+                for column, value in zip(
+                    sentences[-1], (line, columns[0], columns[-1]), strict=True
+                ):
                     column.append(value)
     sentences = [sentence for sentence in sentences if sentence[1]]
     if not sentences:
@@ -104,9 +118,13 @@ def read_sentences(path: Path) -> list[tuple[list[int], list[str], list[str]]]:
     for lines, _, tags in sentences:
         for line, before, tag in zip(lines, [OUTSIDE, *tags], tags, strict=False):
             if not re.fullmatch(f"{OUTSIDE}|[BI]-.+", tag):
-                raise UserError(f"{path}:{line}: tag {tag!r} is none of {OUTSIDE}, B-TYPE and I-TYPE")
+                raise UserError(
+                    f"{path}:{line}: tag {tag!r} is none of {OUTSIDE}, B-TYPE and I-TYPE"
+                )
             if tag[0] == "I" and before[2:] != tag[2:]:
-                raise UserError(f"{path}:{line}: {tag} after {before}: an entity begins with B-{tag[2:]}")
+                raise UserError(
+                    f"{path}:{line}: {tag} after {before}: an entity begins with B-{tag[2:]}"
+                )
     return sentences
 
 
@@ -127,7 +145,9 @@ def encode_words(
     ):
         ids, room = encoding.ids, max_len - 2
         first = np.zeros(len(words), dtype=np.int64)
-        for place in range(min(len(ids), room), 0, -1):  # backwards, so that the first piece of a word stays
+        for place in range(
+            min(len(ids), room), 0, -1
+        ):  # backwards, so that the first piece of a word stays
             first[encoding.word_ids[place - 1]] = place
         row = np.array([special["cls"], *ids[:room], special["sep"]])
         rows.append(np.stack((row, np.zeros_like(row)), axis=1))
@@ -171,7 +191,9 @@ def predict_entities(
     words = [list(WORD.finditer(text)) for text in texts]
     given = [[word.group() for word in found] for found in words]
     rows, places, n_cut = encode_words(given, tokenizer, model.config.max_len)
-    _, inputs = next(batches(rows, np.arange(len(rows)), len(rows), next(model.parameters()).device))
+    _, inputs = next(
+        batches(rows, np.arange(len(rows)), len(rows), next(model.parameters()).device)
+    )
     best = model(*inputs).argmax(1).tolist()
     answers = []
     for text, found, row, first in zip(texts, words, rows, places, strict=True):
@@ -184,10 +206,17 @@ def predict_entities(
 
 def measure(truth: list[list[str]], predicted: list[list[str]]) -> dict[str, float]:
     """Precision, recall and F1 over whole entities: right is one of the same type, beginning and end."""
-    sides = [{(i, *e) for i, tags in enumerate(side) for e in entities(tags)} for side in (truth, predicted)]
+    sides = [
+        {(i, *e) for i, tags in enumerate(side) for e in entities(tags)}
+        for side in (truth, predicted)
+    ]
     right = len(sides[0] & sides[1])
     precision, recall = (right / len(side) if side else 0.0 for side in (sides[1], sides[0]))
-    return {"f1": 2 * right / max(1, sum(map(len, sides))), "precision": precision, "recall": recall}
+    return {
+        "f1": 2 * right / max(1, sum(map(len, sides))),
+        "precision": precision,
+        "recall": recall,
+    }
 
 
 def most_frequent(train: TaggedDataset, sentences: list[list[str]]) -> list[list[str]]:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from tokenizers import BertWordPieceTokenizer, Tokenizer
 from torch import Tensor, nn
 
-from data import special_ids, special_tokens
+from files.tokenizer import special_ids, special_tokens
 from files import disk, hub_names
 from files.disk import UserError, first_line, to_json, write_file
 from model import Classifier, Config, MaskedLM, Tagger

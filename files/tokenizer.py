@@ -1,0 +1,101 @@
+"""The tokenizer: how one is trained, its special tokens, and where its words begin.
+
+Axes: V vocabulary.
+"""
+
+import json
+from collections.abc import Iterable
+
+import numpy as np
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+
+SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+ROBERTA_TOKENS = {"pad": "<pad>", "unk": "<unk>", "cls": "<s>", "sep": "</s>", "mask": "<mask>"}
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a lower-cased WordPiece tokenizer.
+
+    Accents and combining marks stay, because stripping them breaks Indic scripts. CJK characters
+    are words of their own. The vocabulary is smaller than `vocab_size` if the text does not fill
+    it.
+    """
+    tokenizer = Tokenizer(models.WordPiece(unk_token=SPECIAL_TOKENS["unk"]))
+    bert_normalizer = normalizers.BertNormalizer(clean_text=False, strip_accents=False)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), bert_normalizer])
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    special = list(SPECIAL_TOKENS.values())
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        limit_alphabet=(vocab_size - len(special)) // 2,  # each letter is both `x` and `##x`
+        min_frequency=2,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+
+    # the trainer numbers its pieces in the order of a hash table, which differs between runs
+    pieces = sorted(tokenizer.get_vocab().keys() - set(special))
+    vocab = {piece: i for i, piece in enumerate([*special, *pieces])}
+    tokenizer.model = models.WordPiece(
+        vocab, unk_token=SPECIAL_TOKENS["unk"], max_input_chars_per_word=200
+    )
+    cls_token, sep_token = SPECIAL_TOKENS["cls"], SPECIAL_TOKENS["sep"]
+    tokenizer.post_processor = processors.BertProcessing(
+        (sep_token, vocab[sep_token]), (cls_token, vocab[cls_token])
+    )
+    return tokenizer
+
+
+def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
+    """The special tokens of a tokenizer by role ("pad", "unk", "cls", "sep", "mask").
+
+    Raises:
+        ValueError: one is missing, under BERT's names as well as under RoBERTa's.
+    """
+    is_roberta = tokenizer.token_to_id(ROBERTA_TOKENS["cls"]) is not None
+    tokens = ROBERTA_TOKENS if is_roberta else SPECIAL_TOKENS
+    for token in tokens.values():
+        if tokenizer.token_to_id(token) is None:
+            raise ValueError(f"no token {token}")
+    return tokens
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """The ids of the special tokens by role; raises ValueError if one is missing."""
+    return {role: tokenizer.token_to_id(t) for role, t in special_tokens(tokenizer).items()}
+
+
+def begins_word(tokenizer: Tokenizer) -> np.ndarray:
+    """Which tokens of the vocabulary begin a word, (V,) bool.
+
+    WordPiece marks continuations ("##ing"); byte-level BPE ("Ġword") and SentencePiece ("▁word")
+    mark beginnings, and here punctuation begins a word of its own, as it does in BERT.
+
+    Raises:
+        ValueError: the tokenizer marks neither.
+    """
+    pieces = [tokenizer.id_to_token(i) or "" for i in range(tokenizer.get_vocab_size())]
+    model = json.loads(tokenizer.to_str())["model"]
+    if model["type"] == "WordLevel":
+        return np.ones(len(pieces), dtype=bool)
+    if prefix := model.get("continuing_subword_prefix"):
+        return np.array([not piece.startswith(prefix) for piece in pieces])
+    for mark in ("Ġ", "▁"):
+        if any(piece.startswith(mark) for piece in pieces):
+            return np.array([piece.startswith(mark) or _is_symbol(piece[:1]) for piece in pieces])
+    raise ValueError("the tokenizer does not mark where words begin")
+
+
+def _is_symbol(character: str) -> bool:
+    """ASCII punctuation; other bytes of byte-level BPE may be parts of letters."""
+    return character.isascii() and not character.isalnum()
