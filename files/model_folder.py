@@ -21,9 +21,9 @@ from safetensors import SafetensorError
 from tokenizers import BertWordPieceTokenizer, Tokenizer
 from torch import Tensor, nn
 
-from files.tokenizer import special_ids, special_tokens
 from files import disk, hub_names
 from files.disk import UserError, first_line, to_json, write_file
+from files.tokenizer import special_ids, special_tokens
 from model import Classifier, Config, MaskedLM, Tagger
 
 # What the libraries raise when they read a broken config or broken weights.

@@ -16,8 +16,9 @@ from transformers import (
     ModernBertForSequenceClassification,
 )
 
-from data import Batch, train_tokenizer
+from data import Batch
 from files import hub_names, model_folder
+from files.tokenizer import train_tokenizer
 from model import Classifier, Config, Dropout, MaskedLM
 
 SMALL = Config(vocab_size=97, d_model=32, n_layers=3, n_heads=2, d_ff=48, max_len=64)
@@ -238,7 +239,8 @@ def test_pooling_that_config_json_does_not_name_is_the_default_of_transformers(t
     raw = json.loads((tmp_path / "config.json").read_text())
     del raw["classifier_pooling"]
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    assert load_theirs(AutoModelForSequenceClassification, tmp_path).config.classifier_pooling == "cls"
+    other = load_theirs(AutoModelForSequenceClassification, tmp_path)
+    assert other.config.classifier_pooling == "cls"
     flat, _ = sequences(model.config)
     again, _, _ = model_folder.open_model(tmp_path, torch.device("cpu"))
     assert torch.equal(again(*flat), model(*flat))
