@@ -90,7 +90,7 @@ def find_model(name: Path) -> Path:
     if (name / "config.json").is_file():
         return name
     # The name of an output folder that does not exist yet is not looked up on the hub.
-    is_path = name.parts[0] == "runs" or (len(name.parts) > 1 and name.parent.exists())
+    is_path = name.parts[:1] == ("runs",) or (len(name.parts) > 1 and name.parent.exists())
     is_hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(name))
     if name.exists() or is_path or not is_hub_name:
         advice = "train.py leaves one in its --out"

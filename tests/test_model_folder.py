@@ -90,10 +90,15 @@ def test_open_model_computes_what_was_saved(tmp_path, kind):
     assert torch.equal(compute(again, *inputs), compute(model, *inputs))
 
 
-def test_no_folder(tmp_path):
+@pytest.mark.parametrize("name", ("nothing", ".", "runs/nothing", "a/b/c", "folder", "file"))
+def test_what_is_neither_a_model_nor_a_name_on_the_hub(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    path = tmp_path / name if name == "nothing" else Path(name)
     with pytest.raises(UserError) as error:
-        model_folder.load_model(tmp_path / "nothing")
-    assert_one_line(error, tmp_path / "nothing")
+        model_folder.load_model(path)
+    assert_one_line(error, f"{path}: no checkpoint")
 
 
 @pytest.mark.parametrize("name", ("config.json", "model.safetensors", "tokenizer.json"))
