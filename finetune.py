@@ -32,9 +32,11 @@ from files import entities, model_folder, run_folder
 from files.cli import Parser, choose_hardware, flags_to_json, number, run_script
 from files.disk import UserError
 from files.entities import NOT_SCORED, TaggedDataset
+from files.machine import Ranks
+from files.step_monitor import StepMonitor
 from labels import LabeledDataset, batches, encode, load, subsample
 from model import Classifier, Config, Tagger
-from optim import StepMonitor, parameter_groups, set_learning_rates
+from optim import parameter_groups, set_learning_rates
 
 # Peak learning rates, chosen on folds of the training data of MR and IMDb.
 LR_PRETRAINED = 3e-4
@@ -46,7 +48,6 @@ LR_TOKENS = 1e-3
 ADAM_EPS = 1e-8
 EMBEDDING_EPS = 3e-4
 MAX_LEN = 512
-PATIENCE = 5  # skipped steps in a row that stop a run
 
 Dataset = LabeledDataset | TaggedDataset
 
@@ -175,7 +176,7 @@ def new_optimizer(
     elif is_tagger:
         lr = LR_TOKENS
     large_eps = is_pretrained and model.config.is_modern and not is_tagger
-    embeddings, matrices, no_decay = parameter_groups(model)
+    matrices, embeddings, no_decay = parameter_groups(model)
     decay = {"weight_decay": args.weight_decay}
     groups = [
         {"params": embeddings, "eps": EMBEDDING_EPS if large_eps else ADAM_EPS} | decay,
@@ -229,8 +230,15 @@ def main(
         rows, targets, _, n_cut = encode_examples(train, tokenizer, max_len)
         test_rows, test_targets, first_pieces, n_more = encode_examples(test, tokenizer, max_len)
         content = [*rows, *targets, *test_rows, *test_targets, *weights.values()]
-        flags = flags_to_json(args)
-        state, folder = run_folder.start_or_resume(args.out, args.resume, flags, device, content)
+        record = {
+            "flags": flags_to_json(args),
+            "environment": run_folder.environment(device, 1),
+            "data": run_folder.digest(content),
+        }
+        defaults = flags_to_json(parse([]))
+        checkpoint, state = run_folder.find_checkpoint(args, record, defaults, Ranks(0, 1))
+        if checkpoint is None:
+            run_folder.start_run(args.out, record)
         results = state.setdefault("results", {})  # of the methods that are finished
         predictions = state.setdefault("predictions", {})
         about = {"n_train": len(train), "n_test": len(test), "n_cut": n_cut + n_more}
@@ -251,11 +259,11 @@ def main(
             model = new_network(args, config, train, weights if is_pretrained else None).to(device)
             optimizer = new_optimizer(args, model, is_pretrained)
             scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-            monitor = StepMonitor(PATIENCE + 16 * scaler.is_enabled())  # float16 seeks its scale
+            monitor = StepMonitor(has_scaler=scaler.is_enabled())
+            training = (model, [optimizer], scaler, monitor)
             first_epoch = 0
             if state.get("method") == method:
-                run_folder.restore(folder, state, model, [optimizer], scaler)
-                monitor.load_state_dict(state["monitor"])
+                run_folder.restore(checkpoint, state, record, training)
                 first_epoch = state["epoch"]
             elif isinstance(model, Classifier) and (is_pretrained or args.lr == 0):
                 # from a random head, training would distort good features (Kumar et al. 2022)
@@ -297,10 +305,9 @@ def main(
                         raise SystemExit(1)
 
                 if data is None:
-                    state |= {"step": state.get("step", 0) + 1, "method": method}
-                    state |= {"epoch": epoch + 1, "monitor": monitor.state_dict()}
-                    training = (model, [optimizer], scaler, tokenizer, state)
-                    run_folder.save_checkpoint(args.out, *training, keep=1)
+                    state |= record | {"step": state.get("step", 0) + 1}
+                    state |= {"method": method, "epoch": epoch + 1}
+                    run_folder.save_checkpoint(args.out, training, tokenizer, state, keep=1)
 
             if train.names is None:
                 restore_unit(model, train.targets)

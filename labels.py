@@ -13,10 +13,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from data import special_ids
 from files.columns import choose_columns, guess_task, read_columns, read_rows, to_number
 from files.disk import UserError
 from files.reviews import load_reviews
+from files.tokenizer import special_ids
 
 TEST_SHARE = 0.2
 # Hyperparameters are chosen by cross-validation for few labels, by one hold-out for many.

@@ -53,7 +53,6 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {' '.join(message.splitlines())}\n")
 
 
-Parser = Flags
 
 
 def number(kind: type, low: float, high: float | None = None) -> Callable[[str], int | float]:

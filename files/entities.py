@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from data import special_ids
 from files.disk import UserError
 from files.readers import read_lines, read_table, text_suffix
+from files.tokenizer import special_ids
 from labels import TEST_SHARE, batches
 from model import Tagger
 

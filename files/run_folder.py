@@ -16,7 +16,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -363,6 +363,16 @@ def latest_checkpoint(out: Path, log: Log) -> Path | None:
         raise UserError(f"{out}: none of its checkpoints is whole; without --resume it begins anew")
     log(f"no checkpoint in {out} yet: starting afresh")
     return None
+
+
+def digest(arrays: Iterable[np.ndarray | torch.Tensor]) -> str:
+    """A hash of everything that a run reads."""
+    sha256 = hashlib.sha256()
+    for array in arrays:
+        if isinstance(array, torch.Tensor):  # numpy has no bfloat16
+            array = array.contiguous().flatten().view(torch.uint8).numpy()
+        sha256.update(np.ascontiguousarray(array))
+    return sha256.hexdigest()
 
 
 def find_checkpoint(

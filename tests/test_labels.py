@@ -13,7 +13,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from data import SPECIAL_TOKENS
 from files.disk import UserError
-from labels import HOLD_OUT, N_FOLDS, LabeledDataset, batches, cross_validation_splits, encode, load, subsample
+from labels import (
+    HOLD_OUT,
+    N_FOLDS,
+    LabeledDataset,
+    batches,
+    cross_validation_splits,
+    encode,
+    load,
+    subsample,
+)
 
 PROPERTY = settings(
     deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
