@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import Batch, Corpus
-from files import model_folder, run_folder
+from files import hub_names, model_folder, run_folder
 from files.cli import Parser, choose_hardware, flags_to_json, number, run_script
 from files.disk import UserError, to_json, write_file
 from files.machine import (
@@ -164,6 +164,8 @@ def build_model(
     """The model at step 0: that of --model, or a new one with a spectral embedding."""
     torch.manual_seed(args.seed)
     model = MaskedLM(dataclasses.replace(config, vocab_size=corpus.vocab_size))
+    # a setting that could not be saved fails here, and not at the first checkpoint
+    hub_names.config_to_json(model.config, model.task, corpus.special)
     if initial:
         # a classifier has no decoder, and a bare encoder no head
         missing = ("decoder.bias", "head", "pooler", *model.pretraining_only)
