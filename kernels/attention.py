@@ -1,150 +1,212 @@
-"""Attention within each sequence of an unpadded batch, and rotary positions."""
+"""Attention within each sequence of an unpadded batch, with rotary positions.
 
-from __future__ import annotations  # without Triton, `tl.constexpr` is no more than a text
+`reference` is the formula and `attention` the function to call. `_Attention` is its code for CPUs,
+`_FlashAttention` its code for GPUs, whose Triton kernels fill the rest of the file.
+
+Axes: T tokens of the batch, S sequences, L positions of a sequence, H heads, D head_dim, B sequences
+of a group. Sequence s is the rows cu_seqlens[s] to cu_seqlens[s + 1] of the batch.
+"""
+
+from __future__ import annotations  # where Triton is missing, `tl.constexpr` is never evaluated
 
 import math
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from kernels.dispatch import jit, tl, use_triton
 
-# A length group ends where its next sequence would waste more than this share of the group's width. A wider
-# tolerance computes more padding, a narrower one more and smaller products.
-GROUP_WASTE = 0.25
-# Group widths are rounded up to this, so that products meet few different shapes.
-GROUP_MULTIPLE = 16
-# What is read and written several times has to stay in the caches: so many tokens fill a group, so many rows
-# go through GeGLU at a time, so many logits through the softmax.
-GROUP_TOKENS = 2048
-# Head sizes of Triton's attention, whose blocks are powers of 2; others take the torch code.
+# Tokens that the CPU multiplies at a time: enough to outweigh the overhead of the calls, few enough
+# for their scores to stay in the caches.
+GROUP_TOKENS = 1024
+# Head sizes of the Triton kernels, whose blocks are powers of 2; others take the torch code.
 FLASH_HEAD_DIMS = (32, 64, 128)
-ROTATED = 64  # tokens that a program rotates
+# Tokens of one program of the rotation kernel.
+ROTATE_BLOCK = 64
 
 Rope = tuple[Tensor, Tensor]
 
 
-def rope_tables(n_positions: int, head_dim: int, theta: float, device: torch.device | str = "cpu") -> Rope:
-    """cos and sin of position x theta^(-2i / head_dim), each (n_positions, head_dim / 2), float32.
+def reference(
+    qkv: Tensor, cu_seqlens: Tensor, rope: Rope | None = None, window: int | None = None
+) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v, one sequence after the other; arguments as in `attention`."""
+    outputs = []
+    for sequence in qkv.split(cu_seqlens.diff().tolist()):
+        q, k, v = sequence.permute(1, 2, 0, 3)  # (H, L, D) each
+        q = rotate(q, rope)
+        k = rotate(k, rope)
+        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (H, L, L)
+        if window is not None:
+            position = torch.arange(len(sequence))
+            distance = (position[:, None] - position).abs()
+            scores = scores.masked_fill(distance > window, -math.inf)
+        outputs.append((scores.softmax(dim=-1) @ v).transpose(0, 1))  # (L, H, D)
+    return torch.cat(outputs)
 
-    Rotary position embedding, half-split (Su et al. 2021, arXiv 2104.09864, section 3.2).
+
+def rotate(x: Tensor, rope: Rope | None) -> Tensor:
+    """Rotate the pairs (x_i, x_{i + D/2}) by the angles of their position, in the tables' precision.
+
+    Args:
+        x: (..., L, D).
+        rope: tables of at least L positions. (cos, -sin) rotates back, None leaves x as it is.
     """
-    inverse_frequency = 1.0 / theta ** (
-        torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-    )
-    angles = torch.arange(n_positions, dtype=torch.float32, device=device)[:, None] * inverse_frequency
+    if rope is None:
+        return x
+    cos, sin = (table[: x.shape[-2]] for table in rope)  # (L, D / 2) each
+    half = cos.shape[-1]
+    a, b = x.to(cos.dtype).chunk(2, dim=-1)
+    out = x * torch.cat((cos, cos), dim=-1)
+    out[..., :half].addcmul_(b, sin, value=-1)  # a * cos - b * sin
+    out[..., half:].addcmul_(a, sin)  # b * cos + a * sin
+    return out.to(x.dtype)
+
+
+def rope_tables(
+    n_positions: int, head_dim: int, theta: float, device: torch.device | str = "cpu"
+) -> Rope:
+    """Tables for `rotate` (RoPE, half-split: Su et al. 2021, arXiv 2104.09864, section 3.2).
+
+    Returns:
+        cos and sin of position * theta^(-2i / head_dim), each (n_positions, head_dim / 2), float32.
+    """
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    position = torch.arange(n_positions, dtype=torch.float32, device=device)
+    angles = position[:, None] * (1.0 / theta**exponent)
     return angles.cos(), angles.sin()
 
 
 def attention(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, rope: Rope | None = None, window: int | None = None
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    rope: Rope | None = None,
+    window: int | None = None,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v within each sequence (Vaswani et al. 2017, section 3.2.1).
+    """Scaled dot-product attention within each sequence (Vaswani et al. 2017, section 3.2.1).
 
-    qkv: (T, 3, H, D). rope: tables of at least `max_seqlen` positions, applied to q and k in float32. window:
-    a token at i sees j only where |i - j| <= window; None means the whole sequence. Returns (T, H, D).
+    Args:
+        qkv: (T, 3, H, D), the queries, keys and values of all tokens.
+        cu_seqlens: (S + 1,) integers, the first row of each sequence, then T.
+        max_seqlen: at least the length of the longest sequence.
+        rope: the tables by which q and k are rotated, of at least max_seqlen positions.
+        window: a token at position i sees j only where |i - j| <= window; None: all of its sequence.
+
+    Returns:
+        (T, H, D) in the dtype of qkv.
+
+    Raises:
+        ValueError: the tables of rope are too short.
     """
     if rope is not None and len(rope[0]) < max_seqlen:
         raise ValueError(f"rope has {len(rope[0])} positions, the longest sequence {max_seqlen}")
     if use_triton(qkv) and qkv.shape[-1] in FLASH_HEAD_DIMS:
         return _FlashAttention.apply(qkv, cu_seqlens, max_seqlen, rope, window)
-    # Groups follow from the lengths of the sequences, which a graph does not know. The decorator would import
-    # the compiler, seconds at every start.
-    apply = torch.compiler.disable(_Attention.apply) if torch.compiler.is_compiling() else _Attention.apply
-    return apply(qkv, cu_seqlens, max_seqlen, rope, window)
+
+    apply = _Attention.apply
+    if torch.compiler.is_compiling():
+        # The groups depend on the lengths, which a compiled graph does not know. A decorator would
+        # do the same, but would import the compiler at each start, which takes seconds.
+        apply = torch.compiler.disable(apply)
+    return apply(qkv, cu_seqlens, rope, window)
+
+
+# ------------------------------------------------------------------------------------------- CPU
 
 
 class _Attention(torch.autograd.Function):
-    """Sequences of similar length are padded to one width and multiplied together; nothing else is padded."""
+    """Sequences of similar length are padded to the longest of them and multiplied together."""
 
     @staticmethod
-    def forward(ctx, qkv, cu_seqlens, max_seqlen, rope, window) -> Tensor:
-        n_tokens, _, n_heads, head_dim = qkv.shape
-        out = qkv.new_empty(n_tokens + 1, n_heads, head_dim)  # the extra row takes what the padding computes
-        ctx.rope, ctx.shape, ctx.groups, saved = rope, qkv.shape, [], []
-        for index, is_pad, shortest in _length_groups(cu_seqlens, n_tokens, max_seqlen):
-            size, width = index.shape
-            padded = qkv.index_select(0, index.where(~is_pad, 0).view(-1))
-            padded = padded.view(size, width, 3, n_heads, head_dim).permute(2, 0, 3, 1, 4)  # (3, B, H, L, D)
-            q, k = rotate(padded[:2], rope, head_dim**-0.5)
-            v = padded[2].contiguous()
+    def forward(ctx, qkv, cu_seqlens, rope, window) -> Tensor:
+        lengths = cu_seqlens.diff().tolist()
+        sequences = qkv.split(lengths)
+        outputs = [None] * len(lengths)
+        groups = _length_groups(lengths)
+        saved = []
+
+        for group in groups:
+            padded = pad_sequence([sequences[i] for i in group], batch_first=True)
+            padded = padded.permute(2, 0, 3, 1, 4).contiguous()  # (3, B, H, L, D)
+            q, k = rotate(padded[:2], rope)
+            q = q * qkv.shape[-1] ** -0.5
+            v = padded[2]
+
             scores = q @ k.transpose(-1, -2)  # (B, H, L, L)
-            if window is None or width <= window + 1:  # only keys past the shortest sequence are padding
-                scores[..., shortest:].masked_fill_(is_pad[:, None, None, shortest:], -math.inf)
-            else:
-                position = torch.arange(width, device=qkv.device)
-                hidden_keys = is_pad[:, None, None, :] | ((position[:, None] - position).abs() > window)
-                # a padded query whose whole window is padding would be a row of -inf, and so of NaN
-                scores.masked_fill_(hidden_keys & ~is_pad[:, None, :, None], -math.inf)
-            probabilities = torch.softmax(scores, dim=-1).to(v.dtype)
-            heads = (probabilities @ v).transpose(1, 2)  # (B, L, H, D)
-            out.index_copy_(0, index.view(-1), heads.reshape(-1, n_heads, head_dim))
-            ctx.groups.append((index, is_pad))
-            saved += [q, k, v, probabilities]
+            _mask(scores, [lengths[i] for i in group], window)
+            p = torch.softmax(scores, dim=-1).to(v.dtype)  # on a GPU, autocast makes it float32
+            o = p @ v  # (B, H, L, D)
+
+            for i, o_i in zip(group, o.transpose(1, 2), strict=True):
+                outputs[i] = o_i[: lengths[i]]
+            saved += [q, k, v, p, o]
+
         ctx.save_for_backward(*saved)
-        return out[:n_tokens]
+        ctx.lengths = lengths
+        ctx.groups = groups
+        ctx.rope = rope
+        return torch.cat(outputs)
 
     @staticmethod
-    def backward(ctx, d_out: Tensor) -> tuple[Tensor, None, None, None, None]:
-        n_tokens, _, n_heads, head_dim = ctx.shape
-        d_qkv = d_out.new_empty(n_tokens + 1, 3, n_heads, head_dim)
-        for i, (index, is_pad) in enumerate(ctx.groups):
-            q, k, v, probabilities = ctx.saved_tensors[4 * i : 4 * i + 4]
-            size, width = index.shape
-            d_heads = d_out.index_select(0, index.where(~is_pad, 0).view(-1))
-            d_heads = d_heads.view(size, width, n_heads, head_dim).masked_fill(is_pad[:, :, None, None], 0)
-            d_heads = d_heads.transpose(1, 2).contiguous()  # (B, H, L, D)
-            d_probabilities = d_heads @ v.transpose(-1, -2)
-            d_scores = torch._softmax_backward_data(d_probabilities, probabilities, -1, probabilities.dtype)
-            d_padded = torch.empty((3, *q.shape), dtype=q.dtype, device=q.device)  # (3, B, H, L, D)
-            torch.matmul(d_scores, k, out=d_padded[0])
+    def backward(ctx, d_out: Tensor) -> tuple[Tensor, None, None, None]:
+        d_outputs = d_out.split(ctx.lengths)
+        d_sequences = [None] * len(ctx.lengths)
+
+        for n, group in enumerate(ctx.groups):
+            q, k, v, p, o = ctx.saved_tensors[5 * n : 5 * n + 5]
+            d_o = pad_sequence([d_outputs[i] for i in group], batch_first=True)
+            d_o = d_o.transpose(1, 2).contiguous()  # (B, H, L, D)
+
+            d_p = d_o @ v.transpose(-1, -2)
+            delta = (d_o * o).sum(dim=-1, keepdim=True)  # equals the sum of p * d_p over the keys
+            d_scores = (d_p - delta).mul_(p)  # (B, H, L, L)
+
+            d_padded = q.new_empty(3, *q.shape)  # (3, B, H, L, D)
+            torch.matmul(d_scores, k, out=d_padded[0]).mul_(q.shape[-1] ** -0.5)
             torch.matmul(d_scores.transpose(-1, -2), q, out=d_padded[1])
-            torch.matmul(probabilities.transpose(-1, -2), d_heads, out=d_padded[2])
-            d_padded[:2] = rotate(d_padded[:2], ctx.rope, head_dim**-0.5, inverse=True)
-            d_padded = d_padded.permute(1, 3, 0, 2, 4).reshape(-1, 3, n_heads, head_dim)
-            d_qkv.index_copy_(0, index.view(-1), d_padded)
-        return d_qkv[:n_tokens], None, None, None, None
+            torch.matmul(p.transpose(-1, -2), d_o, out=d_padded[2])
+            if ctx.rope is not None:
+                cos, sin = ctx.rope
+                d_padded[:2] = rotate(d_padded[:2], (cos, -sin))
+
+            for i, d_i in zip(group, d_padded.permute(1, 3, 0, 2, 4), strict=True):
+                d_sequences[i] = d_i[: ctx.lengths[i]]  # (L, 3, H, D)
+
+        return torch.cat(d_sequences), None, None, None
 
 
-def _length_groups(cu_seqlens: Tensor, n_tokens: int, max_seqlen: int) -> list[tuple[Tensor, Tensor, int]]:
-    """Sequences sorted into groups of similar length: per group the token of each place (B, L), whether it is
-    padding, and the shortest length; padding points at row `n_tokens`. Empty sequences are in no group."""
-    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-    order = torch.argsort(lengths, descending=True, stable=True)
-    by_length = lengths[order].tolist()
-    first, groups = 0, []
-    while first < len(by_length) and by_length[first]:
-        last = first
-        shortest = by_length[first] * (1 - GROUP_WASTE) - GROUP_MULTIPLE
-        largest = max(1, GROUP_TOKENS // by_length[first])
-        while last < min(len(by_length), first + largest) and by_length[last] > shortest:
-            last += 1
-        width = min(max_seqlen, -(-by_length[first] // GROUP_MULTIPLE) * GROUP_MULTIPLE)
-        members, position = order[first:last], torch.arange(width, device=cu_seqlens.device)
-        is_pad = position >= lengths[members, None]
-        index = (starts[members, None] + position).masked_fill(is_pad, n_tokens)
-        groups.append((index, is_pad, by_length[last - 1]))
-        first = last
+def _length_groups(lengths: list[int]) -> list[list[int]]:
+    """The indices of the sequences by descending length, in groups of at most GROUP_TOKENS tokens,
+    padding included, or of one sequence."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    groups = []
+    while order:
+        longest = max(1, lengths[order[0]])
+        size = max(1, GROUP_TOKENS // longest)
+        groups.append(order[:size])
+        order = order[size:]
     return groups
 
 
-def rotate(qk: Tensor, rope: Rope | None, scale: float, inverse: bool = False) -> Tensor:
-    """Rotate q and k, (2, B, H, L, D), by their positions in float32 and scale q; `inverse` turns gradients
-    back."""
-    exact = torch.promote_types(qk.dtype, torch.float32)
-    scales = torch.tensor([scale, 1.0], dtype=exact, device=qk.device).view(2, 1, 1, 1, 1)
-    if rope is None:
-        return (qk * scales).to(qk.dtype)
-    cos, sin = (table[: qk.shape[-2]] * scales for table in rope)  # (2, 1, 1, L, D / 2)
-    half = qk.shape[-1] // 2
-    first, second = (qk32 := qk.to(cos.dtype))[..., :half], qk32[..., half:]
-    turned = torch.empty(qk.shape, dtype=cos.dtype, device=qk.device)  # contiguous, whatever qk is
-    torch.mul(qk32, torch.cat((cos, cos), dim=-1), out=turned)
-    turned[..., :half].addcmul_(second, sin, value=1 if inverse else -1)
-    turned[..., half:].addcmul_(first, sin, value=-1 if inverse else 1)
-    return turned.to(qk.dtype)
+def _mask(scores: Tensor, lengths: list[int], window: int | None) -> None:
+    """Overwrite the scores (B, H, L, L) of padded keys and of keys outside the window.
+
+    The value is finite, because -inf in a whole row, which padding may cause, would give NaN.
+    """
+    width = scores.shape[-1]
+    position = torch.arange(width, device=scores.device)
+    is_hidden = position >= torch.tensor(lengths, device=scores.device)[:, None, None, None]
+    first = min(lengths)  # no key before this one is padding
+    if window is not None and width > window + 1:
+        distance = (position[:, None] - position).abs()
+        is_hidden = is_hidden | (distance > window)  # (B, 1, L, L)
+        first = 0
+    scores[..., first:].masked_fill_(is_hidden[..., first:], torch.finfo(scores.dtype).min)
 
 
+# TRITON
 class _FlashAttention(torch.autograd.Function):
     """Online softmax over blocks of keys; the backward pass computes the probabilities once more from their
     logsumexp (Dao 2023, arXiv 2307.08691, algorithms 1 and 2). q and k are rotated by a kernel of their own:
