@@ -298,7 +298,6 @@ class MaskedLM(nn.Module):
             self.pooler = Pooler(config)
         self.decoder = nn.Linear(config.d_model, config.vocab_size)
         self.decoder.weight = self.model.embeddings.tok_embeddings.weight
-        self.bag_bias = nn.Parameter(torch.zeros(config.vocab_size))  # of the pooled loss; not exported
         init_weights(self, config)
 
     def logits(
@@ -307,22 +306,14 @@ class MaskedLM(nn.Module):
         """The logits of every token, (T, vocab_size)."""
         return self.decoder(self.head(self.model(ids, cu_seqlens, max_seqlen, token_types)))
 
-    def forward(self, batch) -> tuple[Tensor, Tensor]:
-        """The two losses of a `data.Batch`, as sums: over its masked tokens, and over its bags.
+    pretraining_only = ()
 
-        The first is masked-language modelling (Devlin et al. 2018, section 3.1). The second predicts from
-        the pooled vector the words of the document (the bag-of-words objective of DupMAE, Xiao et al. 2022,
-        arXiv 2211.08769, section 3.2); it is 0 where the batch has no bags.
-        """
+    def forward(self, batch) -> dict:
+        """{"masked_lm": (sum of the losses of the masked tokens, their number)}."""
         states = self.model(batch.ids, batch.cu_seqlens, batch.max_seqlen)
-        embedding = self.decoder.weight
         masked = self.head(states.index_select(0, batch.masked))  # (N, d_model)
-        token_loss = linear_cross_entropy(masked, embedding, self.decoder.bias, batch.targets)
-        if batch.cu_bags is None:
-            return token_loss, torch.zeros_like(token_loss)
-        vectors = pooled(self, states, batch.cu_seqlens)  # (S, d_model)
-        bags = (batch.bag_ids, batch.bag_weights, batch.cu_bags)
-        return token_loss, linear_cross_entropy(vectors, embedding, self.bag_bias, *bags)
+        loss = linear_cross_entropy(masked, self.decoder.weight, self.decoder.bias, batch.targets)
+        return {"masked_lm": (loss, len(batch.targets))}
 
 
 class Classifier(nn.Module):

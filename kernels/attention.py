@@ -3,8 +3,8 @@
 `reference` is the formula and `attention` the function to call. `_Attention` is its code for CPUs,
 `_FlashAttention` its code for GPUs, whose Triton kernels fill the rest of the file.
 
-Axes: T tokens of the batch, S sequences, L positions of a sequence, H heads, D head_dim, B sequences
-of a group. Sequence s is the rows cu_seqlens[s] to cu_seqlens[s + 1] of the batch.
+Axes: T tokens of the batch, S sequences, L positions of a sequence, H heads, D head_dim,
+B sequences of a group. Sequence s is the rows cu_seqlens[s] to cu_seqlens[s + 1] of the batch.
 """
 
 from __future__ import annotations  # where Triton is missing, `tl.constexpr` is never evaluated
@@ -39,7 +39,7 @@ def reference(
         k = rotate(k, rope)
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (H, L, L)
         if window is not None:
-            position = torch.arange(len(sequence))
+            position = torch.arange(len(sequence), device=qkv.device)
             distance = (position[:, None] - position).abs()
             scores = scores.masked_fill(distance > window, -math.inf)
         outputs.append((scores.softmax(dim=-1) @ v).transpose(0, 1))  # (L, H, D)
@@ -47,7 +47,7 @@ def reference(
 
 
 def rotate(x: Tensor, rope: Rope | None) -> Tensor:
-    """Rotate the pairs (x_i, x_{i + D/2}) by the angles of their position, in the tables' precision.
+    """Rotate the pairs (x_i, x_{i + D/2}) by the angles of their position, in float32 or better.
 
     Args:
         x: (..., L, D).
@@ -92,7 +92,7 @@ def attention(
         cu_seqlens: (S + 1,) integers, the first row of each sequence, then T.
         max_seqlen: at least the length of the longest sequence.
         rope: the tables by which q and k are rotated, of at least max_seqlen positions.
-        window: a token at position i sees j only where |i - j| <= window; None: all of its sequence.
+        window: a token at position i sees j only where |i - j| <= window; None means all j.
 
     Returns:
         (T, H, D) in the dtype of qkv.
@@ -137,11 +137,11 @@ class _Attention(torch.autograd.Function):
             scores = q @ k.transpose(-1, -2)  # (B, H, L, L)
             _mask(scores, [lengths[i] for i in group], window)
             p = torch.softmax(scores, dim=-1).to(v.dtype)  # on a GPU, autocast makes it float32
-            o = p @ v  # (B, H, L, D)
+            o = (p @ v).transpose(1, 2)  # (B, L, H, D)
 
-            for i, o_i in zip(group, o.transpose(1, 2), strict=True):
+            for i, o_i in zip(group, o, strict=True):
                 outputs[i] = o_i[: lengths[i]]
-            saved += [q, k, v, p, o]
+            saved += [q, k, v, p]
 
         ctx.save_for_backward(*saved)
         ctx.lengths = lengths
@@ -155,13 +155,12 @@ class _Attention(torch.autograd.Function):
         d_sequences = [None] * len(ctx.lengths)
 
         for n, group in enumerate(ctx.groups):
-            q, k, v, p, o = ctx.saved_tensors[5 * n : 5 * n + 5]
+            q, k, v, p = ctx.saved_tensors[4 * n : 4 * n + 4]
             d_o = pad_sequence([d_outputs[i] for i in group], batch_first=True)
             d_o = d_o.transpose(1, 2).contiguous()  # (B, H, L, D)
 
             d_p = d_o @ v.transpose(-1, -2)
-            delta = (d_o * o).sum(dim=-1, keepdim=True)  # equals the sum of p * d_p over the keys
-            d_scores = (d_p - delta).mul_(p)  # (B, H, L, L)
+            d_scores = p * (d_p - (p * d_p).sum(dim=-1, keepdim=True))  # (B, H, L, L)
 
             d_padded = q.new_empty(3, *q.shape)  # (3, B, H, L, D)
             torch.matmul(d_scores, k, out=d_padded[0]).mul_(q.shape[-1] ** -0.5)
@@ -206,138 +205,148 @@ def _mask(scores: Tensor, lengths: list[int], window: int | None) -> None:
     scores[..., first:].masked_fill_(is_hidden[..., first:], torch.finfo(scores.dtype).min)
 
 
-# TRITON
+# -------------------------------------------------------------------------------------------- GPU
+
+
 class _FlashAttention(torch.autograd.Function):
-    """Online softmax over blocks of keys; the backward pass computes the probabilities once more from their
-    logsumexp (Dao 2023, arXiv 2307.08691, algorithms 1 and 2). q and k are rotated by a kernel of their own:
-    rotated as they are loaded they would be so once for every block that meets them, and the registers do not
-    hold it."""
+    """FlashAttention-2 (Dao 2023, arXiv 2307.08691, algorithms 1 and 2), without atomics.
+
+    q and k are rotated by a kernel of their own: each block of them is loaded many times, and would
+    have to be rotated each time.
+    """
 
     @staticmethod
     def forward(ctx, qkv, cu_seqlens, max_seqlen, rope, window) -> Tensor:
+        n_tokens, _, n_heads, head_dim = qkv.shape
         qkv = qkv.contiguous()
         if rope is not None:
             qkv = flash_rotate(qkv, cu_seqlens, max_seqlen, *rope, 1.0)
-        out, lse = flash_forward(qkv, cu_seqlens, max_seqlen, window)
+
+        out = qkv.new_empty(n_tokens, n_heads, head_dim)
+        lse = qkv.new_empty(n_heads, n_tokens, dtype=torch.float32)  # logsumexp of scores, base 2
+        options = flash_options(head_dim, qkv.dtype)
+        grid = _grid(cu_seqlens, n_heads, max_seqlen, options["BLOCK"])
+        _flash_forward[grid](qkv, cu_seqlens, out, lse, n_tokens, n_heads, window, **options)
+
         ctx.save_for_backward(qkv, cu_seqlens, out, lse)
-        ctx.max_seqlen, ctx.rope, ctx.window = max_seqlen, rope, window
+        ctx.max_seqlen = max_seqlen
+        ctx.rope = rope
+        ctx.window = window
         return out
 
     @staticmethod
     def backward(ctx, d_out: Tensor) -> tuple[Tensor, None, None, None, None]:
         qkv, cu_seqlens, out, lse = ctx.saved_tensors
-        d_qkv = flash_backward(qkv, cu_seqlens, ctx.max_seqlen, ctx.window, out, lse, d_out.contiguous())
+        n_tokens, _, n_heads, head_dim = qkv.shape
+        d_out = d_out.contiguous()
+        d_qkv = torch.empty_like(qkv)
+        delta = torch.empty_like(
+            lse
+        )  # row sums of out * d_out, from the first kernel for the second
+
+        options = flash_options(head_dim, qkv.dtype)
+        grid = _grid(cu_seqlens, n_heads, ctx.max_seqlen, options["BLOCK"])
+        arguments = (qkv, cu_seqlens, out, lse, d_out, delta, d_qkv, n_tokens, n_heads, ctx.window)
+        _flash_d_q[grid](*arguments, **options)
+        _flash_d_kv[grid](*arguments, **options)
+
         if ctx.rope is not None:
             d_qkv = flash_rotate(d_qkv, cu_seqlens, ctx.max_seqlen, *ctx.rope, -1.0)
         return d_qkv, None, None, None, None
 
 
-def flash_options(head_dim: int, dtype: torch.dtype, on_hip: bool = torch.version.hip is not None) -> dict:
-    """Rows of a block, rows of the other side in a step, depth of the pipeline: the largest at which no GPU
-    spills registers (bench.py --aot)."""
-    is_low = dtype.itemsize == 2
-    sizes = {
+def _grid(cu_seqlens: Tensor, n_heads: int, max_seqlen: int, block: int) -> tuple[int, int, int]:
+    """Programs of a launch; the sequences come first, as only the first size may exceed 65,535."""
+    return len(cu_seqlens) - 1, n_heads, -(-max_seqlen // block)
+
+
+def flash_options(
+    head_dim: int, dtype: torch.dtype, on_hip: bool = torch.version.hip is not None
+) -> dict[str, int]:
+    """The rows of a program, the rows of the other side that it reads at a time, and the depth of the
+    pipeline: the largest at which no GPU spills registers (python bench.py --aot)."""
+    is_16_bit = dtype.itemsize == 2
+    num_stages = 2 if is_16_bit else 3
+    return {
         "WIDTH": head_dim,
-        "BLOCK": 64 if is_low else 32,
-        "STEP": 32 if is_low and head_dim <= 64 else 16,
+        "BLOCK": 64 if is_16_bit else 32,
+        "STEP": 32 if is_16_bit and head_dim <= 64 else 16,
+        "num_stages": 1 if on_hip else num_stages,
     }
-    return sizes | {"num_stages": 1 if on_hip else 2 if is_low else 3}
 
 
 def flash_rotate(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, cos: Tensor, sin: Tensor, sign: float
 ) -> Tensor:
-    """qkv with q and k rotated by their positions in float32, backwards where the sign is -1."""
-    out, (n_heads, head_dim) = torch.empty_like(qkv), qkv.shape[2:]
-    # sequences come first: of the three only the first size may exceed 65,535
-    grid = (cu_seqlens.shape[0] - 1, 3 * n_heads, -(-max_seqlen // ROTATED))
-    options = {"HALF": head_dim // 2, "BLOCK": ROTATED}
-    _flash_rotate[grid](qkv, out, cu_seqlens, cos, sin, sign, n_heads, **options)
+    """qkv with q and k rotated by their positions in float32; sign -1 rotates back."""
+    out = torch.empty_like(qkv)
+    n_heads, head_dim = qkv.shape[2:]
+    grid = _grid(cu_seqlens, 3 * n_heads, max_seqlen, ROTATE_BLOCK)
+    sizes = {"HALF": head_dim // 2, "BLOCK": ROTATE_BLOCK}
+    _flash_rotate[grid](qkv, out, cu_seqlens, cos, sin, sign, n_heads, **sizes)
     return out
 
 
-def flash_forward(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None
-) -> tuple[Tensor, Tensor]:
-    """(out (T, H, D), logsumexp of the scores in base 2, (H, T) float32) of contiguous qkv."""
-    n_tokens, _, n_heads, head_dim = qkv.shape
-    out = qkv.new_empty(n_tokens, n_heads, head_dim)
-    lse = qkv.new_empty(n_heads, n_tokens, dtype=torch.float32)
-    options = flash_options(head_dim, qkv.dtype)
-    grid = (cu_seqlens.shape[0] - 1, n_heads, -(-max_seqlen // options["BLOCK"]))
-    _flash_forward[grid](qkv, cu_seqlens, out, lse, n_tokens, n_heads, window, **options)
-    return out, lse
-
-
-def flash_backward(
-    qkv: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    window: int | None,
-    out: Tensor,
-    lse: Tensor,
-    d_out: Tensor,
-) -> Tensor:
-    """The gradient of qkv: one pass for q, which leaves rowsum(out * d_out) for the other, of k and v."""
-    n_tokens, _, n_heads, head_dim = qkv.shape
-    d_qkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
-    options = flash_options(head_dim, qkv.dtype)
-    grid = (cu_seqlens.shape[0] - 1, n_heads, -(-max_seqlen // options["BLOCK"]))
-    given = (qkv, cu_seqlens, out, lse, d_out, delta, d_qkv, n_tokens, n_heads, window)
-    _flash_d_q[grid](*given, **options)
-    _flash_d_kv[grid](*given, **options)
-    return d_qkv
+# In the kernels below i counts queries and j keys, from the start of their sequence. Every matrix
+# multiplication states input_precision="ieee", because that of float32 would default to TF32.
 
 
 @jit
 def _sequence(cu_seqlens, index):
-    """Where a sequence begins, in 64 bits because offsets are multiples of it, and its length."""
-    begin, end = tl.load(cu_seqlens + index), tl.load(cu_seqlens + index + 1)
+    """First row of a sequence, in 64 bits because it is multiplied by strides, and its length."""
+    begin = tl.load(cu_seqlens + index)
+    end = tl.load(cu_seqlens + index + 1)
     return begin.to(tl.int64), end - begin
 
 
 @jit
 def _load(base, rows, length, stride, WIDTH: tl.constexpr):
-    """Rows (rows, WIDTH) of a sequence, zeros beyond its length."""
-    place = base + (rows[:, None] * stride + tl.arange(0, WIDTH))
-    return tl.load(place, mask=(rows < length)[:, None], other=0.0)
+    """(rows, WIDTH) of a sequence, zeros beyond its length."""
+    pointers = base + (rows[:, None] * stride + tl.arange(0, WIDTH))
+    return tl.load(pointers, mask=(rows < length)[:, None], other=0.0)
 
 
 @jit
 def _store(base, rows, length, stride, x, WIDTH: tl.constexpr):
-    place = base + (rows[:, None] * stride + tl.arange(0, WIDTH))
-    tl.store(place, x.to(base.dtype.element_ty), mask=(rows < length)[:, None])
+    pointers = base + (rows[:, None] * stride + tl.arange(0, WIDTH))
+    tl.store(pointers, x.to(base.dtype.element_ty), mask=(rows < length)[:, None])
 
 
 @jit
-def _flash_rotate(qkv, out, cu_seqlens, cos, sin, sign, n_heads, HALF: tl.constexpr, BLOCK: tl.constexpr):
-    head, block = tl.program_id(1), tl.program_id(2)
+def _flash_rotate(
+    qkv, out, cu_seqlens, cos, sin, sign, n_heads, HALF: tl.constexpr, BLOCK: tl.constexpr
+):
+    head = tl.program_id(1)  # of 3 * n_heads: those of q, of k and of v
     begin, length = _sequence(cu_seqlens, tl.program_id(0))
+    rows = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     stride = 3 * n_heads * 2 * HALF
-    rows, place = block * BLOCK + tl.arange(0, BLOCK), begin * stride + head * 2 * HALF
-    a = _load(qkv + place, rows, length, stride, HALF).to(tl.float32)
-    b = _load(qkv + place + HALF, rows, length, stride, HALF).to(tl.float32)
-    if head < 2 * n_heads:  # behind q and k comes v, which is copied
-        c, s = _load(cos, rows, length, HALF, HALF), _load(sin, rows, length, HALF, HALF)
-        s = (s * sign).to(tl.float32)  # compilers pass numbers in float64
+    offset = begin * stride + head * 2 * HALF
+
+    a = _load(qkv + offset, rows, length, stride, HALF).to(tl.float32)
+    b = _load(qkv + offset + HALF, rows, length, stride, HALF).to(tl.float32)
+    if head < 2 * n_heads:  # v is copied
+        c = _load(cos, rows, length, HALF, HALF)
+        s = _load(sin, rows, length, HALF, HALF)
+        s = (s * sign).to(tl.float32)  # torch.compile passes the sign in float64
         a, b = a * c - b * s, b * c + a * s
-    _store(out + place, rows, length, stride, a, HALF)
-    _store(out + place + HALF, rows, length, stride, b, HALF)
+    _store(out + offset, rows, length, stride, a, HALF)
+    _store(out + offset + HALF, rows, length, stride, b, HALF)
 
 
 @jit
 def _scores(x, y, rows, columns, length, window, WIDTH: tl.constexpr):
-    """Scores in base 2 of the rows with the columns, -inf where one does not see the other."""
-    scale = 1.4426950408889634 / tl.sqrt(1.0 * WIDTH)  # log2(e), because exp2 is the faster one
-    seen = (columns < length)[None, :]
+    """Scores of the rows with the columns in base 2, -inf where one must not see the other."""
+    scale = 1.4426950408889634 / tl.sqrt(1.0 * WIDTH)  # log2(e) / sqrt(D): exp2 is faster than exp
+    is_seen = (columns < length)[None, :]
     if window is not None:
-        seen = seen & (tl.abs(rows[:, None] - columns[None, :]) <= window)
-    return tl.where(seen, tl.dot(x, tl.trans(y), input_precision="ieee") * scale, float("-inf"))
+        is_seen = is_seen & (tl.abs(rows[:, None] - columns[None, :]) <= window)
+    scores = tl.dot(x, tl.trans(y), input_precision="ieee") * scale
+    return tl.where(is_seen, scores, float("-inf"))
 
 
 @jit
 def _span(block, length, window, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    """First and last row of the other side that a block of this side meets."""
+    """First and last row of the other side that a block can see or be seen from."""
     first, last = 0, length
     if window is not None:
         first = tl.maximum(0, block * BLOCK - window) // STEP * STEP
@@ -350,26 +359,35 @@ def _flash_forward(
     qkv, cu_seqlens, out, lse, n_tokens, n_heads, window,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    head, block = tl.program_id(1), tl.program_id(2)
+    head = tl.program_id(1)
+    block = tl.program_id(2)
     begin, length = _sequence(cu_seqlens, tl.program_id(0))
-    width, i = n_heads * WIDTH, block * BLOCK + tl.arange(0, BLOCK)
-    qkv += begin * 3 * width + head * WIDTH
-    q = _load(qkv, i, length, 3 * width, WIDTH)
-    # finite, so that a block in which a query sees nothing leaves 0 and not NaN
-    largest, total = tl.full((BLOCK,), -1e30, tl.float32), tl.zeros((BLOCK,), tl.float32)
-    heads = tl.zeros((BLOCK, WIDTH), tl.float32)
+    d_model = n_heads * WIDTH
+    i = block * BLOCK + tl.arange(0, BLOCK)
+    qkv += begin * 3 * d_model + head * WIDTH
+    q = _load(qkv, i, length, 3 * d_model, WIDTH)
+
+    # running maximum of the scores, finite, so that a step without a visible key gives 0 and not NaN;
+    # running sum of exp2(scores - m_i); and the output before its division by that sum
+    m_i = tl.full((BLOCK,), -1e30, tl.float32)
+    l_i = tl.zeros((BLOCK,), tl.float32)
+    acc = tl.zeros((BLOCK, WIDTH), tl.float32)
     first, last = _span(block, length, window, BLOCK, STEP)
     for start in range(first, last, STEP):
         j = start + tl.arange(0, STEP)
-        k = _load(qkv + width, j, length, 3 * width, WIDTH)
-        v = _load(qkv + 2 * width, j, length, 3 * width, WIDTH)
+        k = _load(qkv + d_model, j, length, 3 * d_model, WIDTH)
+        v = _load(qkv + 2 * d_model, j, length, 3 * d_model, WIDTH)
         scores = _scores(q, k, i, j, length, window, WIDTH)
-        higher = tl.maximum(largest, tl.max(scores, 1))
-        p, fade = tl.exp2(scores - higher[:, None]), tl.exp2(largest - higher)
-        total, largest = total * fade + tl.sum(p, 1), higher
-        heads = tl.dot(p.to(v.dtype), v, heads * fade[:, None], input_precision="ieee")
-    _store(out + begin * width + head * WIDTH, i, length, width, heads / total[:, None], WIDTH)
-    tl.store(lse + head * n_tokens + begin + i, largest + tl.log2(total), mask=i < length)
+
+        m_new = tl.maximum(m_i, tl.max(scores, 1))
+        p = tl.exp2(scores - m_new[:, None])
+        alpha = tl.exp2(m_i - m_new)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+        m_i = m_new
+
+    _store(out + begin * d_model + head * WIDTH, i, length, d_model, acc / l_i[:, None], WIDTH)
+    tl.store(lse + head * n_tokens + begin + i, m_i + tl.log2(l_i), mask=i < length)
 
 
 @jit
@@ -377,30 +395,34 @@ def _flash_d_q(
     qkv, cu_seqlens, out, lse, d_out, delta, d_qkv, n_tokens, n_heads, window,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    head, block = tl.program_id(1), tl.program_id(2)
+    head = tl.program_id(1)
+    block = tl.program_id(2)
     begin, length = _sequence(cu_seqlens, tl.program_id(0))
-    width, i = n_heads * WIDTH, block * BLOCK + tl.arange(0, BLOCK)
-    place, row = begin * width + head * WIDTH, head * n_tokens + begin + i
-    qkv += begin * 3 * width + head * WIDTH
-    q = _load(qkv, i, length, 3 * width, WIDTH)
-    heads, d_heads = (
-        _load(out + place, i, length, width, WIDTH),
-        _load(d_out + place, i, length, width, WIDTH),
-    )
-    d_total = tl.sum(heads.to(tl.float32) * d_heads.to(tl.float32), 1)
-    tl.store(delta + row, d_total, mask=i < length)
+    d_model = n_heads * WIDTH
+    i = block * BLOCK + tl.arange(0, BLOCK)
+    offset = begin * d_model + head * WIDTH
+    row = head * n_tokens + begin + i
+    qkv += begin * 3 * d_model + head * WIDTH
+    d_qkv += begin * 3 * d_model + head * WIDTH
+
+    q = _load(qkv, i, length, 3 * d_model, WIDTH)
+    o = _load(out + offset, i, length, d_model, WIDTH)
+    d_o = _load(d_out + offset, i, length, d_model, WIDTH)
     lse_i = tl.load(lse + row, mask=i < length, other=0.0)
+    delta_i = tl.sum(o.to(tl.float32) * d_o.to(tl.float32), 1)
+    tl.store(delta + row, delta_i, mask=i < length)
+
     d_q = tl.zeros((BLOCK, WIDTH), tl.float32)
     first, last = _span(block, length, window, BLOCK, STEP)
     for start in range(first, last, STEP):
         j = start + tl.arange(0, STEP)
-        k = _load(qkv + width, j, length, 3 * width, WIDTH)
-        v = _load(qkv + 2 * width, j, length, 3 * width, WIDTH)
+        k = _load(qkv + d_model, j, length, 3 * d_model, WIDTH)
+        v = _load(qkv + 2 * d_model, j, length, 3 * d_model, WIDTH)
         p = tl.exp2(_scores(q, k, i, j, length, window, WIDTH) - lse_i[:, None])
-        d_p = tl.dot(d_heads, tl.trans(v), input_precision="ieee")
-        d_q = tl.dot((p * (d_p - d_total[:, None])).to(k.dtype), k, d_q, input_precision="ieee")
-    d_qkv += begin * 3 * width + head * WIDTH
-    _store(d_qkv, i, length, 3 * width, d_q / tl.sqrt(1.0 * WIDTH), WIDTH)
+        d_p = tl.dot(d_o, tl.trans(v), input_precision="ieee")
+        d_scores = p * (d_p - delta_i[:, None])
+        d_q = tl.dot(d_scores.to(k.dtype), k, d_q, input_precision="ieee")
+    _store(d_qkv, i, length, 3 * d_model, d_q / tl.sqrt(1.0 * WIDTH), WIDTH)
 
 
 @jit
@@ -408,25 +430,33 @@ def _flash_d_kv(
     qkv, cu_seqlens, out, lse, d_out, delta, d_qkv, n_tokens, n_heads, window,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    head, block = tl.program_id(1), tl.program_id(2)
+    head = tl.program_id(1)
+    block = tl.program_id(2)
     begin, length = _sequence(cu_seqlens, tl.program_id(0))
-    width, j = n_heads * WIDTH, block * BLOCK + tl.arange(0, BLOCK)
-    qkv += begin * 3 * width + head * WIDTH
-    d_out, lse = d_out + begin * width + head * WIDTH, lse + head * n_tokens + begin
+    d_model = n_heads * WIDTH
+    j = block * BLOCK + tl.arange(0, BLOCK)
+    qkv += begin * 3 * d_model + head * WIDTH
+    d_qkv += begin * 3 * d_model + head * WIDTH
+    d_out += begin * d_model + head * WIDTH
+    lse += head * n_tokens + begin
     delta += head * n_tokens + begin
-    k = _load(qkv + width, j, length, 3 * width, WIDTH)
-    v = _load(qkv + 2 * width, j, length, 3 * width, WIDTH)
-    d_k, d_v = tl.zeros((BLOCK, WIDTH), tl.float32), tl.zeros((BLOCK, WIDTH), tl.float32)
+
+    k = _load(qkv + d_model, j, length, 3 * d_model, WIDTH)
+    v = _load(qkv + 2 * d_model, j, length, 3 * d_model, WIDTH)
+    d_k = tl.zeros((BLOCK, WIDTH), tl.float32)
+    d_v = tl.zeros((BLOCK, WIDTH), tl.float32)
     first, last = _span(block, length, window, BLOCK, STEP)
     for start in range(first, last, STEP):
         i = start + tl.arange(0, STEP)
-        q, d_heads = _load(qkv, i, length, 3 * width, WIDTH), _load(d_out, i, length, width, WIDTH)
+        q = _load(qkv, i, length, 3 * d_model, WIDTH)
+        d_o = _load(d_out, i, length, d_model, WIDTH)
         lse_i = tl.load(lse + i, mask=i < length, other=0.0)
-        d_total = tl.load(delta + i, mask=i < length, other=0.0)
-        p = tl.exp2(_scores(k, q, j, i, length, window, WIDTH) - lse_i[None, :])  # (keys, queries)
-        d_v = tl.dot(p.to(v.dtype), d_heads, d_v, input_precision="ieee")
-        d_p = tl.dot(v, tl.trans(d_heads), input_precision="ieee")
-        d_k = tl.dot((p * (d_p - d_total[None, :])).to(q.dtype), q, d_k, input_precision="ieee")
-    d_qkv += begin * 3 * width + head * WIDTH
-    _store(d_qkv + width, j, length, 3 * width, d_k / tl.sqrt(1.0 * WIDTH), WIDTH)
-    _store(d_qkv + 2 * width, j, length, 3 * width, d_v, WIDTH)
+        delta_i = tl.load(delta + i, mask=i < length, other=0.0)
+        # all of these are transposed, (keys, queries)
+        p = tl.exp2(_scores(k, q, j, i, length, window, WIDTH) - lse_i[None, :])
+        d_v = tl.dot(p.to(v.dtype), d_o, d_v, input_precision="ieee")
+        d_p = tl.dot(v, tl.trans(d_o), input_precision="ieee")
+        d_scores = p * (d_p - delta_i[None, :])
+        d_k = tl.dot(d_scores.to(q.dtype), q, d_k, input_precision="ieee")
+    _store(d_qkv + d_model, j, length, 3 * d_model, d_k / tl.sqrt(1.0 * WIDTH), WIDTH)
+    _store(d_qkv + 2 * d_model, j, length, 3 * d_model, d_v, WIDTH)
