@@ -131,5 +131,5 @@ def compiler_problem(device: torch.device) -> str:
     try:
         torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
     except Exception as error:  # a C++ compiler, Python's headers or Triton is missing
-        return disk.first_line(error)
+        return first_line(error)
     return ""
