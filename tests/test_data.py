@@ -88,7 +88,7 @@ def same(one: Batch, other: Batch) -> bool:
     )
 
 
-# ---------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------ batches
 
 
 def test_a_batch_is_a_pure_function_of_seed_step_and_micro_batch(unique):
@@ -173,7 +173,7 @@ def test_documents_are_cut_evenly(prose, max_len):
         assert tokens == row
 
 
-# ------------------------------------------------------------------------------------------ masks
+# -------------------------------------------------------------------------------------------- masks
 
 
 @pytest.mark.parametrize("rate", [0.15, 0.2, 0.3, 0.5])
@@ -313,7 +313,7 @@ def test_every_micro_batch_draws_its_own_masks(tmp_path):
     assert len({tuple(sorted(batch.masked.tolist())) for batch in batches}) == 8
 
 
-# ------------------------------------------------------------------- words of different tokenizers
+# -------------------------------------------------------------------- words of different tokenizers
 
 
 def wordpiece(texts):
@@ -449,7 +449,7 @@ def test_a_tokenizer_that_marks_no_words_is_refused_for_whole_words(tmp_path):
     assert len(Corpus(folder, MAX_LEN, 64, seed=0, mask="even").batch(0, 0, 1, 0.3).ids) == 64
 
 
-# ------------------------------------------------------------------------------------- validation
+# --------------------------------------------------------------------------------------- validation
 
 
 def test_validation_is_fixed_and_never_trained_on(prose):
@@ -509,7 +509,7 @@ def test_validation_is_of_all_parts_of_the_corpus_and_the_same_for_every_run(rev
         assert all(same(one, other) for one, other in zip(batches, others, strict=True))
 
 
-# ---------------------------------------------------------------------------------- co-occurrence
+# ------------------------------------------------------------------------------------ co-occurrence
 
 
 def test_cooccurrence_equals_a_count_by_hand(prose):
@@ -560,7 +560,7 @@ def test_another_window_is_another_spectral_embedding(prose):
     assert not np.allclose(np.abs(first), np.abs(second), rtol=0.01)
 
 
-# ------------------------------------------------------------------------- vocabulary and corpora
+# --------------------------------------------------------------------------- vocabulary and corpora
 
 
 def test_a_small_text_gets_a_small_vocabulary_and_a_message(tmp_path, capsys):
