@@ -1,4 +1,4 @@
-"""The model against `transformers`, in memory and through a folder; its loss against a dense one."""
+"""The model against `transformers`, in memory and through a folder; its loss against dense ones."""
 
 import dataclasses
 import random
