@@ -254,6 +254,7 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
                 run_folder.restore(folder, state, model, [optimizer], scaler)
                 monitor.load_state_dict(state["monitor"])
                 first_epoch = state["epoch"]
+                print(f"resuming after epoch {first_epoch} of {method}", flush=True)
             elif isinstance(model, Classifier) and (is_pretrained or args.lr == 0):
                 # from a random head, training would distort good features (Kumar et al. 2022)
                 features = forward_all(model, rows, np.arange(len(rows)), autocast, model.features)
