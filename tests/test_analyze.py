@@ -22,11 +22,15 @@ from model import Classifier, Config
 # --------------------------------------------------------------------------------------- intervals, sentences
 
 
-def made_up(accuracy: float, n_draws: int = 5, n: int = 1000, spread: float = 0.0, seed: int = 0) -> Score:
+def made_up(
+    accuracy: float, n_draws: int = 5, n: int = 1000, spread: float = 0.0, seed: int = 0
+) -> Score:
     """A row that is right with this probability, in draws that differ by `spread`."""
     rng = np.random.default_rng(seed)
     means = accuracy + spread * rng.standard_normal((n_draws, 1))
-    return statistics.mean_score((rng.random((n_draws, n)) < means).astype(float), statistics.resamples(n))
+    return statistics.mean_score(
+        (rng.random((n_draws, n)) < means).astype(float), statistics.resamples(n)
+    )
 
 
 def test_an_interval_of_one_draw_is_that_of_its_examples():
@@ -74,7 +78,11 @@ def test_differences_are_paired():
             made_up(0.7, seed=1),
             r"ours and LSA: no difference that 5 draws can show, -?0\.\d+ \[-.*",
         ),
-        (made_up(0.7, 1), made_up(0.7, 1, seed=1), r"ours and LSA: no difference that 1 draw can show, .*"),
+        (
+            made_up(0.7, 1),
+            made_up(0.7, 1, seed=1),
+            r"ours and LSA: no difference that 1 draw can show, .*",
+        ),
     ],
 )
 def test_the_sentence_follows_the_interval(one, other, said):
@@ -83,7 +91,10 @@ def test_the_sentence_follows_the_interval(one, other, said):
 
 def test_macro_f1_is_scikit_learn_s():
     rng = np.random.default_rng(0)
-    targets, predictions = rng.integers(0, 4, 200), rng.integers(0, 3, (3, 200))  # class 3 is never predicted
+    targets, predictions = (
+        rng.integers(0, 4, 200),
+        rng.integers(0, 3, (3, 200)),
+    )  # class 3 is never predicted
     score = statistics.macro_f1(predictions, targets, 6, statistics.resamples(200))
     by_hand = [f1_score(targets, predicted, average="macro") for predicted in predictions]
     assert np.allclose(score.by_draw, by_hand)
@@ -92,7 +103,9 @@ def test_macro_f1_is_scikit_learn_s():
 
 def test_label_equivalents():
     budgets, means = [100, 1000, 10_000], [0.6, 0.7, 0.75]
-    assert statistics.label_equivalent(budgets, means, 0.65) == "about 320"  # half-way, on a logarithmic scale
+    assert (
+        statistics.label_equivalent(budgets, means, 0.65) == "about 320"
+    )  # half-way, on a logarithmic scale
     assert statistics.label_equivalent(budgets, means, 0.7) == "about 1,000"
     assert statistics.label_equivalent(budgets, means, 0.58) == "at most 100"
     assert statistics.label_equivalent(budgets, means, 0.76) == "more than the 10,000 there are"
@@ -146,14 +159,19 @@ def test_operations_are_those_that_torch_counts(shape):
 
     config = Config(vocab_size=50, d_model=32, n_layers=3, n_heads=4, d_ff=48, max_len=64, **shape)
     length, n = 48, 4
-    ids, cu_seqlens = torch.randint(5, 50, (n * length,)), torch.arange(n + 1, dtype=torch.int32) * length
+    ids, cu_seqlens = (
+        torch.randint(5, 50, (n * length,)),
+        torch.arange(n + 1, dtype=torch.int32) * length,
+    )
     model = Classifier(config, 2).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.model(ids, cu_seqlens, length)
     counted, ours = counter.get_total_flops() / (n * length), costs.flops_per_token(config, length)
     if "local_attention" in shape:  # what the reference computes of a window, it computes in blocks
         assert (
-            ours <= counted <= costs.flops_per_token(Config(**vars(config) | {"local_attention": 128}), length)
+            ours
+            <= counted
+            <= costs.flops_per_token(Config(**vars(config) | {"local_attention": 128}), length)
         )
     else:
         assert counted == ours
@@ -214,7 +232,9 @@ def test_the_whole_experiment(analysis, topics):
     assert set(found) == {"pretrained", "frozen", "bag of words"}
     for row in ("pretrained", "bag_of_words"):
         means = [
-            float(r["accuracy"]) for r in rows if (r["row"], r["labels"], r["model"]) == (row, "30", "model")
+            float(r["accuracy"])
+            for r in rows
+            if (r["row"], r["labels"], r["model"]) == (row, "30", "model")
         ]
         shown = found[row.replace("_", " ")][30]
         assert np.mean(means) == pytest.approx(shown[0]) and shown[1] <= shown[0] <= shown[2]
@@ -234,7 +254,9 @@ def test_the_whole_experiment(analysis, topics):
     bag = next(r for r in rows if (r["row"], r["labels"], r["seed"]) == ("bag_of_words", "30", "1"))
     flags = ["--train", str(topics[0]), "--test", str(topics[1]), "--rows", "bag_of_words"]
     flags += ["--labels", "30", "--seed", "1"]
-    alone = finetune.main(["--model", str(model), *flags, "--out", str(out / "alone"), "--dtype", "float32"])
+    alone = finetune.main(
+        ["--model", str(model), *flags, "--out", str(out / "alone"), "--dtype", "float32"]
+    )
     assert alone["test"]["bag_of_words"]["accuracy"] == float(bag["accuracy"])
 
 
@@ -249,7 +271,9 @@ def test_what_is_there_is_not_run_again(analysis, topics, monkeypatch):
     gone = next((out / "predictions").glob("*-model-frozen-30-1.npz"))
     gone.unlink()
     lines = (out / "results.csv").read_text().splitlines()
-    (out / "results.csv").write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:30])  # cut off in a line
+    (out / "results.csv").write_text(
+        "\n".join(lines[:-1]) + "\n" + lines[-1][:30]
+    )  # cut off in a line
     assert analyze.main(flags_of(topics, model, out, "--labels", "12,30")) == found
     assert [argv[argv.index("--rows") + 1] for argv in calls] == ["frozen", "frozen"]
 
@@ -266,7 +290,13 @@ def test_what_was_fitted_before_a_stop_is_not_fitted_again(analysis, topics, tmp
 
     monkeypatch.setattr(finetune, "fit_network", stops)
     monkeypatch.setattr(costs, "peak_memory", lambda *_: 1.0)
-    flags = [*flags_of(topics, model, tmp_path, "--labels", "12"), "--seeds", "1", "--rows", "pretrained"]
+    flags = [
+        *flags_of(topics, model, tmp_path, "--labels", "12"),
+        "--seeds",
+        "1",
+        "--rows",
+        "pretrained",
+    ]
     with pytest.raises(KeyboardInterrupt):
         analyze.main(flags)
     monkeypatch.setattr(finetune, "fit_network", lambda *given: (fitted.append(given), fit(*given)))
@@ -278,7 +308,9 @@ def test_what_was_fitted_before_a_stop_is_not_fitted_again(analysis, topics, tmp
     assert not list((tmp_path / "work").iterdir())
 
 
-def test_another_model_in_the_same_folder_is_another_result(analysis, topics, tmp_path, monkeypatch):
+def test_another_model_in_the_same_folder_is_another_result(
+    analysis, topics, tmp_path, monkeypatch
+):
     model, out, _ = analysis
     here, copy = tmp_path / "out", tmp_path / "model"
     shutil.copytree(out, here)
@@ -294,7 +326,9 @@ def test_another_model_in_the_same_folder_is_another_result(analysis, topics, tm
     assert len(calls) == 2
 
 
-def test_a_model_that_goes_half_way_leaves_what_was_computed(analysis, topics, tmp_path, monkeypatch):
+def test_a_model_that_goes_half_way_leaves_what_was_computed(
+    analysis, topics, tmp_path, monkeypatch
+):
     model, _, _ = analysis
     run, out = finetune.main, tmp_path / "out"
 
@@ -318,7 +352,9 @@ def test_a_model_that_goes_half_way_leaves_what_was_computed(analysis, topics, t
         (["--labels", "12", "--model", "nowhere"], "nowhere"),
     ],
 )
-def test_what_cannot_be_run_is_refused_before_anything_is(analysis, topics, tmp_path, flags, problem):
+def test_what_cannot_be_run_is_refused_before_anything_is(
+    analysis, topics, tmp_path, flags, problem
+):
     model, _, _ = analysis
     with pytest.raises(UserError, match=re.escape(problem)):
         analyze.main([*flags_of(topics, model, tmp_path / "out"), *flags])
@@ -342,8 +378,19 @@ def test_a_table_of_something_else_is_refused(analysis, topics, tmp_path):
 def test_numbers_have_r_squared(pretrained, tmp_path):
     texts = [s for topic in (0, 1) for s in sentences(60, topic, topic)]
     order = np.random.default_rng(0).permutation(len(texts))
-    path = write_csv(tmp_path / "numbers.csv", [(texts[i], f"{(i >= 60) + 0.01 * i:.3f}") for i in order])
-    flags = ["--model", str(pretrained), "--train", str(path), "--out", str(tmp_path / "out"), "--seeds", "1"]
+    path = write_csv(
+        tmp_path / "numbers.csv", [(texts[i], f"{(i >= 60) + 0.01 * i:.3f}") for i in order]
+    )
+    flags = [
+        "--model",
+        str(pretrained),
+        "--train",
+        str(path),
+        "--out",
+        str(tmp_path / "out"),
+        "--seeds",
+        "1",
+    ]
     found = analyze.main(
         [*flags, "--rows", "frozen,bag_of_words", "--labels", "30,all", "--dtype", "float32"]
     )
