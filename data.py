@@ -226,7 +226,8 @@ class Corpus:
     UserError where the text is too short for one.
     """
 
-    def __init__(self, folder: Path, max_len: int, row_tokens: int, seed: int, with_bags=False, rare=True):
+    def __init__(self, folder: Path, max_len: int, micro_batch_tokens: int, seed: int, with_bags=False, rare=True):
+        row_tokens = micro_batch_tokens
         self.folder, self.max_len, self.row_tokens, self.seed = folder, max_len, row_tokens, seed
         self.with_bags = with_bags
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -255,6 +256,12 @@ class Corpus:
         pieces = map(self.tokenizer.id_to_token, range(self.vocab_size))
         self.rare, self.begins_word = rare, np.array([not f"{piece}".startswith("##") for piece in pieces])
         self.first_rows, self.epoch = [0], (-1, None, None)
+
+    def sample_texts(self, n_windows, seed):
+        chosen = np.random.default_rng([seed, 4]).permutation(len(self.train.start))[:n_windows]
+        windows = self.train[np.sort(chosen)]
+        spans = zip(windows.start.tolist(), (windows.start + windows.length).tolist(), strict=True)
+        return self.tokenizer.decode_batch([self.tokens[a:b].tolist() for a, b in spans])
 
     def _cut(self, documents: np.ndarray) -> Windows:
         parts = []

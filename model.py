@@ -331,9 +331,10 @@ class Classifier(nn.Module):
 
     task = "SequenceClassification"
 
-    def __init__(self, config: Config, n_labels: int):
+    def __init__(self, config: Config, n_labels: int, pooling: str | None = None):
         super().__init__()
         self.config = config
+        self.pooling = pooling or ("mean" if config.is_modern else "pooler")
         self.model = Encoder(config)
         if config.is_modern:
             self.head = Head(config)

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -116,6 +116,46 @@ def set_learning_rates(
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("peak_lr", group["lr"]) * factor
     return factor
+
+
+class ParameterGroups(NamedTuple):
+    embeddings: list
+    matrices: list
+    no_decay: list
+
+
+def parameter_groups(model):
+    groups = ParameterGroups([], [], [])
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            groups.no_decay.append(parameter)
+        elif "embeddings" in name:
+            groups.embeddings.append(parameter)
+        else:
+            groups.matrices.append(parameter)
+    return groups
+
+
+class StepMonitor:
+    def __init__(self, patience):
+        self.health = new_health(False) | {"patience": patience}
+
+    def check(self, loss, grad_norm):
+        return judge(self.health, loss, grad_norm)
+
+    @property
+    def skip(self):
+        return self.health["in_row"] > 0
+
+    @property
+    def gave_up(self):
+        return self.health["in_row"] >= self.health["patience"]
+
+    def state_dict(self):
+        return self.health
+
+    def load_state_dict(self, state):
+        self.health = state
 
 
 def new_health(has_scaler: bool) -> dict[str, Any]:

@@ -41,6 +41,9 @@ class Flags(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {' '.join(message.splitlines())}\n")
 
 
+Parser = Flags
+
+
 def number(kind: type, low: float, high: float | None = None) -> Callable[[str], int | float]:
     """The type of a flag that takes a number from low to high, by default as far as arrays can count."""
     high = {int: 2**31 - 1, float: sys.float_info.max}[kind] if high is None else high

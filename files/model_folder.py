@@ -125,10 +125,11 @@ def empty(device: torch.device, kind: type, *given: Any) -> nn.Module:
 
 
 def load_weights(
-    model: nn.Module, weights: dict[str, torch.Tensor], folder: Path, fresh: tuple[str, ...] = ()
+    model: nn.Module, weights: dict[str, torch.Tensor], folder: Path, allow_missing=(), fresh: tuple[str, ...] = ()
 ) -> list[str]:
     """Fill a model; returns the names of those weights that stay as they are, which may be those named
     `fresh...`. Raises UserError where others are missing, or any misfits."""
+    fresh = tuple(fresh) + tuple(allow_missing)
     try:
         missing, _ = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:

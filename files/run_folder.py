@@ -53,6 +53,9 @@ def lock_folder(out: Path, model: Path | None = None) -> Iterator[None]:
         yield
 
 
+lock = lock_folder
+
+
 def check_memory(config: Config, device: torch.device) -> None:
     """Raises UserError where weights, gradients and two moments of such a model are more than there is."""
     with torch.device("meta"), ShapesOnly():
@@ -165,13 +168,13 @@ def save_checkpoint(
         shutil.rmtree(work, ignore_errors=True)
         model_folder.save_model(work, model, tokenizer)
         state = state | {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-        state |= {"scaler": scaler.state_dict(), "bag_bias": model.bag_bias.detach().cpu()}
+        state |= {"scaler": scaler.state_dict(), "bag_bias": getattr(model, "bag_bias", torch.zeros(1)).detach().cpu()}
         torch.save(state, buffer := io.BytesIO())
         disk.write_file(work / "training.pt", buffer.getbuffer())
         disk.write_file(work / MANIFEST, manifest(work, step))
         remove_folder(folder)  # one is there only where it was damaged, and was stepped over
         disk.rename(work, folder)
-        losses = {p["step"]: p["validation_loss"] for p in state["points"] if "validation_loss" in p}
+        losses = {p["step"]: p["validation_loss"] for p in state.get("points", ()) if "validation_loss" in p}
         there = {s: f for s, f in checkpoint_folders(out).items() if s <= step}
         measured = [s for s in there if math.isfinite(losses.get(s, math.nan))]
         best = min(measured, key=losses.get, default=None)
@@ -230,7 +233,8 @@ def restore(folder: Path, state: dict[str, Any], model: nn.Module, optimizers: l
     """Bring all back to where the checkpoint was written. Raises UserError where it does not fit."""
     model_folder.load_weights(model, model_folder.load_model(folder)[1], folder)
     try:
-        model.bag_bias.data.copy_(state["bag_bias"])
+        if hasattr(model, "bag_bias"):
+            model.bag_bias.data.copy_(state["bag_bias"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         scaler.load_state_dict(state["scaler"])
