@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         device, dtype = choose_hardware(args.device, args.dtype)
         models = name_models(args.model)
         first = next(iter(models))
-        configs = {name: model_folder.load_model(model)[0] for name, model in models.items()}
+        n_layers = next(model_folder.load_model(path)[0].n_layers for path in models.values())
         with contextlib.redirect_stdout(sys.stderr):
             train, test = load(args.data, args.train, args.test)
         budgets = sorted({len(train) if n == "all" else int(n) for n in args.labels})
@@ -130,17 +130,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                     name = f"{model}, {method}" if is_trained and len(models) > 1 else method
                     plan[name] = plan_runs(setup, model, method, budgets, args.seeds)
         few = [n for n in budgets if n < len(train)] or budgets
-        snapshots: Plan = {
-            str(n): plan_runs(setup, f"{first}@{n}", "frozen", few, args.seeds) for n in losses
-        }
-        layers: Plan = {
-            layer: plan_runs(setup, first, layer, few, args.seeds)
-            for layer in (f"layer {i}" for i in range(configs[first].n_layers + 1))
-        }
+        layers: Plan = {}
+        for i in range(n_layers + 1 if "frozen" in args.methods else 0):
+            layers[f"layer {i}"] = plan_runs(setup, first, f"layer {i}", few, args.seeds)
+        snapshots: Plan = {}
+        for step in losses:
+            snapshots[str(step)] = plan_runs(setup, f"{first}@{step}", "frozen", few, args.seeds)
 
         problem = None
         try:
-            run_missing([plan, snapshots, layers], results, setup)
+            run_missing([plan, layers, snapshots], results, setup)
         except UserError as error:  # perhaps a model was deleted: report what was computed
             problem = error
 
@@ -150,10 +149,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if table.is_classification:
             sections["Calibration"] = report.calibration(table)
             sections["Hardest texts"] = report.hardest(table, test)
+        snapshot_table = None
         if problem is None:
             sections["Costs"] = report.costs(table, costs.measure(plan, setup))
+        if problem is None and layers:
             sections["Layers"] = report.layers(Table(results, layers, test.targets))
-        if problem is None and losses:
+        if problem is None and snapshots:
             snapshot_table = Table(results, snapshots, test.targets)
             sections["Snapshots"] = report.snapshots(snapshot_table, losses)
         lines = [f"# What the pretraining was worth: {data}", ""]
@@ -164,11 +165,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         disk.write_file(args.out / "report.md", "\n".join(lines).encode())
         print(f"{args.out / 'report.md'}: {len(results.lines)} runs")
 
-        plots.learning_curves(table.estimates, table.metric, args.out / "curves.png")
-        if "Snapshots" in sections:
-            estimates = snapshot_table.estimates
-            curves = {f"{n:,} labels": {int(s): estimates[s][n] for s in estimates} for n in few}
-            plots.snapshots(losses, curves, table.metric, args.out / "snapshots.png")
+        plots.learning_curves(table.estimates, table.metric, args.out)
+        if snapshot_table:
+            plots.snapshots(losses, snapshot_table.estimates, table.metric, args.out)
         if problem:
             raise problem
     return {

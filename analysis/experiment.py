@@ -190,8 +190,8 @@ def lsa_vectors(model: str, labels: int, seed: int, setup: Setup) -> np.ndarray:
 
 @functools.lru_cache(1)  # `frozen` and the layers share one forward pass
 def network_features(model: str, labels: int, seed: int, setup: Setup) -> np.ndarray:
-    """For each of `draw_examples` the mean states after the embedding and after each layer, and last
-    the features that the classifier reads, (examples, 1 + layers + 1, d_model)."""
+    """The mean states of `draw_examples` after the embedding and after each layer, and last the
+    features that the classifier reads, (examples, 1 + layers + 1, d_model)."""
     network, tokenizer, max_len = load_classifier(model, setup)
     rows, _ = encode(draw_examples(labels, seed, setup)[0], tokenizer, max_len)
     states: list[Tensor] = []

@@ -43,15 +43,6 @@ def new_figure(
         print(f"warning: {path} was not drawn: {first_line(error)}", file=sys.stderr)
 
 
-def style(i: int) -> dict[str, Any]:
-    """Colour and marker of the i-th line."""
-    return {
-        "color": COLOURS[i % len(COLOURS)],
-        "marker": MARKERS[i % len(MARKERS)],
-        "markersize": 5,
-    }
-
-
 # ------------------------------------------------------------ train.py, finetune.py and bench.py
 
 
@@ -106,9 +97,9 @@ def plot_estimates(axes: Axes, curves: dict[str, dict[int, Estimate]]) -> None:
     axes.legend(frameon=False)
 
 
-def learning_curves(curves: dict[str, dict[int, Estimate]], metric: str, path: Path) -> None:
-    """A metric on the test set against the number of labels."""
-    with new_figure(path) as (axes,):
+def learning_curves(curves: dict[str, dict[int, Estimate]], metric: str, out: Path) -> None:
+    """OUT/curves.png: a metric on the test set against the number of labels."""
+    with new_figure(out / "curves.png") as (axes,):
         plot_estimates(axes, curves)
         budgets = sorted({budget for points in curves.values() for budget in points})
         axes.set(xscale="log", xlabel="labels", ylabel=f"{metric} on the test set")
@@ -117,11 +108,16 @@ def learning_curves(curves: dict[str, dict[int, Estimate]], metric: str, path: P
 
 
 def snapshots(
-    losses: dict[int, float], curves: dict[str, dict[int, Estimate]], metric: str, path: Path
+    losses: dict[int, float], estimates: dict[str, dict[int, Estimate]], metric: str, out: Path
 ) -> None:
-    """The validation loss {step: loss} of a pretraining run, and the scores of its snapshots."""
-    with new_figure(path, n_panels=2) as (left, right):
+    """OUT/snapshots.png: the validation loss {step: loss} of a pretraining run, and the scores
+    {step: {number of labels: estimate}} of its snapshots."""
+    with new_figure(out / "snapshots.png", n_panels=2) as (left, right):
         left.plot(list(losses), list(losses.values()), color="black", marker="o")
         left.set(xlabel="step of pretraining", ylabel="validation loss (nats)")
+        curves: dict[str, dict[int, Estimate]] = {}
+        for step, cells in estimates.items():
+            for n, estimate in cells.items():
+                curves.setdefault(f"{n:,} labels", {})[int(step)] = estimate
         plot_estimates(right, curves)
         right.set(xlabel="step of pretraining", ylabel=f"{metric} of frozen")

@@ -146,6 +146,7 @@ def advise(
     for name, score in sorted(candidates.items(), key=lambda item: -item[1].mean):
         if milliseconds[name] < limit:
             loss = (candidates[chosen] - score).estimate()
-            sentences.append(f"If {limit:.2g} ms is too slow, {name} loses {loss}.")
+            faster = f"{name} ({milliseconds[name]:.2g} ms)"
+            sentences.append(f"If {limit:.2g} ms is too slow, {faster} loses {loss}.")
             limit = milliseconds[name]
     return sentences
