@@ -158,7 +158,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             snapshot_table = Table(results, snapshots, test.targets)
             sections["Snapshots"] = report.snapshots(snapshot_table, losses)
         lines = [f"# What the pretraining was worth: {data}", ""]
-        lines += [f"{len(train):,} training and {len(test):,} test examples, {dtype}.", ""]
+        numbers = str(dtype).removeprefix("torch.")
+        lines += [f"{len(train):,} training and {len(test):,} test examples; {numbers}.", ""]
         lines += ["Every choice is made inside the labels; every score is on the test set.", ""]
         for title, section in sections.items():
             lines += [f"## {title}", "", *section]

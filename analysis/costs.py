@@ -1,5 +1,6 @@
 """What a prediction costs: weights, operations, time and memory."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -22,34 +23,31 @@ from analysis.results import Plan
 from labels import LabeledDataset, batches, encode
 from model import Config
 
-BATCH_SIZES = (1, 32)
 TIMED_TEXTS = 64
 ROUNDS = 5
 
 
 def measure(plan: Plan, setup: Setup) -> dict[str, dict[str, float]]:
-    """{method: {cost: value}}. The methods that share a network share its costs."""
-    pipelines = baseline_pipelines(setup.train.names is not None)
-    measured: dict[str, dict[str, float]] = {}
-    networks: dict[str, dict[str, float]] = {}
-    for name, runs in plan.items():
-        run = next(iter(runs.values()))[0]
+    """{method: {cost: value}}."""
+    pipelines = baseline_pipelines(setup)
+    measured = {}
+    for name, cells in plan.items():
+        run = next(iter(cells.values()))[0]
         if run.method in pipelines:
             pipeline = pipelines[run.method].fit(setup.train.joined_texts(), setup.train.targets)
             measured[name] = time_predictions(pipeline.predict, setup.test.texts)
         else:
-            if run.model not in networks:
-                networks[run.model] = network_costs(run.model, setup)
-            measured[name] = networks[run.model]
+            measured[name] = network_costs(run.model, setup)
     return measured
 
 
-def baseline_pipelines(is_classification: bool) -> dict[str, Pipeline]:
+def baseline_pipelines(setup: Setup) -> dict[str, Pipeline]:
     """The baselines from text to prediction, as they would be used."""
-    linear = LogisticRegression() if is_classification else Ridge()
+    linear = LogisticRegression() if setup.n_classes else Ridge()
     words = TfidfVectorizer(sublinear_tf=True)
+    n_words = len(words.fit(setup.train.joined_texts()).vocabulary_)
+    svd = TruncatedSVD(min(LSA_WIDTHS[1], n_words), random_state=0)
     bigrams = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2))
-    svd = TruncatedSVD(LSA_WIDTHS[1], random_state=0)
     return {
         "ngrams": make_pipeline(bigrams, linear),
         "lsa": make_pipeline(words, svd, Normalizer(), linear),
@@ -57,6 +55,7 @@ def baseline_pipelines(is_classification: bool) -> dict[str, Pipeline]:
     }
 
 
+@functools.cache  # methods share a network
 def network_costs(model: str, setup: Setup) -> dict[str, float]:
     """The costs of a classifier with the network of a model."""
     network, tokenizer, max_len = load_classifier(model, setup)
@@ -74,22 +73,19 @@ def network_costs(model: str, setup: Setup) -> dict[str, float]:
     measured = time_predictions(predict, setup.test.texts)
     measured["weights"] = sum(parameter.numel() for parameter in network.parameters())
     measured["flops_per_token"] = flops_per_token(network.config, round(np.mean(lengths)))
-    return measured | peak_memory(setup.out / "models" / model, setup.test.texts)
+    return measured | peak_memory(setup.out / "work" / "pretrained" / model, setup.test.texts)
 
 
 def time_predictions(predict: Callable[[list[str]], Any], texts: list[str]) -> dict[str, float]:
-    """Milliseconds per single text, and texts per second in batches of 32: medians of several
-    rounds after one that warms up."""
+    """Milliseconds per single text, the median of several rounds after one that warms up."""
     texts = (texts * (TIMED_TEXTS // len(texts) + 1))[:TIMED_TEXTS]
-    seconds: dict[int, list[float]] = {size: [] for size in BATCH_SIZES}
+    seconds = []
     for _ in range(ROUNDS + 1):
-        for size in BATCH_SIZES:
-            start = time.perf_counter()
-            for first in range(0, len(texts), size):
-                predict(texts[first : first + size])
-            seconds[size].append((time.perf_counter() - start) / len(texts))
-    single, batched = (float(np.median(seconds[size][1:])) for size in BATCH_SIZES)
-    return {"milliseconds": 1000 * single, "texts_per_second": 1 / batched}
+        start = time.perf_counter()
+        for text in texts:
+            predict([text])
+        seconds.append((time.perf_counter() - start) / len(texts))
+    return {"milliseconds": 1000 * float(np.median(seconds[1:]))}
 
 
 def flops_per_token(config: Config, length: int) -> int:

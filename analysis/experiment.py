@@ -83,12 +83,8 @@ def fingerprint(model: str, setup: Setup) -> str:
 
 
 def run_method(run: Run, setup: Setup) -> tuple[dict[str, Any], np.ndarray]:
-    """Choose, fit and evaluate.
-
-    Returns:
-        The metrics for results.csv, and the predictions for the test set: probabilities (examples,
-        classes) or numbers (examples,).
-    """
+    """The metrics of a run for results.csv, and its predictions for the test set: probabilities
+    (examples, classes) or numbers (examples,)."""
     start_time = time.time()
     examples, n_train = draw_examples(run.labels, run.seed, setup)
     choice, validation = choose(run, examples, n_train, setup)
@@ -98,8 +94,8 @@ def run_method(run: Run, setup: Setup) -> tuple[dict[str, Any], np.ndarray]:
     predictions = fit_and_predict(run, choice, examples, train_idx, test_idx, setup)
 
     metrics = finetune.measure(setup.test.targets, predictions)
-    seconds = time.time() - start_time
-    return metrics | {"seconds": seconds, "choice": choice, "validation": validation}, predictions
+    metrics |= {"seconds": time.time() - start_time, "choice": choice, "validation": validation}
+    return metrics, predictions
 
 
 def draw_examples(labels: int, seed: int, setup: Setup) -> tuple[LabeledDataset, int]:
@@ -152,7 +148,7 @@ def fit_and_predict(
     targets = examples.targets[train_idx]
 
     if run.method in NETWORKS:
-        out = setup.out / "models" / run.model
+        out = setup.out / "work" / run.method / run.model
         flags = ["--model", str(model), "--methods", run.method, "--lr", str(choice)]
         flags += ["--seed", str(run.seed), "--device", str(setup.device), "--out", str(out)]
         flags += ["--dtype", str(setup.dtype).removeprefix("torch.")]
@@ -211,7 +207,7 @@ def load_classifier(model: str, setup: Setup) -> tuple[Classifier, Tokenizer, in
     folder = setup.models[model]
     config, weights, tokenizer, _ = model_folder.load_model(folder)
     config, max_len = finetune.choose_length(config, None, folder)
+    torch.manual_seed(0)  # some BERTs lack a pooler
     network = Classifier(config, setup.n_classes or 1).to(setup.device).eval()
-    missing = ("classifier", "pooler", "head")
-    model_folder.load_weights(network, weights, folder, allow_missing=missing)
+    model_folder.load_weights(network, weights, folder, allow_missing=("classifier", "pooler"))
     return network, tokenizer, max_len

@@ -66,14 +66,13 @@ def costs(table: Table, measured: dict[str, dict[str, float]]) -> list[str]:
     """The costs {method: {cost: value}} of the methods, and which of them to use."""
     names = list(dict.fromkeys(cost for values in measured.values() for cost in values))
     rows = []
-    for method in table.scores:
-        values = [measured[method].get(cost, math.nan) for cost in names]
-        rows.append([method, *(f"{v:,.0f}" if v >= 100 else f"{v:.2f}" for v in values)])
+    for method, values in measured.items():
+        cells = {cost: f"{round(value, 2):,}" for cost, value in values.items()}
+        rows.append([method, *(cells.get(cost, "") for cost in names)])
     latency = {method: values["milliseconds"] for method, values in measured.items()}
     advice = [s for n in table.budgets for s in statistics.advise(table.scores, latency, n)]
     return [
-        "On this machine: milliseconds per single text, texts per second in batches of 32, peak",
-        "memory of a process of predict.py.",
+        "Measured on this machine: milliseconds per single text, peak memory of predict.py.",
         *markdown(["", *(name.replace("_", " ") for name in names)], rows),
         *(f"- {sentence}" for sentence in advice),
         "",
@@ -94,22 +93,19 @@ def read_losses(model: Path) -> dict[int, float]:
 
 def snapshots(table: Table, losses: dict[int, float]) -> list[str]:
     """The scores of the snapshots; the methods of `table` are their steps."""
-    losses_text = ", ".join(f"{loss:.3f} at step {step:,}" for step, loss in losses.items())
-    lines = [f"`frozen` at steps of the pretraining, whose validation losses are {losses_text}."]
-    return [*lines, *by_budget(table), "![snapshots](snapshots.png)", ""]
+    header = ["step", "validation loss", *(f"{n:,} labels" for n in table.budgets)]
+    rows = [
+        [step, f"{losses[int(step)]:.3f}", *estimates.values()]
+        for step, estimates in table.estimates.items()
+    ]
+    title = f"Test {table.metric} of `frozen` in the course of the pretraining."
+    return [title, *markdown(header, rows), "![snapshots](snapshots.png)", ""]
 
 
 def layers(table: Table) -> list[str]:
-    """`frozen` on the states after each layer; the methods of `table` are the layers."""
-    lines = ["A linear model on the mean state after each layer; layer 0 is the embedding."]
-    lines += by_budget(table)
-    last = list(table.scores)[-1]
-    for n, score in table.scores[last].items():
-        best = max(table.scores, key=lambda layer, n=n: table.scores[layer][n].mean)
-        if best != last:
-            sentence = statistics.compare(best, last, table.scores[best][n] - score)
-            lines += [f"- With {n:,} labels {sentence}"]
-    return [*lines, ""]
+    """The scores of the layers, which are the methods of `table`."""
+    title = f"Test {table.metric} of `frozen` on the mean state after each layer (0: embedding)."
+    return [title, *by_budget(table)]
 
 
 def calibration(table: Table) -> list[str]:

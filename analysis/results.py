@@ -24,18 +24,14 @@ class Run(NamedTuple):
     fingerprint: str  # see experiment.fingerprint
 
 
-METRICS = ("accuracy", "macro_f1", "rmse", "seconds", "choice", "validation")
-COLUMNS = (*Run._fields, *METRICS)
+COLUMNS = (*Run._fields, "accuracy", "macro_f1", "rmse", "seconds", "choice", "validation")
 
 Plan = dict[str, dict[int, list[Run]]]  # {name in the report: {labels: a run per draw}}
 
 
 class Results:
     """The finished runs in an output folder: a table with one line per run, and their predictions.
-
-    Raises:
-        UserError: if results.csv has other columns.
-    """
+    Raises UserError if results.csv has other columns."""
 
     def __init__(self, out: Path):
         self.path = out / "results.csv"
@@ -82,11 +78,8 @@ class Results:
 
 class Table:
     """Predictions {method: {labels: probabilities (D, N, K) or numbers (D, N)}} of those draws that
-    all planned methods have finished, and their scores {method: {labels: score}}.
-
-    Raises:
-        UserError: if no run has finished.
-    """
+    all planned methods have finished, and their scores {method: {labels: score}}. Raises UserError
+    if no run has finished."""
 
     def __init__(self, results: Results, plan: Plan, targets: np.ndarray):
         self.targets = targets
@@ -95,14 +88,15 @@ class Table:
         self.counts = statistics.bootstrap_counts(len(targets))
 
         self.predictions: dict[str, dict[int, np.ndarray]] = {}
-        for method, cells in plan.items():
-            for labels, runs in cells.items():
-                others = [
-                    {r.seed for r in cells[labels] if r in results} for cells in plan.values()
-                ]
-                seeds = set.intersection(*filter(None, others)) if any(others) else set()
-                drawn = [results.load(run) for run in runs if run in results and run.seed in seeds]
-                if drawn:
+        for labels in next(iter(plan.values())):  # all methods have the same budgets
+            finished = {
+                method: {run.seed: run for run in cells[labels] if run in results}
+                for method, cells in plan.items()
+            }
+            seeds = [set(runs) for runs in finished.values() if runs]
+            for method, runs in finished.items():
+                if runs and set.intersection(*seeds):
+                    drawn = [results.load(runs[seed]) for seed in set.intersection(*seeds)]
                     self.predictions.setdefault(method, {})[labels] = np.stack(drawn)
         if not self.predictions:
             raise UserError(f"{results.path}: no run has finished, so there is nothing to report")

@@ -127,22 +127,19 @@ def calibration_error(probabilities: np.ndarray, targets: np.ndarray) -> float:
 
 
 def advise(
-    scores: dict[str, dict[int, Score]], milliseconds: dict[str, float], budget: int
+    scores: dict[str, dict[int, Score]], milliseconds: dict[str, float], n: int
 ) -> list[str]:
-    """Which method to use with this number of labels, and what each faster one costs.
+    """Which method to use with n labels, and what each faster one costs.
 
-    The advice is the fastest of the methods that are not significantly worse than the best one.
-
-    Args:
-        scores: {method: {number of labels: score}}.
-        milliseconds: {method: time of one prediction}.
+    The first sentence names the fastest of the methods that are not significantly worse than the
+    best one, of scores {method: {number of labels: score}} and times per prediction.
     """
-    candidates = {method: cells[budget] for method, cells in scores.items() if budget in cells}
+    candidates = {method: cells[n] for method, cells in scores.items() if n in cells}
     best = max(candidates.values(), key=lambda score: score.mean)
     tied = [name for name, score in candidates.items() if (best - score).estimate().low <= 0]
     chosen = min(tied, key=milliseconds.get)
     limit = milliseconds[chosen]
-    sentences = [f"With {budget:,} labels use {chosen} ({limit:.2g} ms per text)."]
+    sentences = [f"With {n:,} labels use {chosen} ({limit:.2g} ms per text)."]
     for name, score in sorted(candidates.items(), key=lambda item: -item[1].mean):
         if milliseconds[name] < limit:
             loss = (candidates[chosen] - score).estimate()
