@@ -6,6 +6,7 @@ gets results.csv (a line per run), predictions/, report.md and its figures. Fini
 
 import argparse
 import contextlib
+import functools
 import re
 import sys
 from pathlib import Path
@@ -28,22 +29,19 @@ QUICK = {"labels": "100,500", "seeds": 2, "methods": "pretrained,frozen,ngrams,l
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("Compare pretrained models with baselines over label budgets and random draws.")
     add = parser.add_argument
-    models = (
-        "folders of train.py, or BERTs; the methods without pretraining use the first one's shape"
-    )
-    add(
-        "--model", type=Path, nargs="+", default=[Path("runs/pretrain")], metavar="DIR", help=models
-    )
+    models = "folders of train.py, or BERTs; only pretrained and frozen run for all of them"
+    default = [Path("runs/pretrain")]
+    add("--model", type=Path, nargs="+", default=default, metavar="DIR", help=models)
     add("--data", choices=("mr", "imdb"), default="mr", help="built-in labels")
     add("--train", type=Path, metavar="FILE", help="your own labels, as in finetune.py")
-    add(
-        "--test", type=Path, metavar="FILE", help="default: the last fifth of each class of --train"
-    )
-    add("--labels", default="100,1000,all", help="label budgets")
-    draws = "draws of each budget; fewer than 5 make the intervals wide"
+    test = "without it, the last fifth of each class of --train"
+    add("--test", type=Path, metavar="FILE", help=test)
+    add("--labels", default="100,1000,all", help="numbers of labels")
+    draws = "draws of each number of labels; fewer than 5 make the intervals wide"
     add("--seeds", type=number(int, 1), default=5, help=draws)
     add("--methods", default=",".join(METHODS), help="which methods to run")
-    add("--quick", action="store_true", help=f"minutes instead of hours: no snapshots, {QUICK}")
+    quick = " ".join(f"--{flag} {value}" for flag, value in QUICK.items())
+    add("--quick", action="store_true", help=f"minutes, not hours: {quick}, no snapshots")
     parser.add_device()
     parser.add_dtype()
     add("--out", type=Path, default=Path("runs/analysis"), help="folder of the results")
@@ -81,14 +79,15 @@ def run_missing(plans: list[Plan], results: Results, setup: Setup) -> None:
     # for the time left: the relative durations of the runs
     sizes = [6 * run.labels**0.35 if run.method in NETWORKS else 4 for run in missing]
     form = "{desc}: {percentage:3.0f}% {elapsed}, {remaining} left"
-    with tqdm(total=sum(sizes), disable=None, bar_format=form) as bar:
+    bar = tqdm(total=sum(sizes), disable=None, bar_format=form)
+    with bar, open(setup.out / "log.txt", "a", encoding="utf-8") as log:
         for i, (run, size) in enumerate(zip(missing, sizes, strict=True)):
             title = f"{run.method} of {run.model}, {run.labels:,} labels, draw {run.seed + 1}"
             bar.set_description_str(title)
             if bar.disable:  # stderr is no terminal
                 print(f"run {i + 1} of {len(missing)}: {title}", file=sys.stderr, flush=True)
-            with open(setup.out / "log.txt", "a") as log, contextlib.redirect_stdout(log):
-                print(f"# {title}")
+            with contextlib.redirect_stdout(log):
+                print(f"# {title}", flush=True)
                 metrics, predictions = experiment.run_method(run, setup)
             results.add(run, metrics, setup.test.targets, predictions)
             bar.update(size)
@@ -105,7 +104,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         device, dtype = choose_hardware(args.device, args.dtype)
         models = name_models(args.model)
         first = next(iter(models))
-        n_layers = next(model_folder.load_model(path)[0].n_layers for path in models.values())
+        n_layers = model_folder.load_model(models[first])[0].n_layers
         with contextlib.redirect_stdout(sys.stderr):
             train, test = load(args.data, args.train, args.test)
         budgets = sorted({len(train) if n == "all" else int(n) for n in args.labels})
@@ -129,19 +128,21 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 if is_trained or model == first:  # the others do not depend on the weights
                     name = f"{model}, {method}" if is_trained and len(models) > 1 else method
                     plan[name] = plan_runs(setup, model, method, budgets, args.seeds)
-        few = [n for n in budgets if n < len(train)] or budgets
+        small_budgets = [n for n in budgets if n < len(train)] or budgets
+        plan_small = functools.partial(plan_runs, setup, budgets=small_budgets, n_draws=args.seeds)
         layers: Plan = {}
-        for i in range(n_layers + 1 if "frozen" in args.methods else 0):
-            layers[f"layer {i}"] = plan_runs(setup, first, f"layer {i}", few, args.seeds)
-        snapshots: Plan = {}
-        for step in losses:
-            snapshots[str(step)] = plan_runs(setup, f"{first}@{step}", "frozen", few, args.seeds)
+        if "frozen" in args.methods:
+            names = [f"layer {i}" for i in range(n_layers + 1)]  # 0 is the embedding
+            layers = {layer: plan_small(first, layer) for layer in names}
+        snapshots: Plan = {str(n): plan_small(f"{first}@{n}", "frozen") for n in losses}
 
         problem = None
         try:
             run_missing([plan, layers, snapshots], results, setup)
-        except UserError as error:  # perhaps a model was deleted: report what was computed
-            problem = error
+        except UserError as error:  # perhaps a model was deleted
+            if not results.lines:
+                raise
+            problem = error  # after the report of what was computed
 
         table = Table(results, plan, test.targets)
         sections = {"Test scores": report.accuracy(table, train)}

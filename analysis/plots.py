@@ -59,9 +59,8 @@ def loss_curve(points: list[dict[str, Any]], path: Path) -> None:
 
 def confusion(matrix: np.ndarray, names: list[str], path: Path) -> None:
     """The confusion matrix of a classifier; numbers are shown for up to 20 classes."""
-    from sklearn.metrics import (
-        ConfusionMatrixDisplay,
-    )  # takes a second, which train.py does not need
+    # this import takes a second, which train.py can do without
+    from sklearn.metrics import ConfusionMatrixDisplay
 
     size = max(4.0, 0.5 * len(names) + 2)
     with new_figure(path, width=size, height=size) as (axes,):
