@@ -54,7 +54,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--methods {method}: choose from {','.join(METHODS)}")
     args.labels = args.labels.split(",")
     for budget in args.labels:
-        if budget != "all" and not re.fullmatch(r"[1-9]\d*", budget):
+        if budget != "all" and not re.fullmatch(r"[1-9]\d{0,8}", budget):
             parser.error(f"--labels {budget}: give whole numbers or all, separated by commas")
     if args.test and not args.train:
         parser.error("--test needs --train FILE")

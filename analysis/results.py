@@ -59,8 +59,9 @@ class Results:
         np.savez_compressed(content, targets=targets, predictions=predictions)
         disk.write_file(self.predictions_path(run), content.getbuffer())
 
-        values = run._asdict() | metrics
-        self.lines[tuple(map(str, run))] = {name: str(values.get(name, "")) for name in COLUMNS}
+        values = {name: value for name, value in metrics.items() if value is not None}
+        values = dict.fromkeys(COLUMNS, "") | run._asdict() | values
+        self.lines[tuple(map(str, run))] = {name: str(values[name]) for name in COLUMNS}
         text = io.StringIO()
         table = csv.DictWriter(text, COLUMNS)
         table.writeheader()
