@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.sparse import csr_matrix
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer, TfidfVectorizer
@@ -21,8 +22,11 @@ from sklearn.preprocessing import normalize
 from data import Corpus
 from files import model_folder
 from files.disk import CACHE
+from files.entities import TaggedDataset, most_frequent_tags
 from labels import LabeledDataset, validation_splits
+from model import Classifier
 
+BASELINES = ("ngrams", "most_frequent")
 # Inverse regularization strengths C of the n-gram models.
 NGRAM_GRID = (
     *(("tfidf", 1.0), ("tfidf", 3.0), ("tfidf", 10.0), ("tfidf", 30.0), ("tfidf", 100.0)),
@@ -30,10 +34,26 @@ NGRAM_GRID = (
 )
 RIDGE_GRID = tuple(("ridge", c) for c in (0.1, 0.3, 1.0, 3.0, 10.0))
 WORD = r"(?u)\b\w+\b"  # scikit-learn's own pattern ignores words of one letter
+HEAD_C = 1e-3  # fine-tuning from a head that fits better ends lower
 LSA_WIDTHS = (100, 256, 512)
 LSA_WINDOWS = 50_000
 
 Scores = dict[Any, np.ndarray]  # hyperparameters: scores
+
+
+def fit_baseline(
+    train: LabeledDataset | TaggedDataset, test: LabeledDataset | TaggedDataset, seed: int
+) -> Any:
+    """Fit `ngrams`, or for token labels the most frequent tag of each word.
+
+    Returns:
+        A tensor of the scores of the test examples, or a list of the tags of each of them.
+    """
+    if isinstance(train, TaggedDataset):
+        return most_frequent_tags(train, test.words)
+    n_classes = len(train.names) if train.names else None
+    texts = (train.joined_texts(), train.targets, test.joined_texts())
+    return torch.from_numpy(ngrams(*texts, n_classes, seed))
 
 
 # -------------------------------------------------------------------------------------- n-grams
@@ -171,6 +191,24 @@ def fit_linear(
     """Logistic regression, or for numbers ridge regression, with inverse regularization c."""
     model = LogisticRegression(C=c, max_iter=2000) if is_classification else Ridge(alpha=1 / c)
     return model.fit(features, targets)
+
+
+def fit_head(
+    model: Classifier, features: np.ndarray, targets: np.ndarray, is_classification: bool
+) -> None:
+    """Set the last layer of a classifier to a linear fit on features (S, d_model)."""
+    fitted = fit_linear(features, targets, is_classification, HEAD_C)
+    weight = np.atleast_2d(fitted.coef_)
+    bias = np.atleast_1d(fitted.intercept_)
+    if is_classification and len(weight) == 1:  # of the second of two classes
+        weight = np.concatenate((-weight / 2, weight / 2))
+        bias = np.concatenate((-bias / 2, bias / 2))
+    present = fitted.classes_ if is_classification else [0]
+    layer = model.classifier
+    layer.weight.data.zero_()
+    layer.bias.data.fill_(-10.0)  # of a class without examples
+    layer.weight.data[present] = torch.from_numpy(weight).to(layer.weight)
+    layer.bias.data[present] = torch.from_numpy(bias).to(layer.bias)
 
 
 def linear_scores(

@@ -45,6 +45,11 @@ class TaggedDataset:
         words = [self.words[i] for i in indices]
         return TaggedDataset(words, [self.tags[i] for i in indices], self.names)
 
+    @property
+    def targets(self) -> list[list[str]]:
+        """The tags of each sentence as text, with which predictions are compared."""
+        return [[self.names[i] for i in tags] for tags in self.tags]
+
 
 # ------------------------------------------------------------------------------------ files
 

@@ -16,7 +16,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,45 @@ def start_run(
         raise UserError(f"--out {out}: cannot be cleared: {error.strerror}") from None
     disk.write_file(out / "flags.json", disk.to_json(flags))
     disk.write_file(out / "environment.json", disk.to_json(found))
+
+
+def start_or_resume(
+    out: Path,
+    resume: bool,
+    flags: dict[str, Any],
+    device: torch.device,
+    inputs: Iterable[np.ndarray | torch.Tensor],
+) -> tuple[dict[str, Any], Path | None]:
+    """Begin a run, or find the last checkpoint of the one to resume.
+
+    Args:
+        out: The folder of the run.
+        resume: Whether to resume the run in it.
+        flags: The flags, in JSON's types.
+        device: Where it runs.
+        inputs: The content of all that the run reads.
+
+    Returns:
+        state: "flags", "environment" and "inputs", a digest; of a checkpoint, all that it holds.
+        checkpoint: Its folder; None if the run begins.
+
+    Raises:
+        UserError: The run to resume had other flags or other inputs.
+    """
+    digest = hashlib.sha256()
+    for array in inputs:
+        if isinstance(array, torch.Tensor):  # numpy has no bfloat16
+            array = array.contiguous().flatten().view(torch.uint8).numpy()
+        digest.update(np.ascontiguousarray(array))
+    here = environment(device, 1)
+    checkpoint = latest_checkpoint(out, print) if resume else None
+    if checkpoint is None:
+        start_run(out, flags, here)
+        return {"flags": flags, "environment": here, "inputs": digest.hexdigest()}, None
+    state = load_state(checkpoint, flags, here, print)
+    if state.get("inputs") != digest.hexdigest():
+        raise UserError(f"--resume: the run in {out} had another model or other examples")
+    return state, checkpoint
 
 
 # --------------------------------------------------------------------------------------------- checkpoints
