@@ -16,6 +16,7 @@ from torch import Tensor
 
 import finetune
 from analysis import baselines
+from analysis.evaluation import forward_all, measure
 from analysis.results import Run
 from files import model_folder
 from labels import LabeledDataset, encode, subsample, validation_splits
@@ -93,7 +94,7 @@ def run_method(run: Run, setup: Setup) -> tuple[dict[str, Any], np.ndarray]:
     test_idx = np.arange(n_train, len(examples))
     predictions = fit_and_predict(run, choice, examples, train_idx, test_idx, setup)
 
-    metrics = finetune.measure(setup.test.targets, predictions)
+    metrics = measure(setup.test.targets, predictions)
     metrics |= {"seconds": time.time() - start_time, "choice": choice, "validation": validation}
     return metrics, predictions
 
@@ -129,7 +130,7 @@ def choose(
         scores.append([])
         for choice in grid:
             predictions = fit_and_predict(run, choice, examples, train_idx, eval_idx, setup)
-            metrics = finetune.measure(examples.targets[eval_idx], predictions)
+            metrics = measure(examples.targets[eval_idx], predictions)
             scores[-1].append(metrics["accuracy"] if setup.n_classes else -metrics["rmse"])
     means = np.mean(scores, axis=0)
     return grid[means.argmax()], float(means.max())
@@ -199,7 +200,7 @@ def network_features(model: str, labels: int, seed: int, setup: Setup) -> np.nda
         features = network.features(ids, cu_seqlens, *rest)
         return torch.stack([*(mean_pool(x, cu_seqlens) for x in states), features.float()], dim=1)
 
-    return finetune.forward_all(network, rows, np.arange(len(rows)), setup.autocast, function)
+    return forward_all(network, rows, np.arange(len(rows)), setup.autocast, function)
 
 
 def load_classifier(model: str, setup: Setup) -> tuple[Classifier, Tokenizer, int]:

@@ -170,9 +170,10 @@ def test_memory_is_not_measured_on_windows(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def short_timings():
-    """Times are measured, but not well."""
+def short_runs():
+    """Fewer fine-tunings, and times that are measured, but not well."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(experiment.GRIDS, "pretrained", (0.0, 3e-4))
         patch.setattr(costs, "ROUNDS", 1)
         patch.setattr(costs, "TIMED_TEXTS", 32)
         yield
