@@ -122,6 +122,14 @@ def measure_majority(train: Dataset, test: Dataset) -> dict[str, float]:
     return measure(test.targets, constant_scores(train.targets, len(test), n_classes))
 
 
+def print_summary(about: dict[str, Any], n_epochs: int, max_len: int) -> None:
+    """Print what is going to be trained on."""
+    sizes = f"{about['n_train']:,} training and {about['n_test']:,} test examples"
+    print(f"{sizes}; {n_epochs} epochs; matrix multiplications in {about['dtype']}", flush=True)
+    if about["n_cut"]:
+        print(f"{about['n_cut']:,} examples were cut to {max_len} tokens", flush=True)
+
+
 def report(method: str, targets: Any, predictions: Any, start_time: float) -> dict[str, float]:
     """Measure the predictions of a method, print a line, and return the metrics and seconds."""
     metrics = measure(targets, predictions)

@@ -120,7 +120,7 @@ def test_any_file_is_read_or_told_in_one_line(tmp_path, n_cases, capsys):
         path.write_bytes(raw[: len(raw) - n_cut] if n_cut < 20 else raw)
         readers = (
             lambda: [document.encode() for document in readers.read_documents(path)],
-            lambda: labels.draw(labels.load(None, path)[0], None, 0),
+            lambda: labels.subsample(labels.load(None, path)[0], None, 0),
             lambda: entities.load(path, None),
             lambda: list(predict.read_items(predict.parse(["--file", str(path)]), one_line)),
         )
