@@ -9,7 +9,6 @@ the rounds: of speeds ours over theirs, of memory ours over theirs. The parts of
     operations  each fused operation of kernels/ against plain torch, forward and backward
     finetune    fine-tuning against padded batches
     predict     predict.py against pipeline() of transformers
-    start       seconds from the start of train.py to the end of its first step
 
 glibc returns freed tensors above 32 MB to the system, and the page faults of the next ones take
 much of the reference implementations' time. Measure again with memory kept, which two variables
@@ -21,16 +20,15 @@ ask for when the process starts:
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import io
 import itertools
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -43,7 +41,7 @@ from torch import Tensor, nn
 import labels
 import predict
 from benchmarks import ahead_of_time, references, timing
-from benchmarks.timing import Call, Hardware, summarize
+from benchmarks.timing import Call, Hardware, Seconds, summarize
 from data import Batch, Corpus
 from files import disk, model_folder
 from files.cli import Parser, choose_hardware, number, run_script
@@ -165,12 +163,28 @@ def reference_step(
     return training_step(model, adamw(model), pretraining_batches(hardware), loss_of, hardware)
 
 
-@functools.cache
-def compiles(device: torch.device) -> bool:
-    problem = compiler_problem(device)
-    if problem:
-        print(f"torch.compile: {problem}; only eager code is measured")
-    return not problem
+def fastest_reference(
+    name: str, config: Config, hardware: Hardware
+) -> tuple[str, Callable[..., Call]]:
+    """The attention and the precision with which a reference implementation is fastest.
+
+    bfloat16 is not tried where the hardware does not support it: emulated, a step takes a minute.
+
+    Returns:
+        a label, and a function that makes the step.
+    """
+    variants = {}
+    for attention in ("sdpa",) if name == "torch" else ("eager", "sdpa"):
+        for dtype in (torch.float32, hardware.dtype):
+            settings = (name, config, attention, hardware._replace(dtype=dtype))
+            make_step = functools.partial(reference_step, *settings)
+            step = make_step()
+            seconds = min(timing.seconds_of(step) for _ in range(3))
+            variants[seconds] = (f"{name}, {attention}, {dtype}".replace("torch.", ""), make_step)
+    return variants[min(variants)]
+
+
+# ------------------------------------------------------------------------------------------- parts
 
 
 def measure_step(args: argparse.Namespace, hardware: Hardware) -> dict[str, Any]:
@@ -187,20 +201,17 @@ def measure_step(args: argparse.Namespace, hardware: Hardware) -> dict[str, Any]
     for shape in args.shape:
         config = config_of(shape)
         steps = {"ours": our_step(config, hardware)}
-        if compiles(hardware.device):
+        if args.compiles:
             steps["ours, compiled"] = our_step(config, hardware, compiled=True)
         best = list(steps)[-1]
         for name in itertools.chain.from_iterable(REFERENCES[key] for key in args.against):
-            variants = {
-                label: functools.partial(reference_step, name, config, *settings)
-                for label, settings in references.variants(name, hardware).items()
-            }
-            label = timing.fastest(variants)
-            steps[label] = variants[label]()
-            if compiles(hardware.device) and name != "torch":
-                steps[f"{label}, compiled"] = variants[label](compiled=True)
+            label, variant = fastest_reference(name, config, hardware)
+            steps[label] = variant()
+            if args.compiles and name != "torch":
+                steps[f"{label}, compiled"] = variant(compiled=True)
 
-        seconds = timing.compare(f"step {shape}", steps, args.rounds, BATCH_TOKENS, "tokens")
+        seconds = timing.alternate(steps, args.rounds)
+        timing.show(f"step {shape}", seconds, BATCH_TOKENS, "tokens")
         matmuls = timing.time_matmuls(steps["ours"])
         speeds = {name: summarize([BATCH_TOKENS / s for s in seconds[name]]) for name in steps}
         result[shape] = {
@@ -217,10 +228,8 @@ def measure_step(args: argparse.Namespace, hardware: Hardware) -> dict[str, Any]
 def added_bytes(name: str, hardware: Hardware) -> int:
     """By how much three steps raise the peak memory of this process."""
     config = config_of("2x256", LARGE_VOCAB)
-    if name == "ours":
-        step = our_step(config, hardware)
-    else:
-        step = reference_step(name, config, "sdpa", hardware)
+    is_ours = name == "ours"
+    step = our_step(config, hardware) if is_ours else reference_step(name, config, "sdpa", hardware)
     before = timing.peak_bytes(hardware.device)
     for _ in range(3):
         step()
@@ -228,62 +237,65 @@ def added_bytes(name: str, hardware: Hardware) -> int:
 
 
 def measure_memory(args: argparse.Namespace, hardware: Hardware) -> dict[str, float]:
-    """Our peak memory over that of BERT and ModernBERT."""
+    """Our peak memory over that of BERT and ModernBERT, at a large vocabulary."""
     peaks = {}
     for name in ("ours", *REFERENCES["hf"]):
         peaks[name] = timing.run_in_new_process(added_bytes, name, hardware)
-        print(f"memory  {name:12}{peaks[name] / 2**20:10,.0f} MiB above the model", flush=True)
+        print(f"memory {name:12}{peaks[name] / 2**20:10,.0f} MiB above the model", flush=True)
     return {name: round(peaks["ours"] / peaks[name], 3) for name in REFERENCES["hf"]}
 
 
-def operation_ratios(rounds: int, hardware: Hardware) -> dict[str, dict]:
-    """Our speed over that of plain torch, for each operation."""
+def operation_seconds(compiles: bool, rounds: int, hardware: Hardware) -> dict[str, Seconds]:
+    """The seconds of each operation, forward and backward."""
     n_tokens = GPU_TOKENS if hardware.device.type == "cuda" else BATCH_TOKENS
     batch = next(pretraining_batches(hardware, n_tokens))
-    config = config_of("2x256")
-    operations = references.operations(batch, config, hardware, compiles(hardware.device))
-    return {
-        name: timing.ratios(timing.compare(name, calls, rounds, n_tokens, "tokens"))
-        for name, calls in operations.items()
-    }
+    operations = references.operations(batch, config_of("2x256"), hardware, compiles)
+    return {name: timing.alternate(calls, rounds) for name, calls in operations.items()}
 
 
 def measure_operations(args: argparse.Namespace, hardware: Hardware) -> dict[str, dict]:
-    return timing.run_in_new_process(operation_ratios, args.rounds, hardware)
+    """How many times as fast each fused operation is as plain torch."""
+    settings = (args.compiles, args.rounds, hardware)
+    operations = timing.run_in_new_process(operation_seconds, *settings)
+    for name, seconds in operations.items():
+        timing.show(name, seconds, 1, "calls")
+    return {name: timing.ratios(seconds) for name, seconds in operations.items()}
+
+
+def finetuning_step(
+    model: nn.Module, rows: list, targets: Tensor, hardware: Hardware, pad_to: int | None = None
+) -> Call:
+    """A step of ours, or, with `pad_to`, of a model that takes batches of that length or more."""
+    model.to(hardware.device)
+    order = np.tile(np.arange(len(rows)), 1000)
+
+    def loss_of(batch: tuple) -> Tensor:
+        indices, (ids, cu_seqlens, *others) = batch
+        if pad_to is None:
+            logits = model(ids, cu_seqlens, *others)[:BATCH_SIZE]
+        else:
+            ids = references.pad(ids, cu_seqlens, at_least=pad_to)[:BATCH_SIZE]
+            logits = model(input_ids=ids, attention_mask=ids != 0).logits
+        return F.cross_entropy(logits, targets[indices].to(hardware.device))
+
+    batches = labels.batches(rows, order, BATCH_SIZE, hardware.device)
+    return training_step(model, adamw(model), batches, loss_of, hardware)
 
 
 def measure_finetuning(args: argparse.Namespace, hardware: Hardware) -> dict[str, dict]:
     """Our speed over that of ModernBERT of transformers, padded to the longest text or to 512."""
-    config = Config(**preset("tiny") | {"vocab_size": VOCAB_SIZE, "max_len": 512})
+    config = dataclasses.replace(config_of("2x256"), max_len=512)
     result = {}
     for data in ("mr", "imdb"):
         examples = labels.load(data)[0][np.arange(64 * BATCH_SIZE)]
         rows, _ = labels.encode(examples, open_corpus().tokenizer, config.max_len)
-        targets = torch.from_numpy(examples.targets).to(hardware.device)
-
-        def step_of(model: nn.Module, pad_to: int | None, rows=rows, targets=targets) -> Call:
-            order = np.tile(np.arange(len(rows)), 1000)
-            batches = labels.batches(rows, order, BATCH_SIZE, hardware.device)
-            model.to(hardware.device)
-
-            def loss_of(batch: tuple) -> Tensor:
-                indices, inputs = batch
-                if pad_to is None:
-                    logits = model(*inputs)[:BATCH_SIZE]
-                else:
-                    ids = references.pad(*inputs[:2], at_least=pad_to)[:BATCH_SIZE]
-                    logits = model(input_ids=ids, attention_mask=ids != 0).logits
-                return F.cross_entropy(logits, targets[indices])
-
-            return training_step(model, adamw(model), batches, loss_of, hardware)
-
-        modernbert = functools.partial(references.build, "modernbert", config, "sdpa", n_labels=2)
-        steps = {
-            "ours": step_of(Classifier(config, 2), pad_to=None),
-            "padded to the longest": step_of(modernbert(), pad_to=0),
-            "padded to 512": step_of(modernbert(), pad_to=512),
-        }
-        seconds = timing.compare(f"finetune {data}", steps, args.rounds, BATCH_SIZE, "examples")
+        task = (rows, torch.from_numpy(examples.targets), hardware)
+        steps = {"ours": finetuning_step(Classifier(config, 2), *task)}
+        for name, pad_to in (("padded to the longest", 0), ("padded to 512", 512)):
+            model = references.build("modernbert", config, "sdpa", n_labels=2)
+            steps[name] = finetuning_step(model, *task, pad_to)
+        seconds = timing.alternate(steps, args.rounds)
+        timing.show(f"finetune {data}", seconds, BATCH_SIZE, "examples")
         result[data] = timing.ratios(seconds)
     return result
 
@@ -296,10 +308,11 @@ def measure_predictions(args: argparse.Namespace, hardware: Hardware) -> dict[st
     with tempfile.TemporaryDirectory() as folder:
         model = Classifier(config_of("2x256"), 2)
         model_folder.save_model(Path(folder), model, open_corpus().tokenizer)
-        text_file = Path(folder, "texts.txt")
-        text_file.write_text("\n".join(texts), "utf-8")
-        command = ["--model", folder, "--file", str(text_file)]
-        command += ["--device", str(hardware.device), "--dtype", hardware.dtype_name]
+        file = Path(folder, "texts.txt")
+        file.write_text("\n".join(texts), "utf-8")
+        dtype_name = str(hardware.dtype).removeprefix("torch.")
+        command = ["--model", folder, "--file", str(file)]
+        command += ["--device", str(hardware.device), "--dtype", dtype_name]
 
         def ours() -> None:
             with contextlib.redirect_stdout(io.StringIO()):
@@ -310,25 +323,9 @@ def measure_predictions(args: argparse.Namespace, hardware: Hardware) -> dict[st
             options = {"device": hardware.device, "dtype": dtype, "batch_size": 32}
             pipeline = transformers.pipeline("text-classification", folder, **options)
             calls[f"pipeline, {dtype}"] = functools.partial(pipeline, texts)
-        return timing.ratios(timing.compare("predict mr", calls, args.rounds, len(texts), "texts"))
-
-
-def measure_start(args: argparse.Namespace, hardware: Hardware) -> list[float]:
-    """Seconds from the start of train.py to the end of its first step, with filled caches."""
-    script = Path(__file__).with_name("train.py")
-    command = [sys.executable, "-u", script, "--steps=2", "--log-every=1"]
-    command += [f"--out={args.out / 'start'}", f"--dtype={args.dtype}"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    seconds = []
-    for _ in range(1 + args.rounds):  # the first run fills the caches
-        start = time.perf_counter()
-        with subprocess.Popen(command, **pipes) as process:
-            for line in process.stdout:
-                if line.startswith("step 1:"):
-                    seconds.append(time.perf_counter() - start)
-    summary = summarize(seconds[1:])
-    print(f"train.py to the end of its first step: {summary[1]:.1f} s")
-    return summary
+        seconds = timing.alternate(calls, args.rounds)
+    timing.show("predict mr", seconds, len(texts), "texts")
+    return timing.ratios(seconds)
 
 
 PARTS = {
@@ -337,7 +334,6 @@ PARTS = {
     "operations": measure_operations,
     "finetune": measure_finetuning,
     "predict": measure_predictions,
-    "start": measure_start,
 }
 
 
@@ -346,13 +342,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse_args(argv)
     hardware = Hardware(*choose_hardware(args.device, args.dtype))
     disk.make_folder(args.out)
-    result: dict[str, Any] = {"hardware": hardware.name, "dtype": hardware.dtype_name}
+    result: dict[str, Any] = {"hardware": hardware.name, "dtype": str(hardware.dtype)}
     result["malloc"] = {name: x for name, x in os.environ.items() if name.startswith("MALLOC_")}
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
-        print(f"{hardware.name}, {hardware.dtype_name}")
+        print(f"{hardware.name}, {hardware.dtype}")
         if args.aot:
             result["aot"] = ahead_of_time.report()
         else:
+            problem = compiler_problem(hardware.device)
+            args.compiles = not problem
+            print(f"torch.compile: {problem or 'works'}")
             result |= {part: PARTS[part](args, hardware) for part in args.parts}
     if "step" in result:
         from analysis import plots  # matplotlib takes a second to import

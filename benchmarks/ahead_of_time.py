@@ -38,10 +38,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TENSOR_TYPES = {dtype: f"*{name}" for name, dtype in DTYPES.items()}
 TENSOR_TYPES |= {torch.int32: "*i32", torch.int64: "*i64"}
 FLOAT_TYPE = "fp32"
-LINE = (
-    "{kernel:22}{target:7}{dtype:5} registers {registers:4}, shared {shared:6}, spills {spills}, "
-)
-LINE += "{tensor_cores}"
+LINE = "{kernel:24}{target:7}{dtype:5}{registers:5} registers{shared:7} shared{spills:3} spills  "
 # Instructions of tensor cores: of NVIDIA's GPUs from old to new, and of AMD's.
 TENSOR_CORES = r"mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma"
 
@@ -54,11 +51,7 @@ def argument_type(value: Any) -> str:
 
 
 def record_launches(dtype: torch.dtype, on_hip: bool) -> list[tuple]:
-    """Record the launches of training and inference, each once, at the widths of all presets.
-
-    Args:
-        dtype: of the matrix multiplications.
-        on_hip: whether the launches are those for a GPU of AMD.
+    """Record the launches of training and inference at the widths of all presets, each once.
 
     Returns:
         (kernel, types of its arguments, constants, options of the compiler) of each launch.
@@ -126,7 +119,6 @@ def compile_launch(launch: tuple, target: str, dtype_name: str) -> dict[str, Any
         "kernel": kernel.fn.__name__.lstrip("_"),
         "target": target,
         "dtype": dtype_name,
-        "constants": constants,
         "registers": int(registers[1]),
         "shared": compiled.metadata.shared,
         "spills": sum(map(int, spills)),
@@ -151,6 +143,7 @@ def report(targets: Iterable[str] = tuple(TARGETS)) -> list[dict[str, Any]]:
     rows = []
     for target, (dtype_name, dtype) in itertools.product(targets, DTYPES.items()):
         for launch in record_launches(dtype, on_hip=TARGETS[target][0] == "hip"):
-            rows.append(compile_launch(launch, target, dtype_name))
-            print(LINE.format(**rows[-1]), flush=True)
+            row = compile_launch(launch, target, dtype_name)
+            rows.append(row)
+            print(LINE.format(**row), *row["tensor_cores"].items(), flush=True)
     return rows

@@ -13,6 +13,7 @@ Axes: T tokens, S sequences, L the longest of them, H heads, D head size, N mask
 import functools
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,16 +76,11 @@ class TorchEncoder(nn.Module):
 
 
 def build(name: str, config: Config, attention: str, n_labels: int = 0) -> nn.Module:
-    """Build a reference implementation with the shape of a config.
+    """Build "bert", "modernbert" or "torch" with the shape of a config.
 
     Args:
-        name: "torch", or "bert" or "modernbert" of transformers.
-        config: of our model.
         attention: "eager" or "sdpa", for transformers.
         n_labels: classes of a classifier (ModernBERT only); 0 builds a masked language model.
-
-    Raises:
-        UserError: transformers is not installed.
     """
     if name == "torch":
         return TorchEncoder(config)
@@ -117,21 +113,6 @@ def build(name: str, config: Config, attention: str, n_labels: int = 0) -> nn.Mo
     return model_class(transformers.ModernBertConfig(**fields))
 
 
-def variants(name: str, hardware: Hardware) -> dict[str, tuple[str, Hardware]]:
-    """{label: (attention, hardware)}, among which bench.py picks the fastest of an implementation.
-
-    bfloat16 is not tried where the hardware does not support it: emulated, a step takes a minute.
-    """
-    return {
-        f"{name}, {attention}, {str(dtype).removeprefix('torch.')}": (
-            attention,
-            hardware._replace(dtype=dtype),
-        )
-        for attention in (("sdpa",) if name == "torch" else ("eager", "sdpa"))
-        for dtype in (torch.float32, hardware.dtype)
-    }
-
-
 # -------------------------------------------------------------------------------- single operations
 
 
@@ -141,14 +122,14 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-def padded_attention(batch: Batch, rope: Rope) -> Callable[[Tensor], Tensor]:
+def padded_attention(batch: Batch, rope: Rope) -> Callable[..., Tensor]:
     """Attention of qkv (T, 3, H, D) by padding and F.scaled_dot_product_attention."""
     lengths = batch.cu_seqlens.diff()
     position = torch.arange(len(rope[0]), device=lengths.device)
     is_token = position < lengths[:, None]  # (S, L)
     index = (batch.cu_seqlens[:-1, None] + position).clamp(max=len(batch.ids) - 1)
 
-    def attend(qkv: Tensor) -> Tensor:
+    def attend(qkv: Tensor, *_: Any) -> Tensor:
         q, k, v = qkv[index].permute(2, 0, 3, 1, 4)  # (S, H, L, D) each
         q = apply_rope(q, *rope)
         k = apply_rope(k, *rope)
@@ -158,44 +139,59 @@ def padded_attention(batch: Batch, rope: Rope) -> Callable[[Tensor], Tensor]:
     return attend
 
 
-def varlen_attention(batch: Batch, rope: Rope) -> Callable[[Tensor], Tensor]:
+def varlen_attention(batch: Batch, rope: Rope) -> Callable[..., Tensor]:
     """Attention of qkv (T, 3, H, D) by torch's GPU kernel for sequences of unequal length."""
     from torch.nn.attention.varlen import varlen_attn
 
     starts = batch.cu_seqlens
-    lengths = starts.diff()
-    first = starts[:-1].repeat_interleave(lengths)  # (T,)
+    first = starts[:-1].repeat_interleave(starts.diff())  # (T,)
     position = torch.arange(len(first), device=starts.device) - first
     cos, sin = (table[position, None] for table in rope)  # (T, 1, D / 2)
 
-    def attend(qkv: Tensor) -> Tensor:
+    def attend(qkv: Tensor, *_: Any) -> Tensor:
         q, k, v = qkv.unbind(1)  # (T, H, D) each
         q = apply_rope(q, cos, sin)
         k = apply_rope(k, cos, sin)
-        return varlen_attn(q, k, v, starts, starts, batch.max_seqlen, batch.max_seqlen)
+        return varlen_attn(q, k, v, starts, starts, len(rope[0]), len(rope[0]))
 
     return attend
 
 
-def forward_backward(
-    function: Callable[..., Tensor], inputs: tuple[Tensor, ...], hardware: Hardware
-) -> tuple[Tensor, ...]:
-    """Call a function: its output and the gradients of its inputs, the output being its own."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
+def plain_head(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+    logits = F.linear(hidden, weight, bias).float()  # (N, V)
+    return F.cross_entropy(logits, targets, reduction="sum")
+
+
+def plain_add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple:
+    residual = x + residual
+    return residual, F.layer_norm(residual, weight.shape, weight, eps=eps)
+
+
+def plain_geglu(x: Tensor) -> Tensor:
+    a, b = x.chunk(2, dim=-1)
+    return F.gelu(a) * b
+
+
+def forward_backward(function: Callable, inputs: tuple, hardware: Hardware) -> tuple[Tensor, ...]:
+    """The last output of a function, and the gradients of its float inputs when it is their own."""
+    inputs = tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
+    leaves = [x for x in inputs if isinstance(x, Tensor) and x.is_floating_point()]
+    for leaf in leaves:
+        leaf.requires_grad_()
     with hardware.autocast():
-        out = function(*leaves)
+        out = function(*inputs)
+    if isinstance(out, tuple):
+        out = out[-1]
     out.backward(out.detach())
-    return out, *(x.grad for x in leaves)
+    return out, *(leaf.grad for leaf in leaves)
 
 
 def operations(
     batch: Batch, config: Config, hardware: Hardware, compiles: bool
 ) -> dict[str, dict[str, Call]]:
-    """Every fused operation at the sizes of a batch and a config, forward and backward.
+    """{operation: {implementation: call}} at the sizes of a batch and a config.
 
-    Returns:
-        {operation: {implementation: call}}: "ours", "eager", if `compiles` "compiled", and for
-        attention on a GPU "varlen". A call returns the output and the gradients of the inputs.
+    A call runs forward and backward, and returns the output and the gradients of the inputs.
     """
     torch.manual_seed(0)
     randn = functools.partial(torch.randn, device=hardware.device)  # float32, as weights are
@@ -204,37 +200,16 @@ def operations(
     d_model = config.d_model
     longest = int(batch.cu_seqlens.diff().max())
     rope = rope_tables(longest, config.head_dim, 1e4, hardware.device)
-    bias = torch.zeros(config.vocab_size, device=hardware.device)
-    scale = torch.ones(d_model, device=hardware.device)
-
-    def our_attention(qkv: Tensor) -> Tensor:
-        return attention(qkv, batch.cu_seqlens, longest, rope)
-
-    def our_head(hidden: Tensor, words: Tensor) -> Tensor:
-        return linear_cross_entropy(hidden, words, bias, batch.targets)
-
-    def plain_head(hidden: Tensor, words: Tensor) -> Tensor:
-        logits = F.linear(hidden, words, bias).float()  # (N, V)
-        return F.cross_entropy(logits, batch.targets, reduction="sum")
-
-    def our_add_norm(x: Tensor, residual: Tensor) -> Tensor:
-        return add_norm(x, residual, scale, 1e-5)[1]
-
-    def plain_add_norm(x: Tensor, residual: Tensor) -> Tensor:
-        return F.layer_norm(x + residual, scale.shape, scale)
-
-    def plain_geglu(x: Tensor) -> Tensor:
-        a, b = x.chunk(2, dim=-1)
-        return F.gelu(a) * b
-
     qkv = low(n_tokens, 3, config.n_heads, config.head_dim)
-    stream = (low(n_tokens, d_model), randn(n_tokens, d_model))
+    sequences = (qkv, batch.cu_seqlens, longest, rope)
     # small weights, as a model has: the exp of larger logits would underflow
-    head = (randn(len(batch.targets), d_model), 0.1 * randn(config.vocab_size, d_model))
+    words = 0.1 * randn(config.vocab_size, d_model)
+    head = (randn(len(batch.targets), d_model), words, randn(config.vocab_size), batch.targets)
+    stream = (low(n_tokens, d_model), randn(n_tokens, d_model), randn(d_model), 1e-5)
     table = {
-        "attention": (our_attention, padded_attention(batch, rope), (qkv,)),
-        "head": (our_head, plain_head, head),
-        "add_norm": (our_add_norm, plain_add_norm, stream),
+        "attention": (attention, padded_attention(batch, rope), sequences),
+        "head": (linear_cross_entropy, plain_head, head),
+        "add_norm": (add_norm, plain_add_norm, stream),
         "geglu": (geglu, plain_geglu, (low(n_tokens, 2 * config.d_ff),)),
     }
     calls: dict[str, dict[str, Call]] = {}

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ import kernels.dispatch
 from files.disk import UserError
 
 Call = Callable[[], Any]
+Seconds = dict[str, list[float]]  # of each implementation in each round
 
 
 class Hardware(NamedTuple):
@@ -46,30 +48,16 @@ def seconds_of(call: Call) -> float:
     return time.perf_counter() - start
 
 
-def compare(
-    title: str, calls: dict[str, Call], rounds: int, n_items: int, unit: str
-) -> dict[str, list[float]]:
+def alternate(calls: dict[str, Call], rounds: int) -> Seconds:
     """Time calls that take turns, so that they meet the same clock rate and load of the machine.
 
-    Args:
-        title: of the lines that are printed.
-        calls: what to time, by name.
-        rounds: of all calls, after two that are not counted.
-        n_items: how many of a `unit` such as "tokens" one call processes.
-
-    Returns:
-        The seconds of each call in each round.
+    Two rounds before are not counted.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    seconds: Seconds = {name: [] for name in calls}
     for _ in range(2 + rounds):
         for name, call in calls.items():
             seconds[name].append(seconds_of(call))
-    for name, values in seconds.items():
-        del values[:2]
-        median = statistics.median(values)
-        speed = f"{1e3 * median:10.2f} ms {n_items / median:12,.0f} {unit}/s"
-        print(f"{title:14}{name:36}{speed}", flush=True)
-    return seconds
+    return {name: values[2:] for name, values in seconds.items()}
 
 
 def summarize(values: list[float]) -> list[float]:
@@ -77,13 +65,21 @@ def summarize(values: list[float]) -> list[float]:
     return [round(value, 3) for value in (min(values), statistics.median(values), max(values))]
 
 
-def ratios(seconds: dict[str, list[float]], ours: str = "ours") -> dict[str, list[float]]:
-    """How many times as fast `ours` is as each other implementation, over the rounds."""
+def ratios(seconds: Seconds, ours: str = "ours") -> dict[str, list[float]]:
+    """How many times as fast `ours` is as each other implementation."""
     return {
         name: summarize([a / b for a, b in zip(values, seconds[ours], strict=True)])
         for name, values in seconds.items()
         if not name.startswith("ours")
     }
+
+
+def show(title: str, seconds: Seconds, n_items: int, unit: str) -> None:
+    """Print medians: milliseconds of a call, and its speed, where a call processes `n_items`."""
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        speed = f"{1e3 * median:10.2f} ms {n_items / median:12,.0f} {unit}/s"
+        print(f"{title:14}{name:36}{speed}", flush=True)
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -92,27 +88,25 @@ def peak_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if not status.exists():
-        raise UserError("--parts memory: on a CPU only Linux says how much memory was in use")
+        raise UserError("--parts memory: on a CPU this needs Linux, for /proc/self/status")
     return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])
 
 
 def run_in_new_process(function: Callable, *args: Any) -> Any:
-    """Call a function in a new process, and return its result.
+    """Call a function in a process without a past.
 
-    What this process did before would count as its memory, and would leave a heap with room for
-    tensors that a new program has to get from the system.
+    Earlier work would count as its memory, and would leave a heap with room for tensors that a new
+    program has to get from the system.
     """
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, args)
 
 
 class MatmulTimer(TorchDispatchMode):
-    """Times the matrix multiplications of the code that runs within it, by themselves.
+    """Times the matrix multiplications of the code within it, each by itself.
 
-    Each is repeated when its shapes first occur, and its fastest time counts at every occurrence.
+    One is repeated when its shapes first occur; its fastest time counts whenever they occur.
     """
-
-    NAMES = ("mm", "bmm", "addmm", "baddbmm")
 
     def __init__(self):
         super().__init__()
@@ -121,17 +115,17 @@ class MatmulTimer(TorchDispatchMode):
         self.cache: dict[tuple, float] = {}
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        if operation.overloadpacket.__name__ in self.NAMES:
+        if operation.overloadpacket.__name__ in ("mm", "bmm", "addmm", "baddbmm"):
             # the first tensor of addmm and baddbmm is a summand
             a, b = [x for x in args if isinstance(x, Tensor)][-2:]
             key = (a.shape, a.stride(), b.shape, b.stride(), a.dtype)
             if key not in self.cache:
-                self.cache[key] = self.time(a, b)
+                self.cache[key] = self.fastest_seconds(a, b)
             self.seconds += self.cache[key]
             self.flops += 2 * a.numel() * b.shape[-1]
         return operation(*args, **(kwargs or {}))
 
-    def time(self, a: Tensor, b: Tensor, repeats: int = 6) -> float:
+    def fastest_seconds(self, a: Tensor, b: Tensor) -> float:
         n_calls = 50 if a.is_cuda else 1  # on a GPU enough to hide the launches
 
         def multiply() -> None:
@@ -139,19 +133,14 @@ class MatmulTimer(TorchDispatchMode):
                 torch.matmul(a, b)
 
         with torch.autocast(a.device.type, enabled=False):  # in the precision that they have
-            return min(seconds_of(multiply) for _ in range(repeats)) / n_calls
+            return min(seconds_of(multiply) for _ in range(6)) / n_calls
 
 
 def time_matmuls(step: Call) -> MatmulTimer:
-    """The `seconds` and `flops` of a step's matrix multiplications.
+    """The `seconds` and `flops` of the matrix multiplications of a step.
 
-    Attention runs in torch here, because the multiplications in Triton's kernels are hidden.
+    Attention runs in torch here, because multiplications inside Triton's kernels are hidden.
     """
-    forced = kernels.dispatch.FORCED
-    kernels.dispatch.FORCED = "torch"
-    try:
-        with MatmulTimer() as timer:
-            step()
-    finally:
-        kernels.dispatch.FORCED = forced
+    with mock.patch.object(kernels.dispatch, "FORCED", "torch"), MatmulTimer() as timer:
+        step()
     return timer
