@@ -8,7 +8,6 @@ the rounds: of speeds ours over theirs, of memory ours over theirs. The parts of
     memory      peak memory of that step at a large vocabulary
     operations  each fused operation of kernels/ against plain torch, forward and backward
     finetune    fine-tuning against padded batches
-    predict     predict.py against pipeline() of transformers
 
 glibc returns freed tensors above 32 MB to the system, and the page faults of the next ones take
 much of the reference implementations' time. Measure again with memory kept, which two variables
@@ -22,13 +21,11 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import io
 import itertools
 import json
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -39,11 +36,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import labels
-import predict
 from benchmarks import ahead_of_time, references, timing
 from benchmarks.timing import Call, Hardware, Seconds, summarize
 from data import Batch, Corpus
-from files import disk, model_folder
+from files import disk
 from files.cli import Parser, choose_hardware, number, run_script
 from files.machine import compiler_problem
 from files.token_cache import prepare
@@ -98,30 +94,27 @@ def config_of(shape: str, vocab_size: int = VOCAB_SIZE) -> Config:
     return Config(**fields | {"vocab_size": vocab_size, "max_len": MAX_LEN})
 
 
+@functools.cache
 def open_corpus(n_tokens: int = BATCH_TOKENS) -> Corpus:
     return Corpus(prepare([], VOCAB_SIZE), MAX_LEN, n_tokens, seed=0)
 
 
 def pretraining_batches(hardware: Hardware, n_tokens: int = BATCH_TOKENS) -> Iterator[Batch]:
     """Endless batches of the default corpus."""
-    corpus = open_corpus(n_tokens)
-    for step in itertools.count():
-        yield corpus.batch(step, 0, 1, MASK_RATE).to(hardware.device)
+    corpus = open_corpus(n_tokens)  # at once, and not with the first batch
+    steps = itertools.count()
+    return (corpus.batch(step, 0, 1, MASK_RATE).to(hardware.device) for step in steps)
 
 
 def training_step(
-    model: nn.Module,
-    optimizers: list[torch.optim.Optimizer],
-    batches: Iterator,
-    loss_of: Callable[[Any], Tensor],
-    hardware: Hardware,
+    model: nn.Module, optimizers: list, next_loss: Callable[[], Tensor], hardware: Hardware
 ) -> Call:
-    """The training step that all implementations share, the making of the batch included."""
+    """The training step that all implementations share; `next_loss` makes the batch too."""
     model.train()
 
     def step() -> None:
         with hardware.autocast():
-            loss = loss_of(next(batches))
+            loss = next_loss()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -143,10 +136,12 @@ def our_step(config: Config, hardware: Hardware, compiled: bool = False) -> Call
             layer.compile()
     optimizers = make_optimizers(model, 1e-3, 1e-4, 1e-4, hardware.dtype)
 
-    def loss_of(batch: Batch) -> Tensor:
-        return sum(total / count for total, count in model(batch).values())
+    batches = pretraining_batches(hardware)
 
-    return training_step(model, optimizers, pretraining_batches(hardware), loss_of, hardware)
+    def next_loss() -> Tensor:
+        return sum(total / count for total, count in model(next(batches)).values())
+
+    return training_step(model, optimizers, next_loss, hardware)
 
 
 def reference_step(
@@ -156,31 +151,27 @@ def reference_step(
     model = references.build(name, config, attention).to(hardware.device)
     if compiled:
         model.compile(dynamic=True)
+    batches = pretraining_batches(hardware)
 
-    def loss_of(batch: Batch) -> Tensor:
-        return model(**references.padded_inputs(batch)).loss
+    def next_loss() -> Tensor:
+        return model(**references.padded_inputs(next(batches))).loss
 
-    return training_step(model, adamw(model), pretraining_batches(hardware), loss_of, hardware)
+    return training_step(model, adamw(model), next_loss, hardware)
 
 
-def fastest_reference(
-    name: str, config: Config, hardware: Hardware
-) -> tuple[str, Callable[..., Call]]:
-    """The attention and the precision with which a reference implementation is fastest.
+def fastest_reference(name: str, config: Config, hardware: Hardware) -> tuple[str, Callable]:
+    """The faster attention and precision of a reference: a label, and what makes the step.
 
     bfloat16 is not tried where the hardware does not support it: emulated, a step takes a minute.
-
-    Returns:
-        a label, and a function that makes the step.
     """
     variants = {}
     for attention in ("sdpa",) if name == "torch" else ("eager", "sdpa"):
-        for dtype in (torch.float32, hardware.dtype):
+        for dtype in {torch.float32, hardware.dtype}:
             settings = (name, config, attention, hardware._replace(dtype=dtype))
-            make_step = functools.partial(reference_step, *settings)
-            step = make_step()
+            step = reference_step(*settings)
             seconds = min(timing.seconds_of(step) for _ in range(3))
-            variants[seconds] = (f"{name}, {attention}, {dtype}".replace("torch.", ""), make_step)
+            label = f"{name}, {attention}, {dtype}".replace("torch.", "")
+            variants[seconds] = (label, functools.partial(reference_step, *settings))
     return variants[min(variants)]
 
 
@@ -188,14 +179,10 @@ def fastest_reference(
 
 
 def measure_step(args: argparse.Namespace, hardware: Hardware) -> dict[str, Any]:
-    """Our step, eager and compiled, against reference implementations, eager and compiled.
+    """For each shape the speeds and their ratios, eager and compiled.
 
-    Each reference implementation runs with its fastest attention and precision.
-
-    Returns:
-        For each shape "tokens_per_second" of each; "ratios" of ours to each; "matmul_share" and
-        "matmul_tflops": the part of our time that the matrix multiplications take by themselves,
-        and their FLOPs over our time.
+    "matmul_share" is the share of our time that the matrix multiplications take by themselves,
+    "matmul_tflops" their FLOPs over our time.
     """
     result = {}
     for shape in args.shape:
@@ -220,8 +207,7 @@ def measure_step(args: argparse.Namespace, hardware: Hardware) -> dict[str, Any]
             "matmul_share": summarize([matmuls.seconds / s for s in seconds[best]]),
             "matmul_tflops": summarize([matmuls.flops / s / 1e12 for s in seconds[best]]),
         }
-        share = result[shape]["matmul_share"][1]
-        print(f"matrix multiplications by themselves: {share:.2f} of the time of {best}")
+        print("matrix multiplications by themselves / our time:", result[shape]["matmul_share"])
     return result
 
 
@@ -245,18 +231,17 @@ def measure_memory(args: argparse.Namespace, hardware: Hardware) -> dict[str, fl
     return {name: round(peaks["ours"] / peaks[name], 3) for name in REFERENCES["hf"]}
 
 
-def operation_seconds(compiles: bool, rounds: int, hardware: Hardware) -> dict[str, Seconds]:
+def operation_seconds(args: argparse.Namespace, hardware: Hardware) -> dict[str, Seconds]:
     """The seconds of each operation, forward and backward."""
     n_tokens = GPU_TOKENS if hardware.device.type == "cuda" else BATCH_TOKENS
     batch = next(pretraining_batches(hardware, n_tokens))
-    operations = references.operations(batch, config_of("2x256"), hardware, compiles)
-    return {name: timing.alternate(calls, rounds) for name, calls in operations.items()}
+    operations = references.operations(batch, config_of("2x256"), hardware, args.compiles)
+    return {name: timing.alternate(calls, args.rounds) for name, calls in operations.items()}
 
 
 def measure_operations(args: argparse.Namespace, hardware: Hardware) -> dict[str, dict]:
     """How many times as fast each fused operation is as plain torch."""
-    settings = (args.compiles, args.rounds, hardware)
-    operations = timing.run_in_new_process(operation_seconds, *settings)
+    operations = timing.run_in_new_process(operation_seconds, args, hardware)
     for name, seconds in operations.items():
         timing.show(name, seconds, 1, "calls")
     return {name: timing.ratios(seconds) for name, seconds in operations.items()}
@@ -268,18 +253,18 @@ def finetuning_step(
     """A step of ours, or, with `pad_to`, of a model that takes batches of that length or more."""
     model.to(hardware.device)
     order = np.tile(np.arange(len(rows)), 1000)
+    batches = labels.batches(rows, order, BATCH_SIZE, hardware.device)
 
-    def loss_of(batch: tuple) -> Tensor:
-        indices, (ids, cu_seqlens, *others) = batch
+    def next_loss() -> Tensor:
+        indices, inputs = next(batches)
         if pad_to is None:
-            logits = model(ids, cu_seqlens, *others)[:BATCH_SIZE]
+            logits = model(*inputs)[:BATCH_SIZE]
         else:
-            ids = references.pad(ids, cu_seqlens, at_least=pad_to)[:BATCH_SIZE]
+            ids = references.pad(*inputs[:2], at_least=pad_to)[:BATCH_SIZE]
             logits = model(input_ids=ids, attention_mask=ids != 0).logits
         return F.cross_entropy(logits, targets[indices].to(hardware.device))
 
-    batches = labels.batches(rows, order, BATCH_SIZE, hardware.device)
-    return training_step(model, adamw(model), batches, loss_of, hardware)
+    return training_step(model, adamw(model), next_loss, hardware)
 
 
 def measure_finetuning(args: argparse.Namespace, hardware: Hardware) -> dict[str, dict]:
@@ -300,40 +285,11 @@ def measure_finetuning(args: argparse.Namespace, hardware: Hardware) -> dict[str
     return result
 
 
-def measure_predictions(args: argparse.Namespace, hardware: Hardware) -> dict[str, list[float]]:
-    """Speed of the whole of predict.py, loading included, over that of a loaded pipeline()."""
-    import transformers
-
-    texts = labels.load("mr")[1].texts
-    with tempfile.TemporaryDirectory() as folder:
-        model = Classifier(config_of("2x256"), 2)
-        model_folder.save_model(Path(folder), model, open_corpus().tokenizer)
-        file = Path(folder, "texts.txt")
-        file.write_text("\n".join(texts), "utf-8")
-        dtype_name = str(hardware.dtype).removeprefix("torch.")
-        command = ["--model", folder, "--file", str(file)]
-        command += ["--device", str(hardware.device), "--dtype", dtype_name]
-
-        def ours() -> None:
-            with contextlib.redirect_stdout(io.StringIO()):
-                predict.main(command)
-
-        calls = {"ours": ours}
-        for dtype in (torch.float32, hardware.dtype):  # the pipeline's default is float32
-            options = {"device": hardware.device, "dtype": dtype, "batch_size": 32}
-            pipeline = transformers.pipeline("text-classification", folder, **options)
-            calls[f"pipeline, {dtype}"] = functools.partial(pipeline, texts)
-        seconds = timing.alternate(calls, args.rounds)
-    timing.show("predict mr", seconds, len(texts), "texts")
-    return timing.ratios(seconds)
-
-
 PARTS = {
     "step": measure_step,
     "memory": measure_memory,
     "operations": measure_operations,
     "finetune": measure_finetuning,
-    "predict": measure_predictions,
 }
 
 
@@ -350,8 +306,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             result["aot"] = ahead_of_time.report()
         else:
             problem = compiler_problem(hardware.device)
-            args.compiles = not problem
             print(f"torch.compile: {problem or 'works'}")
+            args.compiles = not problem
             result |= {part: PARTS[part](args, hardware) for part in args.parts}
     if "step" in result:
         from analysis import plots  # matplotlib takes a second to import

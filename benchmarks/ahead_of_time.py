@@ -1,8 +1,7 @@
 """Compile the Triton kernels for GPUs that this machine does not have: python bench.py --aot.
 
-No table of kernels and argument types has to be kept up to date: a model runs forward and backward
-on the CPU while every launch of a kernel is recorded instead of run, and what was recorded is then
-compiled for each GPU.
+A model runs forward and backward on the CPU while each launch of a kernel is recorded instead of
+run. The kernels are then compiled for the recorded types of arguments.
 """
 
 import contextlib
@@ -51,10 +50,9 @@ def argument_type(value: Any) -> str:
 
 
 def record_launches(dtype: torch.dtype, on_hip: bool) -> list[tuple]:
-    """Record the launches of training and inference at the widths of all presets, each once.
+    """(kernel, types of arguments, constants, compiler options) of each launch in a model.
 
-    Returns:
-        (kernel, types of its arguments, constants, options of the compiler) of each launch.
+    The model trains and predicts, at the widths of all presets.
     """
     launches: dict[str, tuple] = {}
 
@@ -128,11 +126,7 @@ def compile_launch(launch: tuple, target: str, dtype_name: str) -> dict[str, Any
 
 
 def report(targets: Iterable[str] = tuple(TARGETS)) -> list[dict[str, Any]]:
-    """Compile and print every kernel for every target and precision.
-
-    Raises:
-        UserError: Triton is missing, or runs as an interpreter.
-    """
+    """Compile every kernel for every target and precision, and print a row for each."""
     triton = kernels.dispatch.triton
     if triton is None:
         raise UserError("--aot: Triton is not installed; on Linux, pip install triton")

@@ -4,8 +4,7 @@
   ModernBERT computes logits for masked tokens only (its option `sparse_prediction`), and so does
   our wrapper of torch's encoder. BERT of `transformers` has no such option: it computes the logits
   of all tokens, padding included.
-- Each fused operation of kernels/ in plain torch, eager and compiled; for attention on a GPU also
-  torch's kernel for sequences of unequal length.
+- Each fused operation of kernels/ in plain torch, eager and compiled.
 
 Axes: T tokens, S sequences, L the longest of them, H heads, D head size, N masked tokens.
 """
@@ -78,9 +77,7 @@ class TorchEncoder(nn.Module):
 def build(name: str, config: Config, attention: str, n_labels: int = 0) -> nn.Module:
     """Build "bert", "modernbert" or "torch" with the shape of a config.
 
-    Args:
-        attention: "eager" or "sdpa", for transformers.
-        n_labels: classes of a classifier (ModernBERT only); 0 builds a masked language model.
+    `attention` is that of transformers, "eager" or "sdpa"; with `n_labels`, ModernBERT classifies.
     """
     if name == "torch":
         return TorchEncoder(config)
@@ -135,24 +132,6 @@ def padded_attention(batch: Batch, rope: Rope) -> Callable[..., Tensor]:
         k = apply_rope(k, *rope)
         heads = F.scaled_dot_product_attention(q, k, v, is_token[:, None, None])
         return heads.transpose(1, 2)[is_token]  # (T, H, D)
-
-    return attend
-
-
-def varlen_attention(batch: Batch, rope: Rope) -> Callable[..., Tensor]:
-    """Attention of qkv (T, 3, H, D) by torch's GPU kernel for sequences of unequal length."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    starts = batch.cu_seqlens
-    first = starts[:-1].repeat_interleave(starts.diff())  # (T,)
-    position = torch.arange(len(first), device=starts.device) - first
-    cos, sin = (table[position, None] for table in rope)  # (T, 1, D / 2)
-
-    def attend(qkv: Tensor, *_: Any) -> Tensor:
-        q, k, v = qkv.unbind(1)  # (T, H, D) each
-        q = apply_rope(q, cos, sin)
-        k = apply_rope(k, cos, sin)
-        return varlen_attn(q, k, v, starts, starts, len(rope[0]), len(rope[0]))
 
     return attend
 
@@ -217,8 +196,6 @@ def operations(
         functions = {"ours": ours, "eager": plain}
         if compiles:
             functions["compiled"] = torch.compile(plain)
-        if name == "attention" and hardware.device.type == "cuda":
-            functions["varlen"] = varlen_attention(batch, rope)
         calls[name] = {
             key: functools.partial(forward_backward, function, inputs, hardware)
             for key, function in functions.items()

@@ -49,10 +49,7 @@ def seconds_of(call: Call) -> float:
 
 
 def alternate(calls: dict[str, Call], rounds: int) -> Seconds:
-    """Time calls that take turns, so that they meet the same clock rate and load of the machine.
-
-    Two rounds before are not counted.
-    """
+    """Time calls that take turns, and so share the load of the machine, after two warm-up rounds."""
     seconds: Seconds = {name: [] for name in calls}
     for _ in range(2 + rounds):
         for name, call in calls.items():
@@ -93,11 +90,7 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def run_in_new_process(function: Callable, *args: Any) -> Any:
-    """Call a function in a process without a past.
-
-    Earlier work would count as its memory, and would leave a heap with room for tensors that a new
-    program has to get from the system.
-    """
+    """Call a function where no earlier work raised the memory or left room on the heap."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, args)
 
