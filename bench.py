@@ -1,7 +1,7 @@
 """Measure speed and memory: python bench.py. With --aot, compile the Triton kernels for other GPUs.
 
-Both sides of a comparison take turns, round by round. A ratio is [minimum, median, maximum] over
-the rounds: of speeds ours over theirs, of memory ours over theirs. The parts of --parts:
+Both sides of a comparison take turns. Ratios are ours over theirs, of speeds or of memory, as
+[minimum, median, maximum] of the rounds. The parts of --parts:
 
     step        the pretraining step against reference implementations (benchmarks/references.py),
                 and against its own matrix multiplications by themselves
@@ -19,7 +19,6 @@ ask for when the process starts:
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import itertools
 import json
@@ -87,11 +86,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 # ------------------------------------------------------------------------------------------- steps
 
 
-def config_of(shape: str, vocab_size: int = VOCAB_SIZE) -> Config:
+def config_of(shape: str, vocab_size: int = VOCAB_SIZE, max_len: int = MAX_LEN) -> Config:
     """The config of a shape: layers x d_model."""
     n_layers, d_model = map(int, shape.split("x"))
     fields = preset("tiny", n_layers=n_layers, d_model=d_model)
-    return Config(**fields | {"vocab_size": vocab_size, "max_len": MAX_LEN})
+    return Config(**fields | {"vocab_size": vocab_size, "max_len": max_len})
 
 
 @functools.cache
@@ -107,9 +106,10 @@ def pretraining_batches(hardware: Hardware, n_tokens: int = BATCH_TOKENS) -> Ite
 
 
 def training_step(
-    model: nn.Module, optimizers: list, next_loss: Callable[[], Tensor], hardware: Hardware
+    model: nn.Module, next_loss: Callable[[], Tensor], hardware: Hardware, optimizers: list = ()
 ) -> Call:
-    """The training step that all implementations share; `next_loss` makes the batch too."""
+    """The training step that all share, by default with AdamW; `next_loss` makes the batch too."""
+    optimizers = optimizers or [torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)]
     model.train()
 
     def step() -> None:
@@ -122,10 +122,6 @@ def training_step(
             optimizer.zero_grad(set_to_none=True)
 
     return step
-
-
-def adamw(model: nn.Module) -> list[torch.optim.Optimizer]:
-    return [torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)]
 
 
 def our_step(config: Config, hardware: Hardware, compiled: bool = False) -> Call:
@@ -141,7 +137,7 @@ def our_step(config: Config, hardware: Hardware, compiled: bool = False) -> Call
     def next_loss() -> Tensor:
         return sum(total / count for total, count in model(next(batches)).values())
 
-    return training_step(model, optimizers, next_loss, hardware)
+    return training_step(model, next_loss, hardware, optimizers)
 
 
 def reference_step(
@@ -156,22 +152,19 @@ def reference_step(
     def next_loss() -> Tensor:
         return model(**references.padded_inputs(next(batches))).loss
 
-    return training_step(model, adamw(model), next_loss, hardware)
+    return training_step(model, next_loss, hardware)
 
 
 def fastest_reference(name: str, config: Config, hardware: Hardware) -> tuple[str, Callable]:
-    """The faster attention and precision of a reference: a label, and what makes the step.
-
-    bfloat16 is not tried where the hardware does not support it: emulated, a step takes a minute.
-    """
+    """Find the fastest attention and precision of a reference: a label, and what makes the step."""
     variants = {}
-    for attention in ("sdpa",) if name == "torch" else ("eager", "sdpa"):
-        for dtype in {torch.float32, hardware.dtype}:
-            settings = (name, config, attention, hardware._replace(dtype=dtype))
-            step = reference_step(*settings)
-            seconds = min(timing.seconds_of(step) for _ in range(3))
-            label = f"{name}, {attention}, {dtype}".replace("torch.", "")
-            variants[seconds] = (label, functools.partial(reference_step, *settings))
+    dtypes = {torch.float32, hardware.dtype}  # emulated bfloat16 would take a minute per step
+    for attention, dtype in itertools.product(("eager", "sdpa"), dtypes):
+        settings = (name, config, attention, hardware._replace(dtype=dtype))
+        step = reference_step(*settings)
+        seconds = min(timing.seconds_of(step) for _ in range(3))
+        label = f"{name}, {attention}, {dtype}".replace("torch.", "")
+        variants[seconds] = (label, functools.partial(reference_step, *settings))
     return variants[min(variants)]
 
 
@@ -214,8 +207,10 @@ def measure_step(args: argparse.Namespace, hardware: Hardware) -> dict[str, Any]
 def added_bytes(name: str, hardware: Hardware) -> int:
     """By how much three steps raise the peak memory of this process."""
     config = config_of("2x256", LARGE_VOCAB)
-    is_ours = name == "ours"
-    step = our_step(config, hardware) if is_ours else reference_step(name, config, "sdpa", hardware)
+    if name == "ours":
+        step = our_step(config, hardware)
+    else:
+        step = reference_step(name, config, "sdpa", hardware)
     before = timing.peak_bytes(hardware.device)
     for _ in range(3):
         step()
@@ -264,12 +259,12 @@ def finetuning_step(
             logits = model(input_ids=ids, attention_mask=ids != 0).logits
         return F.cross_entropy(logits, targets[indices].to(hardware.device))
 
-    return training_step(model, adamw(model), next_loss, hardware)
+    return training_step(model, next_loss, hardware)
 
 
 def measure_finetuning(args: argparse.Namespace, hardware: Hardware) -> dict[str, dict]:
     """Our speed over that of ModernBERT of transformers, padded to the longest text or to 512."""
-    config = dataclasses.replace(config_of("2x256"), max_len=512)
+    config = config_of("2x256", max_len=512)
     result = {}
     for data in ("mr", "imdb"):
         examples = labels.load(data)[0][np.arange(64 * BATCH_SIZE)]
@@ -285,12 +280,8 @@ def measure_finetuning(args: argparse.Namespace, hardware: Hardware) -> dict[str
     return result
 
 
-PARTS = {
-    "step": measure_step,
-    "memory": measure_memory,
-    "operations": measure_operations,
-    "finetune": measure_finetuning,
-}
+PARTS = {"step": measure_step, "memory": measure_memory}
+PARTS |= {"operations": measure_operations, "finetune": measure_finetuning}
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

@@ -101,10 +101,9 @@ def compile_launch(launch: tuple, target: str, dtype_name: str) -> dict[str, Any
     pointers = [i for i, kind in enumerate(types.values()) if kind.startswith("*")]
     aligned = {(i,): [["tt.divisibility", 16]] for i in pointers}  # as torch allocates memory
     source = ASTSource(kernel, types, constants, aligned)
+    gpu = GPUTarget(*TARGETS[target])
     with contextlib.redirect_stdout(io.StringIO()) as output:  # of ptxas
-        compiled = kernels.dispatch.triton.compile(
-            source, target=GPUTarget(*TARGETS[target]), options=options
-        )
+        compiled = kernels.dispatch.triton.compile(source, gpu, options)
     if "ptx" in compiled.asm:
         assembly = compiled.asm["ptx"]
         registers = re.search(r"Used (\d+) registers", output.getvalue())

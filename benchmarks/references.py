@@ -87,14 +87,9 @@ def build(name: str, config: Config, attention: str, n_labels: int = 0) -> nn.Mo
         problem = "transformers is not installed; pip install -r requirements-dev.txt"
         raise UserError(f"--against hf: {problem}") from None
 
-    fields = {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.d_model,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "attn_implementation": attention,
-        "pad_token_id": 0,
-    }
+    fields = {"vocab_size": config.vocab_size, "hidden_size": config.d_model, "pad_token_id": 0}
+    fields |= {"num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads}
+    fields |= {"attn_implementation": attention}
     if name == "bert":
         bert_config = transformers.BertConfig(**fields, intermediate_size=4 * config.d_model)
         return transformers.BertForMaskedLM(bert_config)

@@ -49,7 +49,7 @@ def seconds_of(call: Call) -> float:
 
 
 def alternate(calls: dict[str, Call], rounds: int) -> Seconds:
-    """Time calls that take turns, and so share the load of the machine, after two warm-up rounds."""
+    """Time calls that take turns, and so meet the same load, after two rounds of warm-up."""
     seconds: Seconds = {name: [] for name in calls}
     for _ in range(2 + rounds):
         for name, call in calls.items():
