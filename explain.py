@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 import labels
 from analysis.html_page import AGAINST, FOR, attention_maps, page, section
-from files.tokenizer import special_ids
 from files import disk, model_folder
 from files.cli import Parser, choose_hardware, number, run_script
 from files.disk import UserError
 from files.readers import read_lines
+from files.tokenizer import special_ids
 from model import Classifier
 
 FEWEST_POINTS, MOST_POINTS = 32, 512

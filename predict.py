@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from files.tokenizer import special_ids, special_tokens
 from files import model_folder
 from files.cli import Parser, choose_hardware, number, run_script
 from files.disk import UserError
 from files.entities import predict_entities
 from files.readers import TABLE_SUFFIXES, Report, read_lines, read_table, text_suffix
+from files.tokenizer import special_ids, special_tokens
 from labels import LABEL_NAMES, LabeledDataset, batches, choose_texts, encode
 from model import MaskedLM, Tagger
 

@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import Batch, Corpus
-from files import model_folder, run_folder
+from files import hub_names, model_folder, run_folder
 from files.cli import Parser, choose_hardware, flags_to_json, number, run_script
 from files.disk import UserError, to_json, write_file
 from files.machine import (
@@ -129,15 +129,17 @@ def set_defaults(
 
 
 def build_config(args: argparse.Namespace, initial: tuple | None) -> Config:
-    """The shape of the model: that of --model, or the preset's; --max-len changes either."""
+    """The shape of the model: that of --model, or the preset's, with --max-len."""
     if initial:
-        fields = dataclasses.asdict(initial[0])
-        if not initial[0].is_modern and (args.max_len or 0) > fields["max_len"]:
-            positions = f"{args.model} has {fields['max_len']} positions"
+        config = initial[0]
+        if not config.is_modern and (args.max_len or 0) > config.max_len:
+            positions = f"{args.model} has {config.max_len} positions"
             raise UserError(f"--max-len {args.max_len}: {positions}")
-    else:
-        fields = preset(args.preset, args.family or "modern", args.layers, args.d_model)
-        fields["vocab_size"] = args.vocab_size or fields["vocab_size"]
+        # learned positions keep their table; windows may be shorter
+        max_len = args.max_len if config.is_modern else None
+        return dataclasses.replace(config, max_len=max_len or config.max_len)
+    fields = preset(args.preset, args.family or "modern", args.layers, args.d_model)
+    fields["vocab_size"] = args.vocab_size or fields["vocab_size"]
     fields["max_len"] = args.max_len or fields["max_len"]
     return Config(**fields)
 
@@ -152,7 +154,8 @@ def load_corpus(
         allow_smaller = args.vocab_size is None
         folder = prepare(args.corpus, config.vocab_size, tokenizer, allow_smaller)
     folder = ranks.from_first(folder)
-    return Corpus(folder, config.max_len, args.micro_batch_tokens, args.seed, args.mask)
+    max_len = args.max_len or config.max_len
+    return Corpus(folder, max_len, args.micro_batch_tokens, args.seed, args.mask)
 
 
 def build_model(
@@ -161,6 +164,8 @@ def build_model(
     """The model at step 0: that of --model, or a new one with a spectral embedding."""
     torch.manual_seed(args.seed)
     model = MaskedLM(dataclasses.replace(config, vocab_size=corpus.vocab_size))
+    # a setting that could not be saved fails here, and not at the first checkpoint
+    hub_names.config_to_json(model.config, model.task, corpus.special)
     if initial:
         # a classifier has no decoder, and a bare encoder no head
         missing = ("decoder.bias", "head", "pooler", *model.pretraining_only)

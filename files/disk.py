@@ -49,7 +49,7 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
 
 
 def rename(old: Path, new: Path) -> None:
-    """Rename a file or folder whose content is on the disk, and bring the new name there too."""
+    """Rename a file or folder whose content is on the disk, and bring the new name to the disk."""
     os.replace(old, new)
     sync_folder(new.parent)
 

@@ -18,8 +18,6 @@ from model import Config
 # The prefix of `architectures`; in lower case it is `model_type`.
 CLASS_PREFIX = {"modern": "ModernBert", "bert": "Bert", "roberta": "Roberta"}
 
-# ------------------------------------------------------------------------- tables of config.json
-
 # Each field of Config, and its name in config.json.
 SHARED_CONFIG = {
     "vocab_size": "vocab_size",
@@ -58,8 +56,7 @@ FIXED_SETTINGS = {
     "tie_word_embeddings": True,
 }
 
-# ---------------------------------------------------------------------------- tables of weights
-
+# Each module with weights, and its name in BERT and RoBERTa.
 EMBEDDINGS = {
     "tok_embeddings": "word_embeddings",
     "position_embeddings": "position_embeddings",
@@ -74,21 +71,12 @@ LAYER = {
     "mlp.Wo": ("output.dense",),
     "mlp_norm": ("output.LayerNorm",),
 }
-HEADS = {
-    "bert": {
-        "pooler.dense": "bert.pooler.dense",
-        "head.dense": "cls.predictions.transform.dense",
-        "head.norm": "cls.predictions.transform.LayerNorm",
-        "decoder": "cls.predictions",
-        "classifier": "classifier",
-    },
-    "roberta": {
-        "pooler.dense": "roberta.pooler.dense",
-        "head.dense": "lm_head.dense",
-        "head.norm": "lm_head.layer_norm",
-        "decoder": "lm_head",
-        "classifier": "classifier.out_proj",
-    },
+HEADS = {  # ours: BERT's, RoBERTa's
+    "pooler.dense": ("bert.pooler.dense", "roberta.pooler.dense"),
+    "head.dense": ("cls.predictions.transform.dense", "lm_head.dense"),
+    "head.norm": ("cls.predictions.transform.LayerNorm", "lm_head.layer_norm"),
+    "decoder": ("cls.predictions", "lm_head"),
+    "classifier": ("classifier", "classifier.out_proj"),
 }
 # RoBERTa's sequence classifier has a dense layer of its own in the place of the pooler.
 ROBERTA_TASK_HEADS = {
@@ -104,33 +92,19 @@ OLD_NAMES = {
 }
 # The decoder's weight is tied: the embedding is saved, and this name is not.
 TIED = "decoder.weight"
-# Weights of a file that a model may leave unused. Every other unused weight is an error, because
-# the saved model computed something that the loaded one would not.
+# Beginnings of names of weights that a model may leave unused. Any other unused weight is an error:
+# the model that was saved computed something that the loaded one would not.
 MAY_BE_UNUSED = (
-    # heads of other tasks, in our names: a new task starts from an encoder that had another one
-    "head.",
-    "decoder.",
-    "pooler.",
-    "classifier.",
-    # the same, in BERT's names: next-sentence prediction and question answering
-    "cls.seq_relationship.",
-    "qa_outputs.",
-    # constants that old versions of `transformers` saved, not parameters
-    "bert.embeddings.position_ids",
-    "roberta.embeddings.position_ids",
-    "roberta.embeddings.token_type_ids",
+    *("head.", "decoder.", "pooler.", "classifier."),  # heads of other tasks, in our names
+    *("cls.seq_relationship.", "qa_outputs."),  # heads of tasks that this program does not have
+    *("bert.embeddings.position_ids", "roberta.embeddings.position_ids"),  # 0, 1, 2, ...
 )
 
 # ------------------------------------------------------------------------------------ config.json
 
 
 def config_to_json(config: Config, task: str, special_ids: dict[str, int]) -> dict[str, Any]:
-    """The content of config.json.
-
-    Args:
-        config: the shape of the model.
-        task: the `task` of its class, for example "MaskedLM".
-        special_ids: the ids of the tokenizer's special tokens, by name ("pad", "cls", ...).
+    """The content of config.json, for a task such as "MaskedLM" and the ids of special tokens.
 
     Raises:
         ValueError: a field of the config would be lost, or would be read back as another value.
@@ -144,17 +118,14 @@ def config_to_json(config: Config, task: str, special_ids: dict[str, int]) -> di
     raw["hidden_activation" if config.is_modern else "hidden_act"] = "gelu"
     raw["tie_word_embeddings"] = True
 
-    reloaded = config_from_json(raw)
     for field in dataclasses.fields(config):
         if field.name not in (*MODERN_CONFIG, *BERT_CONFIG, *LEFT_OUT):
-            raise ValueError(
-                f"Config.{field.name} would be lost when a model is saved: name it in "
-                "MODERN_CONFIG or BERT_CONFIG of files/hub_names.py"
-            )
-        value = getattr(config, field.name)
-        if getattr(reloaded, field.name) != value:
-            reason = f"the config.json of a {config.family} model cannot hold it"
-            raise ValueError(f"Config.{field.name} {value!r} would be lost: {reason}")
+            advice = "add it to MODERN_CONFIG or BERT_CONFIG in files/hub_names.py"
+            raise ValueError(f"Config.{field.name} would be lost in config.json; {advice}")
+    fields = dataclasses.asdict(config)
+    reloaded = dataclasses.asdict(config_from_json(raw))
+    if lost := {name: value for name, value in fields.items() if reloaded[name] != value}:
+        raise ValueError(f"{lost} would be lost in the config.json of a {config.family} model")
     return raw
 
 
@@ -209,17 +180,16 @@ def _read_layers(raw: dict[str, Any]) -> dict[str, Any]:
 def module_names(config: Config, task: str) -> dict[str, tuple[str, ...]]:
     """BERT's or RoBERTa's name of each of our modules; three names where ours is fused."""
     base = config.family
-    heads = HEADS[config.family]
-    if config.family == "roberta":
-        heads = heads | ROBERTA_TASK_HEADS.get(task, {})
-    names = {ours: (theirs,) for ours, theirs in heads.items()}
+    is_roberta = base == "roberta"
+    names = {ours: (theirs[is_roberta],) for ours, theirs in HEADS.items()}
+    if is_roberta:
+        names |= {ours: (theirs,) for ours, theirs in ROBERTA_TASK_HEADS.get(task, {}).items()}
     for ours, theirs in EMBEDDINGS.items():
         names[f"model.embeddings.{ours}"] = (f"{base}.embeddings.{theirs}",)
     for i in range(config.n_layers):
         for ours, parts in LAYER.items():
-            names[f"model.layers.{i}.{ours}"] = tuple(
-                f"{base}.encoder.layer.{i}.{p}" for p in parts
-            )
+            layer = f"{base}.encoder.layer.{i}"
+            names[f"model.layers.{i}.{ours}"] = tuple(f"{layer}.{part}" for part in parts)
     return names
 
 
@@ -235,7 +205,7 @@ def export_weights(weights: dict[str, Tensor], config: Config, task: str) -> dic
     names = module_names(config, task)
     exported = {}
     for name, weight in weights.items():
-        module, kind = name.rsplit(".", 1)
+        module, _, kind = name.rpartition(".")
         if module not in names:
             rule = "add it to the tables of files/hub_names.py, or to MaskedLM.pretraining_only"
             raise ValueError(f"weight {name} has no name in {config.family} models; {rule}")
@@ -246,13 +216,12 @@ def export_weights(weights: dict[str, Tensor], config: Config, task: str) -> dic
 
 
 def import_weights(weights: dict[str, Tensor], config: Config, task: str) -> dict[str, Tensor]:
-    """Rename weights from the names in a file to ours.
+    """Rename weights from the names in a file, perhaps of a bare encoder without prefix, to ours.
 
-    A file of the bare encoder, whose names lack the prefix, is read as well. A name that is in no
-    table stays as it is: `model_folder.load_weights` decides whether that is an error.
+    A name in no table stays as it is; `model_folder.load_weights` decides whether it is an error.
 
     Raises:
-        ValueError: the file has fewer weights than the config has layers.
+        ValueError: the config has more layers than the file has weights.
     """
     if config.n_layers > len(weights):
         raise ValueError(f"the config has {config.n_layers} layers, more than there are weights")
@@ -274,13 +243,9 @@ def import_weights(weights: dict[str, Tensor], config: Config, task: str) -> dic
 
 
 def check_shapes(config: Config, weights: dict[str, Tensor]) -> None:
-    """Compare the sizes of the config with the weights of the encoder.
+    """Compare the sizes in the config with the encoder's weights, in our names.
 
-    This comes before the model is made, so a wrong config cannot ask for absurd amounts of memory.
-
-    Args:
-        config: the config of a folder.
-        weights: its weights, in our names.
+    It is called before a model is made, so an absurd config cannot ask for absurd memory.
 
     Raises:
         ValueError: a matrix is missing, or has another shape.

@@ -21,9 +21,9 @@ from safetensors import SafetensorError
 from tokenizers import BertWordPieceTokenizer, Tokenizer
 from torch import Tensor, nn
 
-from files.tokenizer import special_ids, special_tokens
 from files import disk, hub_names
 from files.disk import UserError, first_line, to_json, write_file
+from files.tokenizer import special_ids, special_tokens
 from model import Classifier, Config, MaskedLM, Tagger
 
 # What the libraries raise when they read a broken config or broken weights.
@@ -36,10 +36,7 @@ HUB_FILES = ("config.json", "*.safetensors", "pytorch_model.bin", "tokenizer*.js
 def save_model(
     folder: Path, model: nn.Module, tokenizer: Tokenizer, extra: dict[str, Any] | None = None
 ) -> None:
-    """Write a MaskedLM, Classifier or Tagger and its tokenizer; a model in the folder is replaced.
-
-    Args:
-        extra: further settings for config.json, for example id2label.
+    """Write a model and its tokenizer, and `extra`, such as id2label, into config.json.
 
     Raises:
         UserError: a file cannot be written.
@@ -93,7 +90,7 @@ def find_model(name: Path) -> Path:
     if (name / "config.json").is_file():
         return name
     # The name of an output folder that does not exist yet is not looked up on the hub.
-    is_path = name.parts[0] == "runs" or (len(name.parts) > 1 and name.parent.exists())
+    is_path = name.parts[:1] == ("runs",) or (len(name.parts) > 1 and name.parent.exists())
     is_hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(name))
     if name.exists() or is_path or not is_hub_name:
         advice = "train.py leaves one in its --out"
@@ -117,8 +114,8 @@ def load_model(name: Path) -> tuple[Config, dict[str, Tensor], Tokenizer, dict[s
         UserError: the folder is of none of the three families, is broken, or is being overwritten.
     """
     folder = find_model(name)
-    version = _version(folder)
     try:
+        version = _version(folder)
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config = hub_names.config_from_json(raw)
         if (folder / "model.safetensors").is_file() or not (folder / "pytorch_model.bin").is_file():
@@ -127,27 +124,25 @@ def load_model(name: Path) -> tuple[Config, dict[str, Tensor], Tokenizer, dict[s
             exported = torch.load(folder / "pytorch_model.bin", "cpu", weights_only=True)
         weights = hub_names.import_weights(exported, config, _task(raw))
         hub_names.check_shapes(config, weights)
+        tokenizer = load_tokenizer(folder)
+        is_unchanged = _version(folder) == version
     except pickle.UnpicklingError:
         rule = "it holds more than weights, and would run code"
         raise UserError(f"{folder}/pytorch_model.bin: {rule}") from None
     except BROKEN as error:
         raise UserError(f"{folder}: no checkpoint of this program: {first_line(error)}") from None
 
-    tokenizer = load_tokenizer(folder)
+    if not is_unchanged:
+        raise UserError(f"{folder}: another run is overwriting this model; wait until it has ended")
     if tokenizer.get_vocab_size() != config.vocab_size:
         sizes = f"{tokenizer.get_vocab_size()} word pieces, the model {config.vocab_size}"
         raise UserError(f"{folder}: the tokenizer has {sizes}")
-    if _version(folder) != version:
-        raise UserError(f"{folder}: another run is overwriting this model; wait until it has ended")
     return config, weights, tokenizer, raw
 
 
-def _version(folder: Path) -> tuple[int, int] | None:
-    """What distinguishes one config.json from the next; None where there is none."""
-    try:
-        status = (folder / "config.json").stat()
-    except OSError:
-        return None
+def _version(folder: Path) -> tuple[int, int]:
+    """What distinguishes this config.json from one that is written later."""
+    status = (folder / "config.json").stat()
     return status.st_mtime_ns, status.st_ino
 
 
@@ -187,18 +182,17 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 def load_weights(
     model: nn.Module, weights: dict[str, Tensor], folder: Path, allow_missing: tuple[str, ...] = ()
 ) -> list[str]:
-    """Copy the weights that `load_model` returned into a model, strictly.
+    """Copy the weights that `load_model` read from a folder into a model, strictly.
 
     Args:
-        folder: where the weights are from, for messages.
-        allow_missing: beginnings of names of weights that may be missing.
+        allow_missing: beginnings of the names of weights that the folder may lack.
 
     Returns:
-        The names of the weights that are missing; the model's own are unchanged.
+        The names of the weights that it lacks; those of the model stay as they are.
 
     Raises:
-        UserError: another weight is missing, one does not fit, or the model does not use one that
-            `hub_names.MAY_BE_UNUSED` does not name.
+        UserError: another weight is missing, one has the wrong shape, or the model does not use one
+            that is not in `hub_names.MAY_BE_UNUSED`.
     """
     try:
         missing, unused = model.load_state_dict(weights, strict=False)
@@ -248,7 +242,7 @@ def open_model(folder: Path, device: torch.device) -> tuple[nn.Module, Tokenizer
             model = Tagger(config, n_labels)
         else:
             default = "cls" if config.is_modern else "pooler"  # as in `transformers`
-            model = Classifier(config, n_labels, raw.get("classifier_pooling", default))
+            model = Classifier(config, n_labels, raw.get("classifier_pooling") or default)
     except ValueError as error:
         raise UserError(f"{folder}: {first_line(error)}") from None
     load_weights(model, weights, folder)

@@ -47,7 +47,9 @@ def read_lines(
     number = 1
     try:
         with _open(path) as file:
-            while raw := file.readline(limit):
+            raw = None
+            while raw != b"":  # the end of the file
+                raw = file.readline(limit)
                 text, problem = _decode(decoder, raw)
                 if piece is None and len(raw) == limit and not raw.endswith(b"\n"):
                     problem = problem or f"a line of more than {LONGEST_LINE:,} bytes"
@@ -56,12 +58,9 @@ def read_lines(
                     decoder.reset()
                 if problem:
                     _report_or_raise(f"{path}:{number}: {problem}", report)
-                else:
+                elif raw:
                     yield number, text
                 number += raw.endswith(b"\n")
-            _, problem = _decode(decoder, b"")
-            if problem:  # the file ends in the middle of a character
-                _report_or_raise(f"{path}:{number}: {problem}", report)
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be read: {reason}") from None
@@ -74,7 +73,7 @@ def _open(path: Path) -> contextlib.AbstractContextManager:
 
 
 def _decode(decoder: codecs.IncrementalDecoder, raw: bytes) -> tuple[str, str]:
-    """(text, "") of some bytes, or ("", what is wrong with them); no bytes are the end."""
+    """(text, "") of some bytes, or ("", what is wrong with them); no bytes mean the end."""
     try:
         text = decoder.decode(raw, final=not raw)
     except UnicodeDecodeError:
@@ -221,7 +220,7 @@ def _has_blank_lines(path: Path) -> bool:
 
 
 def find_files(paths: Iterable[str]) -> list[Path]:
-    """The files among some paths, and the .txt files and tables in the folders among them, sorted.
+    """List the files among `paths`, and the .txt files and tables in the folders among them.
 
     Raises:
         UserError: a path does not exist, is no regular file, or is a folder without text files.
@@ -242,6 +241,5 @@ def find_files(paths: Iterable[str]) -> list[Path]:
                 raise UserError(f"{path}: no {names} file (or .gz of one) in this folder")
             files += sorted(inside)
         else:
-            rule = "it is read twice; use - for standard input"
-            raise UserError(f"{path}: no regular file; {rule}")
+            raise UserError(f"{path}: no regular file; use - for standard input")
     return files

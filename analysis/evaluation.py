@@ -1,0 +1,183 @@
+"""Evaluation: what a network predicts for many examples, and the metrics of predictions.
+
+Axes: S sequences (examples) of a batch, T tokens of a batch.
+"""
+
+import io
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+from sklearn.metrics import confusion_matrix, f1_score
+from torch import nn
+
+from analysis.baselines import constant_scores
+from files import entities
+from files.disk import first_line, to_json, write_file
+from files.entities import OUTSIDE, TaggedDataset
+from labels import LabeledDataset, batches
+from model import Classifier, Tagger
+
+Dataset = LabeledDataset | TaggedDataset
+
+BATCH_SIZE = 64
+MOST_CLASSES = 50  # of a confusion matrix that is worth drawing
+
+
+@torch.no_grad()
+def forward_all(
+    model: nn.Module, rows: list[np.ndarray], indices: np.ndarray, autocast, function: Callable
+) -> np.ndarray:
+    """Apply a function of the model to many examples, without dropout.
+
+    Args:
+        model: The model of the function; it is left in evaluation mode.
+        rows: (tokens, 2) of each example, as `labels.encode` returns them.
+        indices: The examples to apply it to.
+        autocast: The precision.
+        function: (ids, cu_seqlens, max_seqlen, token_types) to (S, ...) or to (T, ...).
+
+    Returns:
+        (examples, ...) float32 in the order of `indices`; if the function returns (T, ...), (tokens
+        of all these examples, ...).
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    by_length = indices[np.argsort([len(rows[i]) for i in indices], kind="stable")]
+    outputs = {}
+    for members, inputs in batches(rows, by_length, BATCH_SIZE, device):
+        with autocast:
+            output = function(*inputs).float().cpu().numpy()
+        is_per_token = len(output) == len(inputs[0])
+        ends = np.cumsum([len(rows[i]) if is_per_token else 1 for i in members])
+        outputs.update(zip(members.tolist(), np.split(output, ends), strict=False))
+    return np.concatenate([outputs[i] for i in indices.tolist()])
+
+
+@torch.no_grad()
+def predict(
+    model: Classifier | Tagger,
+    rows: list[np.ndarray],
+    first_pieces: list[np.ndarray] | None,
+    names: list[str] | None,
+    autocast,
+) -> Any:
+    """What a fine-tuned network predicts.
+
+    Args:
+        model: A classifier, or a tagger.
+        rows: (tokens, 2) of each example.
+        first_pieces: For a tagger, (words,) of each example: where its words begin in its row.
+        names: The class names or tags; None for regression.
+        autocast: The precision of the features; the last layer of a classifier is in float32.
+
+    Returns:
+        Tensors on the CPU of probabilities (examples, classes) or numbers (examples,); of a tagger
+        a list of the tags of each example.
+    """
+    everything = np.arange(len(rows))
+    if isinstance(model, Tagger):
+        token_tags = forward_all(model, rows, everything, autocast, model).argmax(1)
+        row_ends = np.cumsum([len(row) for row in rows])
+        examples = zip(np.split(token_tags, row_ends[:-1]), first_pieces, strict=True)
+        return [entities.word_tags(tags, first, names) for tags, first in examples]
+    features = forward_all(model, rows, everything, autocast, model.features)
+    states = torch.from_numpy(features).to(model.classifier.weight.device)
+    logits = model.classifier(states).cpu()
+    return logits[:, 0] if names is None else logits.softmax(dim=1)
+
+
+def measure(targets: Any, predictions: Any) -> dict[str, float]:
+    """The metrics of predictions.
+
+    Returns:
+        "accuracy" and "macro_f1" of probabilities (examples, classes); of numbers (examples,)
+        "rmse", and the correlation coefficients "pearson" and "spearman"; "f1", "precision" and
+        "recall" of entities, if targets and predictions are lists of tags.
+    """
+    if isinstance(predictions, list):
+        return entities.entity_f1(targets, predictions)
+    predictions = np.asarray(predictions)
+    if predictions.ndim == 2:
+        classes = predictions.argmax(1)
+        accuracy = float(np.mean(targets == classes))
+        macro_f1 = float(f1_score(targets, classes, average="macro"))
+        return {"accuracy": accuracy, "macro_f1": macro_f1}
+    rmse = float(np.sqrt(np.mean((targets - predictions) ** 2)))
+    varies = np.ptp(predictions) > 0  # a constant has no correlation
+    pearson = float(stats.pearsonr(targets, predictions).statistic) if varies else 0.0
+    spearman = float(stats.spearmanr(targets, predictions).statistic) if varies else 0.0
+    return {"rmse": rmse, "pearson": pearson, "spearman": spearman}
+
+
+def measure_majority(train: Dataset, test: Dataset) -> dict[str, float]:
+    """The metrics of the most frequent class, of the mean number, or of no entities."""
+    if isinstance(train, TaggedDataset):
+        return measure(test.targets, [[OUTSIDE] * len(words) for words in test.words])
+    n_classes = len(train.names) if train.names else None
+    return measure(test.targets, constant_scores(train.targets, len(test), n_classes))
+
+
+def report(method: str, targets: Any, predictions: Any, start_time: float) -> dict[str, float]:
+    """Measure the predictions of a method, print a line, and return the metrics and seconds."""
+    metrics = measure(targets, predictions)
+    seconds = time.time() - start_time
+    print(f"{method:<15} {to_line(metrics)}  {seconds:4.0f} s", flush=True)
+    return metrics | {"seconds": seconds}
+
+
+def to_line(metrics: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+
+
+def write_results(
+    out: Path,
+    train: Dataset,
+    test: Dataset,
+    results: dict[str, dict[str, float]],
+    predictions: dict[str, Any],
+    about: dict[str, Any],
+) -> dict[str, Any]:
+    """Write metrics.json, predictions.npz and confusion.png.
+
+    Args:
+        out: The folder of the run.
+        train: The training examples.
+        test: The test examples.
+        results: The metrics of each method.
+        predictions: Its predictions. Tags of sentences are written end to end.
+        about: More for metrics.json.
+
+    Returns:
+        The content of metrics.json.
+    """
+    majority = measure_majority(train, test)
+    print(f"{'majority' if train.names else 'mean':<15} {to_line(majority)}", flush=True)
+    metrics = {"test": results, "majority": majority, "names": train.names} | about
+    arrays = {"targets": test.targets} | predictions
+    for name, values in arrays.items():
+        arrays[name] = np.concatenate(values) if isinstance(values, list) else np.asarray(values)
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    write_file(out / "predictions.npz", content.getbuffer())
+    write_file(out / "metrics.json", to_json(metrics))
+    if isinstance(test, LabeledDataset) and test.names and "pretrained" in arrays:
+        classes = arrays["pretrained"].argmax(1)
+        draw_confusion(test.targets, classes, test.names, out / "confusion.png")
+    return metrics
+
+
+def draw_confusion(targets: np.ndarray, classes: np.ndarray, names: list[str], path: Path) -> None:
+    """Draw the confusion matrix. A figure is no result: if it fails, a warning is printed."""
+    if len(names) > MOST_CLASSES:
+        return
+    try:
+        from analysis import plots  # matplotlib takes a second to import
+
+        plots.confusion(confusion_matrix(targets, classes, labels=range(len(names))), names, path)
+    except Exception as error:  # of fonts, of memory, of the disk
+        print(f"{path}: not drawn: {first_line(error)}", flush=True)

@@ -1,0 +1,77 @@
+"""Every patch of docs/forking.md applies to today's code, trains, and leaves a model that loads."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+
+ROOT = Path(__file__).parents[1]
+DOCUMENT = (ROOT / "docs" / "forking.md").read_text()
+PATCHES = dict(re.findall(r"^## \d\. (.+?)$.*?^```diff\n(.*?)^```$", DOCUMENT, re.S | re.M))
+FLAGS = {
+    "SwiGLU": ["--activation", "silu"],
+    "A second objective": ["--replaced-weight", "0.5"],
+    "A byte-level tokenizer": [],
+    "Early stopping": ["--patience", "1", "--validate-every", "1", "--keep-best"],
+    "Attention pooling": [],
+}
+SMALL = "--steps 5 --layers 1 --d-model 64 --max-len 32 --micro-batch-tokens 512 --vocab-size 300"
+
+
+def python(fork: Path, *arguments: str) -> str:
+    environment = os.environ | {"PYTHONPATH": str(fork), "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=fork, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_a_documented_fork_trains_and_its_model_loads(name, corpus_file, topics, tmp_path):
+    fork = tmp_path / "fork"
+    files = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True)
+    for file in files.stdout.split():
+        if not file.startswith("tests/") and (ROOT / file).exists():
+            (fork / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / file, fork / file)
+    apply = ["git", "apply", "--recount", "--unidiff-zero", "-"]
+    applied = subprocess.run(apply, cwd=fork, input=PATCHES[name].encode(), capture_output=True)
+    assert applied.returncode == 0, applied.stderr.decode()
+
+    out = fork / "pretrained"
+    flags = ["--corpus", str(corpus_file), "--out", str(out), *SMALL.split(), *FLAGS[name]]
+    log = python(fork, "train.py", "--dtype", "float32", *flags)
+    config = json.loads((out / "config.json").read_text())
+    weights = safetensors.torch.load_file(out / "model.safetensors")
+    points = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert points[-1]["validation_loss"] > 0
+    if name == "SwiGLU":
+        assert config["hidden_activation"] == "silu"
+    if name == "A second objective":
+        assert points[-1]["validation_replaced"] > 0
+        assert not any("detector" in weight for weight in weights)
+    if name == "A byte-level tokenizer":
+        assert json.loads((out / "tokenizer.json").read_text())["model"]["type"] == "BPE"
+    if name == "Early stopping":
+        assert "stopped early" in log or points[-1]["step"] == 5
+    if name == "Attention pooling":
+        tuned = fork / "tuned"
+        labels = ["--train", str(topics[0]), "--test", str(topics[1]), "--methods", "pretrained"]
+        flags = ["--model", str(out), "--out", str(tuned), "--epochs", "1", *labels]
+        python(fork, "finetune.py", "--pooling", "attention", "--dtype", "float32", *flags)
+        config = json.loads((tuned / "config.json").read_text())
+        assert config["classifier_pooling"] == "attention"
+        weights = safetensors.torch.load_file(tuned / "model.safetensors")
+        assert weights["pool_query"].any()
+        assert python(fork, "predict.py", "--model", str(tuned), "bal dom kist.")
+
+
+def test_every_documented_fork_is_tried():
+    assert set(PATCHES) == set(FLAGS)
