@@ -3,15 +3,13 @@
 Both sides of a comparison take turns. Ratios are ours over theirs, of speeds or of memory, as
 [minimum, median, maximum] of the rounds. The parts of --parts:
 
-    step        the pretraining step against reference implementations (benchmarks/references.py),
-                and against its own matrix multiplications by themselves
+    step        the pretraining step against those of benchmarks/references.py
     memory      peak memory of that step at a large vocabulary
     operations  each fused operation of kernels/ against plain torch, forward and backward
     finetune    fine-tuning against padded batches
 
 glibc returns freed tensors above 32 MB to the system, and the page faults of the next ones take
-much of the reference implementations' time. Measure again with memory kept, which two variables
-ask for when the process starts:
+much of the reference implementations' time. Measure a second time with that memory kept:
 
     export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296
     python bench.py --out runs/bench-memory-kept
@@ -27,7 +25,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -78,8 +75,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{flag} {value}: choose from {','.join(choices)}")
     for shape in args.shape:
         if not re.fullmatch("[1-9][0-9]*x[1-9][0-9]*", shape) or int(shape.split("x")[1]) % 64:
-            rule = "layers x d_model, such as 2x256, with d_model a multiple of 64"
-            parser.error(f"--shape {shape}: {rule}")
+            parser.error(f"--shape {shape}: layers x a multiple of 64, such as 2x256")
     return args
 
 
@@ -127,9 +123,8 @@ def training_step(
 def our_step(config: Config, hardware: Hardware, compiled: bool = False) -> Call:
     """The pretraining step of train.py, Muon included."""
     model = MaskedLM(config).to(hardware.device)
-    if compiled:
-        for layer in model.model.layers:
-            layer.compile()
+    for layer in model.model.layers if compiled else ():
+        layer.compile()
     optimizers = make_optimizers(model, 1e-3, 1e-4, 1e-4, hardware.dtype)
 
     batches = pretraining_batches(hardware)
@@ -159,7 +154,8 @@ def fastest_reference(name: str, config: Config, hardware: Hardware) -> tuple[st
     """Find the fastest attention and precision of a reference: a label, and what makes the step."""
     variants = {}
     dtypes = {torch.float32, hardware.dtype}  # emulated bfloat16 would take a minute per step
-    for attention, dtype in itertools.product(("eager", "sdpa"), dtypes):
+    attentions = ("sdpa",) if name == "torch" else ("eager", "sdpa")
+    for attention, dtype in itertools.product(attentions, dtypes):
         settings = (name, config, attention, hardware._replace(dtype=dtype))
         step = reference_step(*settings)
         seconds = min(timing.seconds_of(step) for _ in range(3))
@@ -171,12 +167,8 @@ def fastest_reference(name: str, config: Config, hardware: Hardware) -> tuple[st
 # ------------------------------------------------------------------------------------------- parts
 
 
-def measure_step(args: argparse.Namespace, hardware: Hardware) -> dict[str, Any]:
-    """For each shape the speeds and their ratios, eager and compiled.
-
-    "matmul_share" is the share of our time that the matrix multiplications take by themselves,
-    "matmul_tflops" their FLOPs over our time.
-    """
+def measure_step(args: argparse.Namespace, hardware: Hardware) -> dict:
+    """Compare our step with the others, and with its matrix multiplications by themselves."""
     result = {}
     for shape in args.shape:
         config = config_of(shape)
@@ -193,7 +185,7 @@ def measure_step(args: argparse.Namespace, hardware: Hardware) -> dict[str, Any]
         seconds = timing.alternate(steps, args.rounds)
         timing.show(f"step {shape}", seconds, BATCH_TOKENS, "tokens")
         matmuls = timing.time_matmuls(steps["ours"])
-        speeds = {name: summarize([BATCH_TOKENS / s for s in seconds[name]]) for name in steps}
+        speeds = {n: summarize([BATCH_TOKENS / s for s in seconds[n]]) for n in steps}
         result[shape] = {
             "tokens_per_second": speeds,
             "ratios": {name: timing.ratios(seconds, name) for name in ("ours", best)},
@@ -207,10 +199,8 @@ def measure_step(args: argparse.Namespace, hardware: Hardware) -> dict[str, Any]
 def added_bytes(name: str, hardware: Hardware) -> int:
     """By how much three steps raise the peak memory of this process."""
     config = config_of("2x256", LARGE_VOCAB)
-    if name == "ours":
-        step = our_step(config, hardware)
-    else:
-        step = reference_step(name, config, "sdpa", hardware)
+    is_ours = name == "ours"
+    step = our_step(config, hardware) if is_ours else reference_step(name, config, "sdpa", hardware)
     before = timing.peak_bytes(hardware.device)
     for _ in range(3):
         step()
@@ -284,21 +274,20 @@ PARTS = {"step": measure_step, "memory": measure_memory}
 PARTS |= {"operations": measure_operations, "finetune": measure_finetuning}
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
+def main(argv: list[str] | None = None) -> dict:
     """Measure, and return what OUT/bench.json holds."""
     args = parse_args(argv)
     hardware = Hardware(*choose_hardware(args.device, args.dtype))
     disk.make_folder(args.out)
-    result: dict[str, Any] = {"hardware": hardware.name, "dtype": str(hardware.dtype)}
+    result = {"hardware": hardware.name, "dtype": str(hardware.dtype).removeprefix("torch.")}
     result["malloc"] = {name: x for name, x in os.environ.items() if name.startswith("MALLOC_")}
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
         print(f"{hardware.name}, {hardware.dtype}")
         if args.aot:
             result["aot"] = ahead_of_time.report()
         else:
-            problem = compiler_problem(hardware.device)
-            print(f"torch.compile: {problem or 'works'}")
-            args.compiles = not problem
+            result["compiler_problem"] = compiler_problem(hardware.device)
+            args.compiles = not result["compiler_problem"]
             result |= {part: PARTS[part](args, hardware) for part in args.parts}
     if "step" in result:
         from analysis import plots  # matplotlib takes a second to import

@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from benchmarks.timing import Call, Hardware
 from data import Batch
 from files.disk import UserError
-from kernels.attention import Rope, attention, rope_tables
+from kernels.attention import Rope, attention, rope_tables, rotate
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.geglu import geglu
 from kernels.norm import add_norm
@@ -108,12 +108,6 @@ def build(name: str, config: Config, attention: str, n_labels: int = 0) -> nn.Mo
 # -------------------------------------------------------------------------------- single operations
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (..., D) by tables (..., D / 2) that hold the rows of its positions."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-
-
 def padded_attention(batch: Batch, rope: Rope) -> Callable[..., Tensor]:
     """Attention of qkv (T, 3, H, D) by padding and F.scaled_dot_product_attention."""
     lengths = batch.cu_seqlens.diff()
@@ -123,8 +117,8 @@ def padded_attention(batch: Batch, rope: Rope) -> Callable[..., Tensor]:
 
     def attend(qkv: Tensor, *_: Any) -> Tensor:
         q, k, v = qkv[index].permute(2, 0, 3, 1, 4)  # (S, H, L, D) each
-        q = apply_rope(q, *rope)
-        k = apply_rope(k, *rope)
+        q = rotate(q, rope)
+        k = rotate(k, rope)
         heads = F.scaled_dot_product_attention(q, k, v, is_token[:, None, None])
         return heads.transpose(1, 2)[is_token]  # (T, H, D)
 
