@@ -1,7 +1,6 @@
 """Measure speed and memory: python bench.py. With --aot, compile the Triton kernels for other GPUs.
 
-Both sides of a comparison take turns. Ratios are ours over theirs, of speeds or of memory, as
-[minimum, median, maximum] of the rounds. The parts of --parts:
+Both sides take turns. Ratios are ours over theirs: [minimum, median, maximum] of the rounds.
 
     step        the pretraining step against those of benchmarks/references.py
     memory      peak memory of that step at a large vocabulary
@@ -45,7 +44,6 @@ from optim import make_optimizers
 REFERENCES = {"hf": ("bert", "modernbert"), "torch": ("torch",)}
 # The comparison is fixed, whatever the presets become.
 VOCAB_SIZE = 8192
-LARGE_VOCAB = 32_768  # of the comparison of memory
 MASK_RATE = 0.22
 MAX_LEN = 256
 BATCH_TOKENS = 8192
@@ -56,8 +54,7 @@ BATCH_SIZE = 32  # examples of a fine-tuning step
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("Measure speed and memory, or compile the kernels ahead of time.")
     add = parser.add_argument
-    against = "reference implementations of the step; hf: BERT and ModernBERT of transformers"
-    add("--against", default=",".join(REFERENCES), help=against)
+    add("--against", default=",".join(REFERENCES), help="hf: BERT and ModernBERT of transformers")
     add("--shape", default="2x256,6x384", help="layers x d_model of the step, heads of 64")
     add("--parts", default=",".join(PARTS), help="what to measure")
     add("--rounds", type=number(int, 1), default=5, help="of each comparison, after a warm-up")
@@ -198,7 +195,7 @@ def measure_step(args: argparse.Namespace, hardware: Hardware) -> dict:
 
 def added_bytes(name: str, hardware: Hardware) -> int:
     """By how much three steps raise the peak memory of this process."""
-    config = config_of("2x256", LARGE_VOCAB)
+    config = config_of("2x256", vocab_size=32_768)
     is_ours = name == "ours"
     step = our_step(config, hardware) if is_ours else reference_step(name, config, "sdpa", hardware)
     before = timing.peak_bytes(hardware.device)
