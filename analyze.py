@@ -29,7 +29,7 @@ from files import disk, model_folder, run_folder
 from files.cli import Flags, choose_hardware, flags_to_json, number, run_script
 from files.disk import UserError
 from files.reviews import load_reviews
-from labels import LabeledDataset, draw, encode, load
+from labels import LabeledDataset, encode, load, subsample as draw
 from model import Classifier, mean_pool
 
 NETWORK = ("pretrained", "frozen")  # rows of each model
