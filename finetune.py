@@ -55,9 +55,7 @@ Dataset = LabeledDataset | TaggedDataset
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("Fine-tune a pretrained model, beside two baselines.")
     add, positive, share = parser.add_argument, number(int, 1), number(float, 0, 0.9)
-    models = (
-        "folder of train.py, or a BERT, RoBERTa or ModernBERT: its folder or its name on the hub"
-    )
+    models = "folder of train.py, or BERT, RoBERTa or ModernBERT as a folder or a name on the hub"
     add("--model", type=Path, default=Path("runs/pretrain"), help=models)
     add("--data", choices=("mr", "imdb"), default="mr", help="built-in sentences or reviews")
     add("--train", type=Path, metavar="FILE", help="your labels: .csv, .tsv, .jsonl, or .gz of one")
@@ -127,7 +125,8 @@ def set_defaults(args: argparse.Namespace, train: Dataset, config: Config) -> No
     if args.pooling and config.is_modern == (args.pooling == "pooler"):
         raise UserError(f"--pooling {args.pooling}: {args.model} is a {config.family} model")
     if args.epochs is None:  # fewer for more examples per class
-        per_class = len(train) / len(train.names or ["", ""])
+        n_classes = len(train.names) if train.names else 2
+        per_class = len(train) / n_classes
         args.epochs = 10 if is_tagged else max(2, min(8, round(31 / per_class**0.35)))
     if args.lr == 0:
         args.epochs = 0
@@ -214,7 +213,8 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
 
     Args:
         argv: The flags; None means those of the command line.
-        data: Training and test examples that replace files and --labels; no epoch is saved then.
+        data: Training and test examples that replace files and --labels. For speed, neither epochs
+            are saved nor a figure drawn then.
     """
     args = parse(argv)
     with run_folder.lock(args.out, args.model):
@@ -317,7 +317,8 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
             predictions[method] = predict(model, test_rows, first_pieces, train.names, autocast)
             results[method] = report(method, test.targets, predictions[method], start_time)
 
-        return write_results(args.out, train, test, results, predictions, about)
+        draws = data is None
+        return write_results(args.out, train, test, results, predictions, about, draws)
 
 
 if __name__ == "__main__":

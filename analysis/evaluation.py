@@ -149,6 +149,7 @@ def write_results(
     results: dict[str, dict[str, float]],
     predictions: dict[str, Any],
     about: dict[str, Any],
+    draws: bool,
 ) -> dict[str, Any]:
     """Write metrics.json, predictions.npz and confusion.png.
 
@@ -159,6 +160,7 @@ def write_results(
         results: The metrics of each method.
         predictions: Its predictions. Tags of sentences are written end to end.
         about: More for metrics.json.
+        draws: Whether to draw the confusion matrix of the pretrained network.
 
     Returns:
         The content of metrics.json.
@@ -173,7 +175,8 @@ def write_results(
     np.savez_compressed(content, **arrays)
     write_file(out / "predictions.npz", content.getbuffer())
     write_file(out / "metrics.json", to_json(metrics))
-    if isinstance(test, LabeledDataset) and test.names and "pretrained" in arrays:
+    is_classification = isinstance(test, LabeledDataset) and test.names
+    if draws and is_classification and "pretrained" in arrays:
         classes = arrays["pretrained"].argmax(1)
         draw_confusion(test.targets, classes, test.names, out / "confusion.png")
     return metrics
