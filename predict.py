@@ -25,11 +25,12 @@ from tokenizers import Tokenizer
 
 from files import model_folder
 from files.cli import Parser, choose_hardware, number, run_script
+from files.columns import LABEL_NAMES, choose_texts
 from files.disk import UserError
 from files.entities import predict_entities
 from files.readers import TABLE_SUFFIXES, Report, read_lines, read_table, text_suffix
 from files.tokenizer import special_ids, special_tokens
-from labels import LABEL_NAMES, LabeledDataset, batches, choose_texts, encode
+from labels import LabeledDataset, batches, encode
 from model import MaskedLM, Tagger
 
 GUESSED_ON = 200  # rows of a table in which the column of the text is looked for

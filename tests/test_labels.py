@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from data import SPECIAL_TOKENS
 from files.disk import UserError
+from files.tokenizer import SPECIAL_TOKENS
 from labels import (
     HOLD_OUT,
     N_FOLDS,
