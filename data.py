@@ -201,6 +201,7 @@ class Batch(NamedTuple):
     bag_ids: Tensor | None = None
     bag_weights: Tensor | None = None
     cu_bags: Tensor | None = None
+    key: list | None = None
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in self))
