@@ -139,7 +139,7 @@ def _softmax_by_rows(
 def _softmax_cross_entropy(
     logits, bias, targets, losses, vocab_size, NEEDS_GRADIENT: tl.constexpr, BLOCK: tl.constexpr
 ):
-    row = tl.programd(0)
+    row = tl.program_id(0)
     logits += row.to(tl.int64) * vocab_size
     target = tl.load(targets + row)
     z_target = tl.load(logits + target).to(tl.float32) + tl.load(bias + target)
