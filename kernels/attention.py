@@ -7,7 +7,7 @@ Axes: T tokens of the batch, S sequences, L positions of a sequence, H heads, D 
 B sequences of a group. Sequence s is the rows cu_seqlens[s] to cu_seqlens[s + 1] of the batch.
 """
 
-from __future__ import annotations  # where Triton is missing, `tl.constexpr` is never evaluated
+from __future__ import annotations  # without Triton, `tl.constexpr` must not be evaluated
 
 import math
 
@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kernels.dispatch import jit, tl, use_triton
+
+# ruff: noqa: E741 (m and l are the names of the online softmax in the papers)
 
 # Tokens that the CPU multiplies at a time: enough to outweigh the overhead of the calls, few enough
 # for their scores to stay in the caches.
@@ -129,10 +131,10 @@ class _Attention(torch.autograd.Function):
 
         for group in groups:
             padded = pad_sequence([sequences[i] for i in group], batch_first=True)
-            padded = padded.permute(2, 0, 3, 1, 4).contiguous()  # (3, B, H, L, D)
-            q, k = rotate(padded[:2], rope)
-            q = q * qkv.shape[-1] ** -0.5
-            v = padded[2]
+            padded = padded.permute(2, 0, 3, 1, 4)  # (3, B, H, L, D)
+            q, k = rotate(padded[:2].contiguous(), rope)
+            q *= qkv.shape[-1] ** -0.5
+            v = padded[2].contiguous()
 
             scores = q @ k.transpose(-1, -2)  # (B, H, L, L)
             _mask(scores, [lengths[i] for i in group], window)
@@ -151,11 +153,12 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_out: Tensor) -> tuple[Tensor, None, None, None]:
+        saved = ctx.saved_tensors
         d_outputs = d_out.split(ctx.lengths)
         d_sequences = [None] * len(ctx.lengths)
 
         for n, group in enumerate(ctx.groups):
-            q, k, v, p = ctx.saved_tensors[4 * n : 4 * n + 4]
+            q, k, v, p = saved[4 * n : 4 * n + 4]
             d_o = pad_sequence([d_outputs[i] for i in group], batch_first=True)
             d_o = d_o.transpose(1, 2).contiguous()  # (B, H, L, D)
 
@@ -177,8 +180,8 @@ class _Attention(torch.autograd.Function):
 
 
 def _length_groups(lengths: list[int]) -> list[list[int]]:
-    """The indices of the sequences by descending length, in groups of at most GROUP_TOKENS tokens,
-    padding included, or of one sequence."""
+    """Indices of the sequences, the longest first, in groups of at most GROUP_TOKENS tokens with
+    their padding; a longer sequence is a group of its own."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     groups = []
     while order:
@@ -240,10 +243,7 @@ class _FlashAttention(torch.autograd.Function):
         n_tokens, _, n_heads, head_dim = qkv.shape
         d_out = d_out.contiguous()
         d_qkv = torch.empty_like(qkv)
-        delta = torch.empty_like(
-            lse
-        )  # row sums of out * d_out, from the first kernel for the second
-
+        delta = torch.empty_like(lse)  # row sums of out * d_out, written by the first kernel
         options = flash_options(head_dim, qkv.dtype)
         grid = _grid(cu_seqlens, n_heads, ctx.max_seqlen, options["BLOCK"])
         arguments = (qkv, cu_seqlens, out, lse, d_out, delta, d_qkv, n_tokens, n_heads, ctx.window)
@@ -263,8 +263,8 @@ def _grid(cu_seqlens: Tensor, n_heads: int, max_seqlen: int, block: int) -> tupl
 def flash_options(
     head_dim: int, dtype: torch.dtype, on_hip: bool = torch.version.hip is not None
 ) -> dict[str, int]:
-    """The rows of a program, the rows of the other side that it reads at a time, and the depth of the
-    pipeline: the largest at which no GPU spills registers (python bench.py --aot)."""
+    """Rows of a program (BLOCK), rows of the other side that it reads at a time (STEP), and depth
+    of the pipeline: the largest at which no GPU spills registers (python bench.py --aot)."""
     is_16_bit = dtype.itemsize == 2
     num_stages = 2 if is_16_bit else 3
     return {
@@ -367,11 +367,9 @@ def _flash_forward(
     qkv += begin * 3 * d_model + head * WIDTH
     q = _load(qkv, i, length, 3 * d_model, WIDTH)
 
-    # running maximum of the scores, finite, so that a step without a visible key gives 0 and not NaN;
-    # running sum of exp2(scores - m_i); and the output before its division by that sum
-    m_i = tl.full((BLOCK,), -1e30, tl.float32)
-    l_i = tl.zeros((BLOCK,), tl.float32)
-    acc = tl.zeros((BLOCK, WIDTH), tl.float32)
+    m = tl.full((BLOCK,), -1e30, tl.float32)  # running maximum; -inf would give NaN
+    l = tl.zeros((BLOCK,), tl.float32)  # running sum of exp2(scores - m)
+    acc = tl.zeros((BLOCK, WIDTH), tl.float32)  # the output before its division by l
     first, last = _span(block, length, window, BLOCK, STEP)
     for start in range(first, last, STEP):
         j = start + tl.arange(0, STEP)
@@ -379,15 +377,15 @@ def _flash_forward(
         v = _load(qkv + 2 * d_model, j, length, 3 * d_model, WIDTH)
         scores = _scores(q, k, i, j, length, window, WIDTH)
 
-        m_new = tl.maximum(m_i, tl.max(scores, 1))
+        m_new = tl.maximum(m, tl.max(scores, 1))
         p = tl.exp2(scores - m_new[:, None])
-        alpha = tl.exp2(m_i - m_new)
-        l_i = l_i * alpha + tl.sum(p, 1)
+        alpha = tl.exp2(m - m_new)
+        l = l * alpha + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
-        m_i = m_new
+        m = m_new
 
-    _store(out + begin * d_model + head * WIDTH, i, length, d_model, acc / l_i[:, None], WIDTH)
-    tl.store(lse + head * n_tokens + begin + i, m_i + tl.log2(l_i), mask=i < length)
+    _store(out + begin * d_model + head * WIDTH, i, length, d_model, acc / l[:, None], WIDTH)
+    tl.store(lse + head * n_tokens + begin + i, m + tl.log2(l), mask=i < length)
 
 
 @jit

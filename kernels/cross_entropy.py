@@ -6,12 +6,14 @@ all gradients in one pass, chunk by chunk, so that the logits of all rows never 
 Axes: N rows (masked tokens), V words of the vocabulary.
 """
 
-from __future__ import annotations  # where Triton is missing, `tl.constexpr` is never evaluated
+from __future__ import annotations  # without Triton, `tl.constexpr` must not be evaluated
 
 import torch
 from torch import Tensor
 
 from kernels.dispatch import jit, tl, use_triton
+
+# ruff: noqa: E741 (m and l are the names of the online softmax in the papers)
 
 # Logits that exist at a time: enough rows for a fast matrix multiplication and, on a GPU, enough
 # work in a chunk to outlast the launches of its kernels.
@@ -52,9 +54,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, needs_gradient) -> Tensor:
-        device = hidden.device
-        is_autocast = torch.is_autocast_enabled(device.type)
-        low = torch.get_autocast_dtype(device.type) if is_autocast else hidden.dtype
+        device = hidden.device.type
+        is_autocast = torch.is_autocast_enabled(device)
+        low = torch.get_autocast_dtype(device) if is_autocast else hidden.dtype
         exact = torch.promote_types(hidden.dtype, torch.float32)
         hidden_low = hidden.to(low)
         weight_low = weight.to(low)
@@ -63,9 +65,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk_logits = GPU_CHUNK_LOGITS if hidden.is_cuda else CHUNK_LOGITS
         n_chunk = max(1, chunk_logits // len(weight))
         buffer = hidden_low.new_empty(min(len(hidden), n_chunk), len(weight))  # of every chunk
-        softmax = softmax_cross_entropy if use_triton(hidden) else _softmax_by_blocks
+        softmax = _softmax_by_rows if use_triton(hidden) else _softmax_by_blocks
 
-        loss = torch.zeros((), dtype=exact, device=device)
+        loss = bias_exact.new_zeros(())
         d_bias = None
         if needs_gradient:
             d_hidden = torch.empty_like(hidden, dtype=exact)
@@ -88,11 +90,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_loss: Tensor):
-        d_hidden, d_weight, d_bias = (
-            (gradient * d_loss).to(dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return d_hidden, d_weight, d_bias, None, None
+        gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return *((gradient * d_loss).to(dtype) for gradient, dtype in gradients), None, None
 
 
 # ------------------------------------------------------------------------------------------- CPU
@@ -123,22 +122,15 @@ def _softmax_by_blocks(
 # -------------------------------------------------------------------------------------------- GPU
 
 
-def softmax_cross_entropy(
+def _softmax_by_rows(
     logits: Tensor, bias: Tensor, targets: Tensor, d_bias: Tensor | None
 ) -> Tensor:
     """The same as `_softmax_by_blocks`, with one Triton program for each row."""
-    losses = logits.new_empty(len(logits), dtype=torch.float32)
-    needs_gradient = d_bias is not None
-    _softmax_cross_entropy[(len(logits),)](
-        logits,
-        bias,
-        targets,
-        losses,
-        logits.shape[1],
-        NEEDS_GRADIENT=needs_gradient,
-        BLOCK=ROW_BLOCK,
-    )
-    if needs_gradient:
+    n_rows, vocab_size = logits.shape
+    losses = logits.new_empty(n_rows, dtype=torch.float32)
+    options = {"NEEDS_GRADIENT": d_bias is not None, "BLOCK": ROW_BLOCK}
+    _softmax_cross_entropy[(n_rows,)](logits, bias, targets, losses, vocab_size, **options)
+    if d_bias is not None:
         d_bias += logits.sum(dim=0, dtype=torch.float32)
     return losses.sum()
 
@@ -152,18 +144,18 @@ def _softmax_cross_entropy(
     target = tl.load(targets + row)
     z_target = tl.load(logits + target).to(tl.float32) + tl.load(bias + target)
 
-    m_i = -1e30  # running maximum of the logits
-    l_i = 0.0  # running sum of exp(z - m_i)
+    m = -1e30  # running maximum of the logits
+    l = 0.0  # running sum of exp(z - m)
     for start in range(0, vocab_size, BLOCK):
         word = start + tl.arange(0, BLOCK)
         is_word = word < vocab_size
         z = tl.load(logits + word, mask=is_word, other=float("-inf")).to(tl.float32)
         z += tl.load(bias + word, mask=is_word, other=0.0)
-        m_new = tl.maximum(m_i, tl.max(z, 0))
-        alpha = tl.exp(m_i - m_new)
-        l_i = l_i * alpha + tl.sum(tl.exp(z - m_new), 0)
-        m_i = m_new
-    lse = m_i + tl.log(l_i)
+        m_new = tl.maximum(m, tl.max(z, 0))
+        alpha = tl.exp(m - m_new)
+        l = l * alpha + tl.sum(tl.exp(z - m_new), 0)
+        m = m_new
+    lse = m + tl.log(l)
     tl.store(losses + row, lse - z_target)
 
     if NEEDS_GRADIENT:

@@ -26,16 +26,11 @@ def check_kernel_choice(device: torch.device) -> None:
     """
     if FORCED not in (None, "torch", "triton"):
         raise ValueError(f"CLOZE_KERNELS={FORCED}: it must be torch or triton")
-    if FORCED != "triton":
-        return
-    if triton is None:
-        raise ValueError(
-            "CLOZE_KERNELS=triton: Triton is not installed; on Linux, pip install triton"
-        )
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(
-            "CLOZE_KERNELS=triton: on a CPU this needs Triton's interpreter, TRITON_INTERPRET=1"
-        )
+    if FORCED == "triton" and triton is None:
+        raise ValueError("CLOZE_KERNELS=triton: Triton is not installed; pip install triton")
+    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if FORCED == "triton" and device.type == "cpu" and not is_interpreted:
+        raise ValueError("CLOZE_KERNELS=triton: on a CPU this needs TRITON_INTERPRET=1")
 
 
 def use_triton(x: Tensor) -> bool:

@@ -3,7 +3,7 @@
 `reference` is the formula and `geglu` the function to call. Axes: T tokens, d_ff inner features.
 """
 
-from __future__ import annotations  # where Triton is missing, `tl.constexpr` is never evaluated
+from __future__ import annotations  # without Triton, `tl.constexpr` must not be evaluated
 
 import math
 

@@ -3,7 +3,7 @@
 `reference` is the formula and `add_norm` the function to call. Axes: T tokens, d_model features.
 """
 
-from __future__ import annotations  # where Triton is missing, `tl.constexpr` is never evaluated
+from __future__ import annotations  # without Triton, `tl.constexpr` must not be evaluated
 
 import torch
 import torch.nn.functional as F
@@ -48,16 +48,13 @@ class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, eps) -> tuple[Tensor, Tensor]:
         n_rows, width = x.shape
-        total = torch.empty(
-            x.shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device
-        )
+        inputs = (x.contiguous(), residual.contiguous(), weight)
+        total = torch.empty_like(inputs[0], dtype=torch.promote_types(x.dtype, residual.dtype))
         normed = torch.empty_like(total, dtype=torch.promote_types(total.dtype, weight.dtype))
         mean = x.new_empty(n_rows, dtype=torch.float32)
-        rstd = x.new_empty(n_rows, dtype=torch.float32)  # 1 / sqrt(variance + eps)
-        inputs = (x.contiguous(), residual.contiguous(), weight)
+        rstd = torch.empty_like(mean)  # 1 / sqrt(variance + eps)
         block = triton.next_power_of_2(width)
         _add_norm[(n_rows,)](*inputs, total, normed, mean, rstd, width, eps, BLOCK=block)
-
         ctx.save_for_backward(total, weight, mean, rstd)
         ctx.dtypes = (x.dtype, residual.dtype)
         return total, normed
