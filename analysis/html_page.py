@@ -28,8 +28,9 @@ def attention_maps(model: Classifier, row: np.ndarray) -> list[Tensor]:
 
     def keep(attn: Attention, _, __, projected: Tensor) -> None:
         q, k, _ = projected.unflatten(-1, attn.heads).permute(1, 2, 0, 3)  # (H, L, D) each
-        q, k = rotate(torch.stack((q, k))[:, None], ropes[attn.window], q.shape[-1] ** -0.5)
-        scores, position = q[0] @ k[0].transpose(-1, -2), torch.arange(len(row), device=q.device)
+        q, k = (rotate(x, ropes[attn.window]) for x in (q, k))
+        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        position = torch.arange(len(row), device=q.device)
         if attn.window is not None:
             scores.masked_fill_((position[:, None] - position).abs() > attn.window, -torch.inf)
         maps.append(scores.softmax(-1).cpu())

@@ -24,8 +24,7 @@ from kernels.dispatch import jit, tl, use_triton
 GROUP_TOKENS = 1024
 # Head sizes of the Triton kernels, whose blocks are powers of 2; others take the torch code.
 FLASH_HEAD_DIMS = (32, 64, 128)
-# Tokens of one program of the rotation kernel.
-ROTATE_BLOCK = 64
+ROTATE_BLOCK = 64  # tokens of one program of the rotation kernel
 
 Rope = tuple[Tensor, Tensor]
 
@@ -214,8 +213,7 @@ def _mask(scores: Tensor, lengths: list[int], window: int | None) -> None:
 class _FlashAttention(torch.autograd.Function):
     """FlashAttention-2 (Dao 2023, arXiv 2307.08691, algorithms 1 and 2), without atomics.
 
-    q and k are rotated by a kernel of their own: each block of them is loaded many times, and would
-    have to be rotated each time.
+    q and k are rotated by a kernel of their own, because each block of them is loaded many times.
     """
 
     @staticmethod

@@ -21,8 +21,7 @@ CHUNK_LOGITS = 2**23
 GPU_CHUNK_LOGITS = 2**26
 # Logits that go through the softmax at a time on a CPU, so that they stay in its caches.
 BLOCK_LOGITS = 2**18
-# Logits of a row that a Triton program reads at a time.
-ROW_BLOCK = 1024
+ROW_BLOCK = 1024  # logits of a row that a Triton program reads at a time
 
 
 def reference(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:

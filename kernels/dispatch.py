@@ -19,11 +19,7 @@ FORCED = os.environ.get("CLOZE_KERNELS")
 
 
 def check_kernel_choice(device: torch.device) -> None:
-    """Check that this machine can do on the device what CLOZE_KERNELS asks for.
-
-    Raises:
-        ValueError: it cannot.
-    """
+    """Raise ValueError if CLOZE_KERNELS asks for what is impossible on this machine and device."""
     if FORCED not in (None, "torch", "triton"):
         raise ValueError(f"CLOZE_KERNELS={FORCED}: it must be torch or triton")
     if FORCED == "triton" and triton is None:

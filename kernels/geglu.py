@@ -13,8 +13,7 @@ from torch import Tensor
 
 from kernels.dispatch import jit, tl, use_triton
 
-# Features of a row that a Triton program computes.
-ROW_BLOCK = 1024
+ROW_BLOCK = 1024  # features of a row that one Triton program computes
 
 
 def reference(x: Tensor) -> Tensor:
