@@ -9,6 +9,7 @@ import io
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.attention import attention
@@ -47,15 +48,14 @@ def attention_maps(model: Classifier, row: np.ndarray) -> list[Tensor]:
 
     def record(layer: Attention, inputs: tuple, _: Tensor) -> None:
         x, cu_seqlens, max_seqlen, rope = inputs
-        q, k, v = layer.Wqkv(x).unflatten(-1, (3, layer.n_heads, -1)).unbind(1)  # (L, H, D) each
-        n_tokens, _, head_dim = v.shape
+        q, k, _ = layer.Wqkv(x).unflatten(-1, (3, layer.n_heads, -1)).unbind(1)  # (L, H, D) each
         columns = []
-        for start in range(0, n_tokens, head_dim):
-            v = torch.eye(n_tokens, device=x.device)[:, None, start : start + head_dim]
-            v = torch.nn.functional.pad(v, (0, head_dim - v.shape[-1])).expand_as(q)
-            qkv = torch.stack((q, k, v), dim=1)  # (L, 3, H, D)
+        for unit_vectors in torch.eye(len(x), device=x.device).split(q.shape[-1], dim=1):
+            padding = (0, q.shape[-1] - unit_vectors.shape[1])
+            values = F.pad(unit_vectors, padding)[:, None].expand_as(q)
+            qkv = torch.stack((q, k, values), dim=1)  # (L, 3, H, D)
             columns.append(attention(qkv, cu_seqlens, max_seqlen, rope, layer.window))
-        maps.append(torch.cat(columns, dim=-1)[..., :n_tokens].transpose(0, 1).cpu())
+        maps.append(torch.cat(columns, dim=-1)[..., : len(x)].transpose(0, 1).cpu())
 
     hooks = [layer.attn.register_forward_hook(record) for layer in model.model.layers]
     device = next(model.parameters()).device
