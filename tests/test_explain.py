@@ -14,9 +14,9 @@ from test_model import randomize
 import explain
 import predict
 from analysis.html_page import attention_maps
-from data import train_tokenizer
 from files import model_folder
 from files.disk import UserError
+from files.tokenizer import train_tokenizer
 from model import Classifier, Config
 
 MODERN = Config(
@@ -100,16 +100,17 @@ def test_spans_and_tokens_are_those_of_whole_words(family):
 def test_attention_maps_times_values_are_the_output_of_attention(family):
     model, tokenizer = random_classifier(family, 2)
     explanation = explain.explain(model, tokenizer, ["a", "b"], TEXTS[0] * 2)
-    values, attended = [], []
-    for layer in model.model.layers:
-        layer.attn.Wqkv.register_forward_hook(lambda _, __, out: values.append(out))
-        layer.attn.Wo.register_forward_hook(lambda _, inputs, __: attended.append(inputs[0]))
     maps = attention_maps(model, explanation.row)
-    for weights, qkv, heads in zip(maps, values, attended, strict=True):
-        v = qkv.unflatten(-1, (3, 2, 16))[:, 2].transpose(0, 1)  # (H, L, D)
-        torch.testing.assert_close(
-            (weights @ v).transpose(0, 1).flatten(1), heads, rtol=1e-4, atol=1e-5
-        )
+    qkvs, outputs = [], []
+    for layer in model.model.layers:
+        layer.attn.Wqkv.register_forward_hook(lambda _, __, qkv: qkvs.append(qkv))
+        layer.attn.Wo.register_forward_hook(lambda _, inputs, __: outputs.append(inputs[0]))
+    logits_of(model, [explanation.row])
+    for weights, qkv, output in zip(maps, qkvs, outputs, strict=True):
+        values = qkv.unflatten(-1, (3, 2, 16))[:, 2].transpose(0, 1)  # (H, L, D)
+        heads = (weights @ values).transpose(0, 1).flatten(1)
+        torch.testing.assert_close(heads, output, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:2]))
     if family == "modern":
         assert not maps[1][:, 0, 4:].any() and maps[0][:, 0, 4:].any()
 
