@@ -1,356 +1,182 @@
-"""The experiment: python analyze.py. What was the pretraining worth, and which model should I take?
+"""The experiment: python analyze.py. What was the pretraining worth, and which model to take?
 
-Accuracy against labels, over draws, for the pretrained network (whole, and frozen) and its rivals; each run
-is finetune.py's. OUT gets results.csv (a line a run), what each row said of each test text in predictions/,
-pictures, and report.md, whose sentences are computed from the statistics. A run that is there is not run
-again. Flags, then the runs, then the parts of the report in their order, then `main`.
+Each method runs on several draws of each number of labels, and makes every choice inside them. OUT
+gets results.csv (a line per run), predictions/, report.md and its figures. Finished runs are kept.
 """
 
 import argparse
 import contextlib
-import hashlib
-import json
+import functools
 import re
 import sys
-import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-import torch
 from tqdm import tqdm
 
-import finetune
-import train
-from analysis import plots, report
-from analysis.baselines import linear_fits
-from analysis.results import Results, Table
+from analysis import costs, experiment, plots, report
+from analysis.experiment import GRIDS, NETWORKS, Setup, plan_runs
+from analysis.results import Plan, Results, Table
 from files import disk, model_folder, run_folder
 from files.cli import Parser, choose_hardware, flags_to_json, number, run_script
 from files.disk import UserError
-from files.reviews import load_reviews
-from labels import LabeledDataset, draw, encode, load
-from model import Classifier, mean_pool
+from labels import load, subsample
 
-NETWORK = ("pretrained", "frozen")  # rows of each model
-RIVALS = {"scratch": "random weights", "lsa": "LSA", "bag_of_words": "bag of words"}
-QUICK = {"labels": "100,500", "seeds": 2, "rows": "pretrained,frozen,lsa,bag_of_words"}
-TRANSFER_ROWS = ("frozen", "lsa")
+METHODS = tuple(GRIDS)
+QUICK = {"labels": "100,500", "seeds": 2, "methods": "pretrained,frozen,ngrams,lsa"}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    flags = Parser("Compare pretrained models with their rivals over label budgets and draws, and report.")
-    add = flags.add_argument
-    models = "folders of train.py, or BERTs; the rivals are run with the first one's text and shape"
-    add("--model", type=Path, nargs="+", default=[Path("runs/pretrain")], metavar="DIR", help=models)
+    parser = Parser("Compare pretrained models with baselines over label budgets and random draws.")
+    add = parser.add_argument
+    models = "folders of train.py, or BERTs; only pretrained and frozen run for all of them"
+    default = [Path("runs/pretrain")]
+    add("--model", type=Path, nargs="+", default=default, metavar="DIR", help=models)
     add("--data", choices=("mr", "imdb"), default="mr", help="built-in labels")
     add("--train", type=Path, metavar="FILE", help="your own labels, as in finetune.py")
-    add("--test", type=Path, metavar="FILE", help="without it, the last fifth of each class of --train")
-    add("--labels", default="100,1000,all", help="budgets")
-    add("--seeds", type=number(int, 1), default=5, help="draws of each budget; the fewest that t forgives")
-    add("--rows", default=",".join((*NETWORK, *RIVALS)), help="which to run")
-    add("--quick", action="store_true", help=f"minutes, not an hour: no snapshots, {QUICK}")
-    add("--transfer", action="store_true", help="also pretrain on IMDb alone, on MR alone, and on both")
-    add("--transfer-steps", type=number(int, 1), help="of each of these; by default train.py's")
-    flags.add_device()
-    flags.add_dtype()
-    add("--out", type=Path, default=Path("runs/analysis"), help="folder of results, pictures and the report")
-    args = flags.parse_args(argv)
+    test = "without it, the last fifth of each class of --train"
+    add("--test", type=Path, metavar="FILE", help=test)
+    add("--labels", default="100,1000,all", help="numbers of labels")
+    draws = "draws of each number of labels; fewer than 5 make the intervals wide"
+    add("--seeds", type=number(int, 1), default=5, help=draws)
+    add("--methods", default=",".join(METHODS), help="which methods to run")
+    quick = " ".join(f"--{flag} {value}" for flag, value in QUICK.items())
+    add("--quick", action="store_true", help=f"minutes, not hours: {quick}, no snapshots")
+    parser.add_device()
+    parser.add_dtype()
+    add("--out", type=Path, default=Path("runs/analysis"), help="folder of the results")
+    args = parser.parse_args(argv)
     if args.quick:
         vars(args).update(QUICK)
-    args.rows = args.rows.split(",")
-    for row in args.rows:
-        if row not in (*NETWORK, *RIVALS):
-            flags.error(f"--rows {row}: choose from {','.join((*NETWORK, *RIVALS))}")
+    args.methods = args.methods.split(",")
+    for method in args.methods:
+        if method not in METHODS:
+            parser.error(f"--methods {method}: choose from {','.join(METHODS)}")
     args.labels = args.labels.split(",")
     for budget in args.labels:
-        if budget != "all" and not re.fullmatch(r"[1-9]\d*", budget):
-            flags.error(f"--labels {budget}: whole numbers and all, parted by commas")
+        if budget != "all" and not re.fullmatch(r"[1-9]\d{0,8}", budget):
+            parser.error(f"--labels {budget}: give whole numbers or all, separated by commas")
     if args.test and not args.train:
-        flags.error("--test belongs to --train FILE")
+        parser.error("--test needs --train FILE")
     return args
 
 
-# ---------------------------------------------------------------------------------------------------- runs
-
-
-class Run(NamedTuple):
-    """One call of finetune.py: rows of a model, with so many labels."""
-
-    data: str  # "mr", "imdb", or the name of the user's file
-    flags: tuple[str, ...]  # that say so
-    name: str  # of the model
-    model: Path
-    labels: int
-    seed: int
-    rows: tuple[str, ...]
-
-    def key(self, row: str) -> tuple[str, ...]:
-        return self.data, self.name, row, str(self.labels), str(self.seed)
-
-
-def name_models(models: list[Path]) -> dict[str, Path]:
-    """Short names, longer ones where folders are called alike."""
-    names = [model.resolve().name if model.exists() else str(model) for model in models]
+def name_models(folders: list[Path]) -> dict[str, Path]:
+    """Names of the models: the last part of their paths, or all of it where two would be equal."""
+    names = [folder.resolve().name if folder.exists() else str(folder) for folder in folders]
     if len(set(names)) < len(names):
-        names = [str(model) for model in models]
+        names = [str(folder) for folder in folders]
     if len(set(names)) < len(names):
         raise UserError("--model: the same folder twice")
-    return {name.replace("/", "-"): model for name, model in zip(names, models, strict=True)}
+    return {name.replace("/", "-"): folder for name, folder in zip(names, folders, strict=True)}
 
 
-def weight_files(model: Path) -> list[Path]:
-    there = sorted(model_folder.find_model(model).glob("*"))
-    return [file for file in there if file.suffix in (".safetensors", ".bin")]
-
-
-def fingerprint(model: Path) -> str:
-    """Of the weights: a model that was trained anew has other results."""
-    digest = hashlib.sha256()
-    for file in weight_files(model):
-        with open(file, "rb") as weights:
-            digest.update(hashlib.file_digest(weights, "sha256").digest())
-    return digest.hexdigest()[:12]
-
-
-def hardware_flags(args: argparse.Namespace) -> list[str]:
-    return ["--dtype", args.dtype, *(["--device", args.device] if args.device else [])]
-
-
-def run_all(planned: list[Run], results: Results, args: argparse.Namespace) -> None:
-    """What is missing of each, by finetune.main, whose lines go to OUT/log.txt."""
-    models = {run.name: run.model for run in planned}
-    prints = {name: fingerprint(model) for name, model in models.items()}
-    results.forget_others(prints)
-    missing = {run: tuple(row for row in run.rows if run.key(row) not in results.rows) for run in planned}
-    weights = {  # for the time left: about the seconds that sentences take
-        run: sum(6 * run.labels**0.35 if row in ("pretrained", "scratch") else 4 for row in rows)
-        for run, rows in missing.items()
-    }
-    form = "{desc}{percentage:3.0f}% {elapsed}, {remaining} left"
-    begun, done, total = time.time(), 0.0, sum(weights.values())
-    bar = tqdm(total=total, disable=None, bar_format=form)
-    for run, rows in missing.items():
-        if not rows:
-            continue
-        shown = f"{run.name} on {run.data}, {run.labels:,} labels, draw {run.seed + 1}"
-        bar.set_description_str(f"{shown}: ")
-        if bar.disable:
-            left = f"; {(time.time() - begun) * (total / done - 1) / 60:.0f} minutes left" if done else ""
-            print(shown + left, file=sys.stderr, flush=True)
-        place = (run.data, run.name, prints[run.name], run.labels, run.seed)
-        out = args.out / "work" / "-".join(map(str, place)).replace("/", "-")
-        flags = ["--model", str(run.model), *run.flags, "--labels", str(run.labels), "--seed", str(run.seed)]
-        flags += hardware_flags(args)
-        with open(args.out / "log.txt", "a") as log, contextlib.redirect_stdout(log):
-            print(f"# {shown}")
-            metrics = finetune.main([*flags, "--rows", ",".join(rows), "--out", str(out), "--resume"])
-        with np.load(out / "predictions.npz") as kept:
-            for row in rows:
-                chosen = metrics["choices"][row]
-                line = metrics["test"][row] | {"data": run.data, "model": run.name, "row": row}
-                line |= {"labels": run.labels, "seed": run.seed, "fingerprint": prints[run.name]}
-                line |= {"choice": " ".join(map(str, chosen["choice"])), "validation": chosen["validation"]}
-                results.add(run.key(row), line, kept["targets"], kept[row])
-        last = args.out / "models" / run.name  # a model of each name stays, to measure its memory
-        last.parent.mkdir(exist_ok=True)
-        run_folder.remove_folder(last)
-        out.rename(last)
-        bar.update(weights[run])
-        done += weights[run]
-    bar.close()
-
-
-@torch.no_grad()
-def layer_scores(
-    model: Path,
-    parts: tuple[LabeledDataset, LabeledDataset],
-    budgets: list[int],
-    n_seeds: int,
-    device: torch.device,
-    autocast,
-) -> dict[int, dict[int, np.ndarray]]:
-    """{layer: {budget: what each test example has, (draws, examples)}} of logistic regression on the mean of
-    the states after each layer; 0 is the embedding. C is chosen inside the labels, as finetune.py does it."""
-    config, weights, tokenizer, _ = model_folder.load_model(model)
-    config, max_len = finetune.choose_length(config, None, model)
-    (examples, test), n_classes = parts, len(parts[0].names)
-    drawn = {(budget, seed): draw(examples, budget, seed) for budget in budgets for seed in range(n_seeds)}
-    network = Classifier(config, n_classes).to(device).eval()
-    model_folder.load_weights(network, weights, model, allow_missing=("classifier", "pooler", "head"))
-    rows = [row for part in (test, *drawn.values()) for row in encode(part, tokenizer, max_len)[0]]
-    states: list[torch.Tensor] = []
-    for module in (network.model.embeddings, *network.model.layers):
-        module.register_forward_hook(lambda module, inputs, output: states.append(output))
-
-    def all_means(*inputs) -> torch.Tensor:  # (S, layers + 1, d_model)
-        states.clear()
-        network.model(*inputs)
-        return torch.stack([mean_pool(x, inputs[1]) for x in states], dim=1)
-
-    vectors = finetune.outputs(network, rows, np.arange(len(rows)), autocast, all_means)
-    asked, choices = np.arange(len(test)), finetune.GRIDS["frozen"]
-    found = {layer: {b: np.zeros((n_seeds, len(test))) for b in budgets} for layer in range(vectors.shape[1])}
-    for layer in found:
-        features, begin = vectors[:, layer], len(test)
-        for (budget, seed), some in drawn.items():
-            on, tried = np.arange(begin, begin := begin + len(some)), []
-            for a, b in finetune.choose_splits(some)[0]:
-                fit = linear_fits(features[on[a]], some.targets[a], features[on[b]], n_classes, choices)
-                tried.append((some.targets[b], fit))
-            best, _ = finetune.best_choice(tried)
-            fit = linear_fits(features[on], some.targets, features[asked], n_classes, [best])
-            found[layer][budget][seed] = fit[best].argmax(1) == test.targets
-    return found
-
-
-def pretrain_for_transfer(args: argparse.Namespace) -> dict[str, Path]:
-    """Models of the text of IMDb alone, MR alone, and both, in OUT/transfer; those that are there stay."""
-    models, collections = {}, load_reviews()
-    for source in ("imdb", "mr", "both"):
-        models[source] = out = args.out / "transfer" / source
-        if (out / "metrics.json").exists():
-            continue
-        out.mkdir(parents=True, exist_ok=True)
-        names = ("imdb", "mr") if source == "both" else (source,)
-        texts = [text for name in names for text, _ in collections[name]["train"]]
-        corpus = out.with_suffix(".jsonl")
-        corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        steps = ["--steps", str(args.transfer_steps)] if args.transfer_steps else []
-        print(f"pretraining on {source}", file=sys.stderr, flush=True)
-        with open(args.out / "log.txt", "a") as log, contextlib.redirect_stdout(log):
-            train.main(["--corpus", str(corpus), "--out", str(out), *hardware_flags(args), *steps])
-    return models
-
-
-def measure_costs(
-    args: argparse.Namespace,
-    shown: dict[str, tuple[str, str]],
-    models: dict[str, Path],
-    parts: tuple[LabeledDataset, LabeledDataset],
-    device: torch.device,
-    autocast,
-) -> dict[str, dict[str, float]]:
-    """{row: costs}. All rows of one model are the same network; random weights cost no pretraining."""
-    examples, test = parts
-    n_classes, costs, measured = len(examples.names or ["value"]), {}, {}
-    for name, model in models.items():
-        config, _, tokenizer, _ = model_folder.load_model(model)
-        config, max_len = finetune.choose_length(config, None, model)
-        measured[name] = costs.of_network(config, tokenizer, max_len, test.texts, n_classes, device, autocast)
-        measured[name]["megabytes"] = sum(file.stat().st_size for file in weight_files(model)) / 1e6
-        if (classifier := args.out / "models" / name / "config.json").exists():
-            measured[name]["peak_megabytes"] = costs.peak_memory(classifier.parent, test.texts, args.out)
-        measured[name] |= costs.of_pretraining(model, config)
-    pipelines = costs.rival_pipelines(examples.names is not None)
-    for row, (name, kind) in shown.items():
-        if kind in pipelines:
-            fitted = pipelines[kind].fit(finetune.joined(examples), examples.targets)
-            costs[row] = costs.time_answers(fitted.predict, test.texts)
-        else:
-            own = kind != "scratch"
-            costs[row] = {k: v for k, v in measured[name].items() if own or not k.startswith("pretraining")}
-    return costs
+def run_missing(plans: list[Plan], results: Results, setup: Setup) -> None:
+    """Run what is not in the results. The output of finetune.py goes to OUT/log.txt."""
+    cells = [cell for plan in plans for runs in plan.values() for cell in runs.values()]
+    missing = [run for cell in cells for run in cell if run not in results]
+    missing.sort(key=lambda run: (run.labels, run.seed))  # a stop leaves draws that are complete
+    # for the time left: the relative durations of the runs
+    sizes = [6 * run.labels**0.35 if run.method in NETWORKS else 4 for run in missing]
+    form = "{desc}: {percentage:3.0f}% {elapsed}, {remaining} left"
+    bar = tqdm(total=sum(sizes), disable=None, bar_format=form)
+    with bar, open(setup.out / "log.txt", "a", encoding="utf-8") as log:
+        for i, (run, size) in enumerate(zip(missing, sizes, strict=True)):
+            title = f"{run.method} of {run.model}, {run.labels:,} labels, draw {run.seed + 1}"
+            bar.set_description_str(title)
+            if bar.disable:  # stderr is no terminal
+                print(f"run {i + 1} of {len(missing)}: {title}", file=sys.stderr, flush=True)
+            with contextlib.redirect_stdout(log):
+                print(f"# {title}", flush=True)
+                metrics, predictions = experiment.run_method(run, setup)
+            results.add(run, metrics, setup.test.targets, predictions)
+            bar.update(size)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Run what is missing, write the report, and return {row: {labels: [mean, low, high]}}."""
+    """Run what is missing and write the report.
+
+    Returns:
+        {method: {number of labels: [mean, low, high] of the test accuracy or R squared}}.
+    """
     args = parse(argv)
-    with run_folder.lock_folder(args.out):
-        return experiment(args)
+    with run_folder.lock(args.out):
+        device, dtype = choose_hardware(args.device, args.dtype)
+        models = name_models(args.model)
+        first = next(iter(models))
+        n_layers = model_folder.load_model(models[first])[0].n_layers
+        with contextlib.redirect_stdout(sys.stderr):
+            train, test = load(args.data, args.train, args.test)
+        budgets = sorted({len(train) if n == "all" else int(n) for n in args.labels})
+        for n in budgets:
+            subsample(train, n, seed=0)  # raises UserError if the labels are too few or too many
+        results = Results(args.out)
+        disk.write_file(args.out / "flags.json", disk.to_json(flags_to_json(args)))
 
+        losses = {}  # of the snapshots of the first model
+        if "frozen" in args.methods and not args.quick:
+            losses = report.read_losses(models[first])
+        folders = {f"{first}@{n}": models[first] / "snapshots" / f"step-{n}" for n in losses}
+        data = args.train.name if args.train else args.data
+        setup = Setup(data, models | folders, train, test, device, dtype, args.out)
 
-def experiment(args: argparse.Namespace) -> dict[str, Any]:
-    device, dtype = choose_hardware(args.device, args.dtype)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    models = name_models(args.model)
-    ours = next(iter(models))
-    with contextlib.redirect_stdout(sys.stderr):
-        parts = examples, test = load(args.data, args.train, args.test)
-    budgets = sorted({len(examples) if b == "all" else int(b) for b in args.labels})
-    for budget in budgets:
-        draw(examples, budget, 0)  # refuses what is too few or too many
-    few = [b for b in budgets if b < len(examples)] or budgets
-    for model in models.values():
-        model_folder.load_model(model)
-    record = flags_to_json(args) | {"dtype": str(dtype).removeprefix("torch.")}
-    if (kept := args.out / "flags.json").exists():
-        with model_folder.reading(kept):
-            before = {flag: json.loads(kept.read_text()).get(flag) for flag in ("train", "test", "dtype")}
-        for flag, value in before.items():
-            if value != record[flag]:
-                raise UserError(f"--out {args.out}: its results are of --{flag} {value}, not {record[flag]}")
-    disk.write_file(kept, disk.to_json(record))
+        # Plan the runs: {name in the report: {number of labels: a run per draw}}.
+        plan: Plan = {}
+        for model in models:
+            for method in args.methods:
+                is_trained = method in ("pretrained", "frozen")
+                if is_trained or model == first:  # the others do not depend on the weights
+                    name = f"{model}, {method}" if is_trained and len(models) > 1 else method
+                    plan[name] = plan_runs(setup, model, method, budgets, args.seeds)
+        small_budgets = [n for n in budgets if n < len(train)] or budgets
+        plan_small = functools.partial(plan_runs, setup, budgets=small_budgets, n_draws=args.seeds)
+        layers: Plan = {}
+        if "frozen" in args.methods:
+            names = [f"layer {i}" for i in range(n_layers + 1)]  # 0 is the embedding
+            layers = {layer: plan_small(first, layer) for layer in names}
+        snapshots: Plan = {str(n): plan_small(f"{first}@{n}", "frozen") for n in losses}
 
-    data = args.train.name if args.train else args.data
-    flags = ["--train", str(args.train)] if args.train else ["--data", args.data]
-    flags = tuple(flags + (["--test", str(args.test)] if args.test else []))
-    seeds, planned, shown = range(args.seeds), [], {}
-    for name, model in models.items():
-        rows = tuple(row for row in args.rows if row in NETWORK or name == ours)
-        planned += [Run(data, flags, name, model, b, seed, rows) for b in budgets for seed in seeds if rows]
-        called = NETWORK if len(models) == 1 else (name, f"{name}, frozen")
-        shown |= {shown_as: (name, row) for shown_as, row in zip(called, NETWORK, strict=True) if row in rows}
-    shown |= {called: (ours, row) for row, called in RIVALS.items() if row in args.rows}
-    timed = "frozen" in args.rows and not args.quick
-    curve = report.read_curve(models[ours]) if timed else None
-    for step in curve.steps if curve else ():
-        name, model = f"{ours}@{step}", models[ours] / "snapshots" / f"step-{step}"
-        planned += [Run(data, flags, name, model, b, seed, ("frozen",)) for b in few for seed in seeds]
-    results, problem = Results(args.out), None
-    try:
-        if args.transfer:
-            for name, model in pretrain_for_transfer(args).items():
-                planned += [
-                    Run(where, ("--data", where), name, model, b, seed, TRANSFER_ROWS)
-                    for where in ("mr", "imdb")
-                    for b in few
-                    for seed in seeds
-                ]
-        run_all(planned, results, args)
-    except UserError as error:  # a model that is gone, perhaps: what was computed is still reported
-        problem = error
+        problem = None
+        try:
+            run_missing([plan, layers, snapshots], results, setup)
+        except UserError as error:  # perhaps a model was deleted
+            if not results.lines:
+                raise
+            problem = error  # after the report of what was computed
 
-    table = Table(results, data, shown, budgets, args.seeds)
-    looks = plots.look_of(list(shown))
-    is_classes, first = examples.names is not None, next(iter(table.scores))
-    majority = np.mean(test.targets == np.bincount(examples.targets).argmax()) if is_classes else 0.0
-    rivals = [row for row in table.scores if row != first]
-    lines = [f"# What the pretraining was worth: {data}", ""]
-    lines += [
-        f"{len(examples):,} examples to train on, {len(test):,} to test on; products in {record['dtype']}.",
-        "Every choice is made inside the labels; what is shown is the test set.",
-        "",
-    ]
-    lines += ["## Accuracy against labels", "", *report.write_scores(table, args.out, looks, float(majority))]
-    lines += ["## Compared", "", *report.write_verdicts(table, first, rivals)]
-    if problem is None:
-        costs = measure_costs(
-            args, {row: shown[row] for row in table.scores}, models, parts, device, autocast
-        )
-        lines += ["## What it costs", "", *report.write_costs(table, costs, looks, args.out)]
-        lines += ["## Over the time of pretraining", ""]
-        flat = {
-            row: table.scores[row] for row in (RIVALS["lsa"], RIVALS["bag_of_words"]) if row in table.scores
-        }
-        lines += report.write_time(curve, ours, results, data, few, args.seeds, flat, args.out)
-    if is_classes:
+        table = Table(results, plan, test.targets)
+        sections = {"Test scores": report.accuracy(table, train)}
+        sections["Differences"] = report.differences(table)
+        if table.is_classification:
+            sections["Calibration"] = report.calibration(table)
+            sections["Hardest texts"] = report.hardest(table, test)
+        snapshot_table = None
         if problem is None:
-            found = layer_scores(models[ours], parts, few, args.seeds, device, autocast)
-            lines += ["## By layer", "", *report.write_layers(table, found, ours, args.out)]
-        lines += ["## Calibration", "", *report.write_calibration(table, args.out, looks)]
-        lines += ["## The hardest texts", "", *report.write_hardest(table, test)]
-    if args.transfer and problem is None:
-        lines += ["## Transfer", "", *report.write_transfer(results, TRANSFER_ROWS, few, args.seeds)]
-    disk.write_file(args.out / "report.md", "\n".join(lines).encode())
-    print(f"{args.out / 'report.md'}: {len(results.rows)} runs")
-    if problem:
-        raise problem
+            sections["Costs"] = report.costs(table, costs.measure(plan, setup))
+        if problem is None and layers:
+            sections["Layers"] = report.layers(Table(results, layers, test.targets))
+        if problem is None and snapshots:
+            snapshot_table = Table(results, snapshots, test.targets)
+            sections["Snapshots"] = report.snapshots(snapshot_table, losses)
+        lines = [f"# What the pretraining was worth: {data}", ""]
+        numbers = str(dtype).removeprefix("torch.")
+        lines += [f"{len(train):,} training and {len(test):,} test examples; {numbers}.", ""]
+        lines += ["Every choice is made inside the labels; every score is on the test set.", ""]
+        for title, section in sections.items():
+            lines += [f"## {title}", "", *section]
+        disk.write_file(args.out / "report.md", "\n".join(lines).encode())
+        print(f"{args.out / 'report.md'}: {len(results.lines)} runs")
+
+        plots.learning_curves(table.estimates, table.metric, args.out)
+        if snapshot_table:
+            plots.snapshots(losses, snapshot_table.estimates, table.metric, args.out)
+        if problem:
+            raise problem
     return {
-        row: {b: [*vars(score.level()).values()] for b, score in cells.items()}
-        for row, cells in table.scores.items()
+        name: {n: [*vars(estimate).values()] for n, estimate in cells.items()}
+        for name, cells in table.estimates.items()
     }
 
 
 if __name__ == "__main__":
-    run_script(main, "stopped; the same command goes on after the last fit that ended")
+    run_script(main, "stopped; the same command continues after the last run that finished")

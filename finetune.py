@@ -14,10 +14,10 @@ Axes: S sequences (examples) of a batch, T tokens of a batch.
 
 import argparse
 import math
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from analysis.baselines import BASELINES, fit_baseline, fit_head
-from analysis.evaluation import forward_all, predict, report, write_results
+from analysis.evaluation import forward_all, predict, print_summary, report, write_results
 from files import entities, model_folder, run_folder
 from files.cli import Parser, choose_hardware, flags_to_json, number, run_script
 from files.disk import UserError
@@ -52,12 +52,10 @@ MAX_LEN = 512
 Dataset = LabeledDataset | TaggedDataset
 
 
-def parse(argv: list[str] | None, has_data: bool = False) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("Fine-tune a pretrained model, beside two baselines.")
     add, positive, share = parser.add_argument, number(int, 1), number(float, 0, 0.9)
-    models = (
-        "folder of train.py, or a BERT, RoBERTa or ModernBERT: its folder or its name on the hub"
-    )
+    models = "folder of train.py, or BERT, RoBERTa or ModernBERT as a folder or a name on the hub"
     add("--model", type=Path, default=Path("runs/pretrain"), help=models)
     add("--data", choices=("mr", "imdb"), default="mr", help="built-in sentences or reviews")
     add("--train", type=Path, metavar="FILE", help="your labels: .csv, .tsv, .jsonl, or .gz of one")
@@ -87,7 +85,7 @@ def parse(argv: list[str] | None, has_data: bool = False) -> argparse.Namespace:
     add("--resume", action="store_true", help="continue after the last finished epoch in --out")
     args = parser.parse_args(argv)
     columns = (args.text_column, args.pair_column, args.label_column)
-    if not (args.train or has_data) and any((args.test, *columns, args.task)):
+    if args.train is None and any((args.test, *columns, args.task)):
         parser.error("--test, the columns and --task belong to --train FILE")
     if args.task == "tokens" and any((*columns, args.pooling, args.lr == 0)):
         parser.error("--task tokens takes no columns, no --pooling and no --lr 0")
@@ -127,7 +125,8 @@ def set_defaults(args: argparse.Namespace, train: Dataset, config: Config) -> No
     if args.pooling and config.is_modern == (args.pooling == "pooler"):
         raise UserError(f"--pooling {args.pooling}: {args.model} is a {config.family} model")
     if args.epochs is None:  # fewer for more examples per class
-        per_class = len(train) / len(train.names or ["", ""])
+        n_classes = len(train.names) if train.names else 2
+        per_class = len(train) / n_classes
         args.epochs = 10 if is_tagged else max(2, min(8, round(31 / per_class**0.35)))
     if args.lr == 0:
         args.epochs = 0
@@ -177,14 +176,13 @@ def new_optimizer(
         lr = LR_TOKENS
     large_eps = is_pretrained and model.config.is_modern and not is_tagger
     matrices, embeddings, no_decay = parameter_groups(model)
-    decay = {"weight_decay": args.weight_decay}
+    eps = EMBEDDING_EPS if large_eps else ADAM_EPS
     groups = [
-        {"params": embeddings, "eps": EMBEDDING_EPS if large_eps else ADAM_EPS} | decay,
-        {"params": matrices} | decay,
+        {"params": embeddings, "weight_decay": args.weight_decay, "eps": eps},
+        {"params": matrices, "weight_decay": args.weight_decay},
         {"params": no_decay, "weight_decay": 0.0},
     ]
-    lr = lr if args.lr is None else args.lr
-    return torch.optim.AdamW(groups, lr=lr, eps=ADAM_EPS, fused=True)
+    return torch.optim.AdamW(groups, lr=lr if args.lr is None else args.lr, fused=True)
 
 
 def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
@@ -210,16 +208,15 @@ def save_network(out: Path, model: nn.Module, tokenizer: Tokenizer, names: list 
     model_folder.save_model(out, model, tokenizer, extra)
 
 
-def main(
-    argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = None
-) -> dict[str, Any]:
+def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = None) -> dict:
     """Fine-tune, and return the content of OUT/metrics.json.
 
     Args:
         argv: The flags; None means those of the command line.
-        data: Training and test examples that replace files and --labels; no epoch is saved then.
+        data: Training and test examples that replace files and --labels. For speed, neither epochs
+            are saved nor a figure drawn then.
     """
-    args = parse(argv, has_data=data is not None)
+    args = parse(argv)
     with run_folder.lock(args.out, args.model):
         device, dtype = choose_hardware(args.device, args.dtype)
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -243,7 +240,7 @@ def main(
         predictions = state.setdefault("predictions", {})
         about = {"n_train": len(train), "n_test": len(test), "n_cut": n_cut + n_more}
         about["dtype"] = str(dtype).removeprefix("torch.")
-        print(", ".join(f"{name} {value}" for name, value in about.items() if value), flush=True)
+        print_summary(about, args.epochs, max_len)
         steps_per_epoch = math.ceil(len(train) / args.batch_size)
 
         for method in args.methods:
@@ -265,6 +262,7 @@ def main(
             if state.get("method") == method:
                 run_folder.restore(checkpoint, state, record, training)
                 first_epoch = state["epoch"]
+                print(f"resuming after epoch {first_epoch} of {method}", flush=True)
             elif isinstance(model, Classifier) and (is_pretrained or args.lr == 0):
                 # from a random head, training would distort good features (Kumar et al. 2022)
                 features = forward_all(model, rows, np.arange(len(rows)), autocast, model.features)
@@ -304,6 +302,9 @@ def main(
                         print("stopped: too many skipped steps in a row; a lower --lr may help")
                         raise SystemExit(1)
 
+                if bar.disable:  # stderr is not a terminal
+                    progress = f"{method}, epoch {epoch + 1} of {args.epochs}: loss {loss:.3f}"
+                    print(progress, file=sys.stderr, flush=True)
                 if data is None:
                     state |= record | {"step": state.get("step", 0) + 1}
                     state |= {"method": method, "epoch": epoch + 1}
@@ -316,7 +317,8 @@ def main(
             predictions[method] = predict(model, test_rows, first_pieces, train.names, autocast)
             results[method] = report(method, test.targets, predictions[method], start_time)
 
-        return write_results(args.out, train, test, results, predictions, about)
+        draws = data is None
+        return write_results(args.out, train, test, results, predictions, about, draws)
 
 
 if __name__ == "__main__":

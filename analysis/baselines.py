@@ -92,14 +92,12 @@ def ngrams(
     examples = LabeledDataset(texts, None, targets, None if n_classes is None else range(n_classes))
     totals = dict.fromkeys(grid, 0.0)
     for train_idx, eval_idx in validation_splits(examples):
-        for choice in grid:
-            scores = ngram_scores(
-                counts[train_idx], targets[train_idx], counts[eval_idx], n_classes, choice, seed
-            )
+        split = (counts[train_idx], targets[train_idx], counts[eval_idx])
+        for choice, scores in ngram_scores(*split, n_classes, grid, seed).items():
             totals[choice] += goodness(targets[eval_idx], scores)
     best = max(totals, key=totals.get)
     eval_counts = vectorizer.transform(eval_texts)
-    return ngram_scores(counts, targets, eval_counts, n_classes, best, seed)
+    return ngram_scores(counts, targets, eval_counts, n_classes, (best,), seed)[best]
 
 
 def goodness(targets: np.ndarray, scores: np.ndarray) -> float:
@@ -121,27 +119,42 @@ def ngram_scores(
     targets: np.ndarray,
     eval_counts: csr_matrix,
     n_classes: int | None,
-    choice: tuple[str, float],
+    grid: Sequence[tuple[str, float]],
     seed: int,
-) -> np.ndarray:
-    """Fit one variant with one C on counts (examples, n-grams), and score others."""
-    variant, c = choice
-    classes = np.unique(targets)
-    seen = np.flatnonzero(counts.getnnz(axis=0))  # what a split does not train on is unknown to it
-    if len(seen) == 0 or len(classes) == 1:
-        return constant_scores(targets, eval_counts.shape[0], n_classes)
-    counts = counts[:, seen]
-    eval_counts = eval_counts[:, seen]
-    if variant == "nbsvm":
-        return nbsvm_scores(counts, targets, eval_counts, n_classes, c, seed)
+) -> Scores:
+    """The scores of each (variant, C) of the grid, fitted on counts (examples, n-grams)."""
+    seen = np.flatnonzero(counts.getnnz(axis=0))  # a split does not know the n-grams of others
+    if len(seen) == 0 or len(np.unique(targets)) == 1:
+        constant = constant_scores(targets, eval_counts.shape[0], n_classes)
+        return dict.fromkeys(grid, constant)
+    inputs = (counts[:, seen], targets, eval_counts[:, seen], n_classes)
+    nbsvm_grid = [c for variant, c in grid if variant == "nbsvm"]
+    tfidf_grid = [(variant, c) for variant, c in grid if variant != "nbsvm"]
+    scores = tfidf_scores(*inputs, tfidf_grid, seed) if tfidf_grid else {}
+    return scores | (nbsvm_scores(*inputs, nbsvm_grid, seed) if nbsvm_grid else {})
+
+
+def tfidf_scores(
+    counts: csr_matrix,
+    targets: np.ndarray,
+    eval_counts: csr_matrix,
+    n_classes: int | None,
+    grid: Sequence[tuple[str, float]],
+    seed: int,
+) -> Scores:
+    """Logistic regression of one class against the rest on TF-IDF; ridge regression for numbers."""
     tfidf = TfidfTransformer(sublinear_tf=True).fit(counts)
     features = tfidf.transform(counts)
     eval_features = tfidf.transform(eval_counts)
-    if variant == "ridge":
-        return Ridge(alpha=1 / c).fit(features, targets).predict(eval_features)
-    classifier = OneVsRestClassifier(sparse_logistic_regression(c, seed)).fit(features, targets)
-    scores = np.zeros((eval_counts.shape[0], n_classes))
-    scores[:, classes] = classifier.predict_proba(eval_features)
+    scores = {}
+    for variant, c in grid:
+        if variant == "ridge":
+            model = Ridge(alpha=1 / c).fit(features, targets)
+            scores[variant, c] = model.predict(eval_features)
+        else:
+            model = OneVsRestClassifier(sparse_logistic_regression(c, seed)).fit(features, targets)
+            scores[variant, c] = np.zeros((eval_counts.shape[0], n_classes))
+            scores[variant, c][:, model.classes_] = model.predict_proba(eval_features)
     return scores
 
 
@@ -150,10 +163,10 @@ def nbsvm_scores(
     targets: np.ndarray,
     eval_counts: csr_matrix,
     n_classes: int,
-    c: float,
+    strengths: Sequence[float],
     seed: int,
-) -> np.ndarray:
-    """NB-SVM (Wang & Manning 2012, section 2.3), one class against the rest.
+) -> Scores:
+    """NB-SVM (Wang & Manning 2012, section 2.3) of one class against the rest, for each C.
 
     With f the binarized counts, p = 1 + (sum of f over the class) and q = 1 + (sum over the rest),
     the features are f * r with the log-count ratio r = log((p / |p|) / (q / |q|)).
@@ -162,19 +175,23 @@ def nbsvm_scores(
     eval_present = (eval_counts > 0).astype(np.float64)
     totals = np.asarray(present.sum(axis=0)).ravel()
     classes = np.unique(targets)
-    scores = np.zeros((eval_counts.shape[0], n_classes))
+    scores = {("nbsvm", c): np.zeros((eval_counts.shape[0], n_classes)) for c in strengths}
     for k in classes[1:] if len(classes) == 2 else classes:
         is_class = targets == k
         of_class = np.asarray(present[is_class].sum(axis=0)).ravel()
         p = 1 + of_class
         q = 1 + totals - of_class
         ratio = np.log(p / p.sum()) - np.log(q / q.sum())
-        classifier = sparse_logistic_regression(c, seed)
-        classifier.fit(present.multiply(ratio).tocsr(), is_class)
-        scores[:, k] = classifier.predict_proba(eval_present.multiply(ratio).tocsr())[:, 1]
-    if len(classes) == 2:
-        scores[:, classes[0]] = 1 - scores[:, classes[1]]
-    return scores / scores.sum(axis=1, keepdims=True)
+        features = present.multiply(ratio).tocsr()
+        eval_features = eval_present.multiply(ratio).tocsr()
+        for c in strengths:
+            model = sparse_logistic_regression(c, seed).fit(features, is_class)
+            scores["nbsvm", c][:, k] = model.predict_proba(eval_features)[:, 1]
+    for probabilities in scores.values():
+        if len(classes) == 2:
+            probabilities[:, classes[0]] = 1 - probabilities[:, classes[1]]
+        probabilities /= probabilities.sum(axis=1, keepdims=True)
+    return scores
 
 
 def sparse_logistic_regression(c: float, seed: int) -> LogisticRegression:

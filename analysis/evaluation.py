@@ -122,6 +122,14 @@ def measure_majority(train: Dataset, test: Dataset) -> dict[str, float]:
     return measure(test.targets, constant_scores(train.targets, len(test), n_classes))
 
 
+def print_summary(about: dict[str, Any], n_epochs: int, max_len: int) -> None:
+    """Print what is going to be trained on."""
+    sizes = f"{about['n_train']:,} training and {about['n_test']:,} test examples"
+    print(f"{sizes}; {n_epochs} epochs; matrix multiplications in {about['dtype']}", flush=True)
+    if about["n_cut"]:
+        print(f"{about['n_cut']:,} examples were cut to {max_len} tokens", flush=True)
+
+
 def report(method: str, targets: Any, predictions: Any, start_time: float) -> dict[str, float]:
     """Measure the predictions of a method, print a line, and return the metrics and seconds."""
     metrics = measure(targets, predictions)
@@ -141,6 +149,7 @@ def write_results(
     results: dict[str, dict[str, float]],
     predictions: dict[str, Any],
     about: dict[str, Any],
+    draws: bool,
 ) -> dict[str, Any]:
     """Write metrics.json, predictions.npz and confusion.png.
 
@@ -151,6 +160,7 @@ def write_results(
         results: The metrics of each method.
         predictions: Its predictions. Tags of sentences are written end to end.
         about: More for metrics.json.
+        draws: Whether to draw the confusion matrix of the pretrained network.
 
     Returns:
         The content of metrics.json.
@@ -165,7 +175,8 @@ def write_results(
     np.savez_compressed(content, **arrays)
     write_file(out / "predictions.npz", content.getbuffer())
     write_file(out / "metrics.json", to_json(metrics))
-    if isinstance(test, LabeledDataset) and test.names and "pretrained" in arrays:
+    is_classification = isinstance(test, LabeledDataset) and test.names
+    if draws and is_classification and "pretrained" in arrays:
         classes = arrays["pretrained"].argmax(1)
         draw_confusion(test.targets, classes, test.names, out / "confusion.png")
     return metrics

@@ -1,9 +1,9 @@
-"""What analyze.py ran: the table of the runs, what each row said of each test text, and their scores."""
+"""The results of an experiment on disk (results.csv and predictions/), and their scores."""
 
 import csv
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,99 +12,115 @@ from analysis.statistics import Estimate, Score
 from files import disk
 from files.disk import UserError
 
-KEY = ("data", "model", "row", "labels", "seed")
-COLUMNS = (*KEY, "fingerprint", "accuracy", "macro_f1", "rmse", "seconds", "choice", "validation")
+
+class Run(NamedTuple):
+    """The key of a result: one method, fitted on one draw of the labels."""
+
+    data: str  # "mr", "imdb", or the name of the user's file
+    model: str
+    method: str
+    labels: int
+    seed: int
+    fingerprint: str  # see experiment.fingerprint
+
+
+COLUMNS = (*Run._fields, "accuracy", "macro_f1", "rmse", "seconds", "choice", "validation")
+
+Plan = dict[str, dict[int, list[Run]]]  # {name in the report: {labels: a run per draw}}
 
 
 class Results:
-    """The table results.csv, and predictions/, in OUT."""
+    """The finished runs in an output folder: a table with one line per run, and their predictions.
+    Raises UserError if results.csv has other columns."""
 
     def __init__(self, out: Path):
-        self.out, self.path, self.rows = out, out / "results.csv", {}
-        (out / "predictions").mkdir(exist_ok=True)
-        if not self.path.exists():
-            disk.write_file(self.path, (",".join(COLUMNS) + "\n").encode())
-        with open(self.path, newline="", encoding="utf-8", errors="replace") as file:
-            table = csv.DictReader(file)
-            if tuple(table.fieldnames or ()) != COLUMNS:
-                raise UserError(f"{self.path}:1: its columns are to be {','.join(COLUMNS)}; move it away")
-            for row in table:  # a line that was cut off, or whose predictions are gone, is run again
-                key = tuple(row[name] or "" for name in KEY)
-                if None not in row.values() and self.predictions(key).is_file():
-                    self.rows[key] = row
+        self.path = out / "results.csv"
+        self.folder = out / "predictions"
+        self.folder.mkdir(exist_ok=True)
+        self.lines: dict[tuple[str, ...], dict[str, str]] = {}
+        if self.path.exists():
+            with open(self.path, newline="", encoding="utf-8", errors="replace") as file:
+                table = csv.DictReader(file)
+                if tuple(table.fieldnames or ()) != COLUMNS:
+                    columns = ",".join(COLUMNS)
+                    raise UserError(f"{self.path}:1: its columns must be {columns}; move it away")
+                for line in table:
+                    if None not in line.values():  # else it was cut off
+                        self.lines[tuple(line[name] for name in Run._fields)] = line
 
-    def predictions(self, key: tuple[str, ...]) -> Path:
-        return self.out / "predictions" / ("-".join(key).replace("/", "-") + ".npz")
+    def __contains__(self, run: Run) -> bool:
+        return tuple(map(str, run)) in self.lines and self.predictions_path(run).is_file()
 
-    def forget_others(self, prints: dict[str, str]) -> None:
-        """The runs of models that have other weights by now: {name: fingerprint}."""
-        self.rows = {
-            key: row
-            for key, row in self.rows.items()
-            if row["fingerprint"] == prints.get(row["model"], row["fingerprint"])
-        }
+    def add(
+        self, run: Run, metrics: dict[str, Any], targets: np.ndarray, predictions: np.ndarray
+    ) -> None:
+        """Save a run, its predictions before its line in the table."""
+        content = io.BytesIO()
+        np.savez_compressed(content, targets=targets, predictions=predictions)
+        disk.write_file(self.predictions_path(run), content.getbuffer())
 
-    def add(self, key: tuple[str, ...], row: dict[str, Any], targets: np.ndarray, found: np.ndarray) -> None:
-        """The predictions first: a line in the table says that they are there."""
-        np.savez_compressed(content := io.BytesIO(), targets=targets, found=found)
-        disk.write_file(self.predictions(key), content.getbuffer())
-        self.rows[key] = {name: str(row.get(name, "")) for name in COLUMNS}
-        table = csv.DictWriter(text := io.StringIO(), COLUMNS)
+        values = {name: value for name, value in metrics.items() if value is not None}
+        values = dict.fromkeys(COLUMNS, "") | run._asdict() | values
+        self.lines[tuple(map(str, run))] = {name: str(values[name]) for name in COLUMNS}
+        text = io.StringIO()
+        table = csv.DictWriter(text, COLUMNS)
         table.writeheader()
-        table.writerows(self.rows.values())
+        table.writerows(self.lines.values())
         disk.write_file(self.path, text.getvalue().encode())
 
-    def load(self, key: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
-        with np.load(self.predictions(key)) as kept:
-            return kept["targets"], kept["found"]
+    def load(self, run: Run) -> np.ndarray:
+        """Probabilities (N, K) or numbers (N,) for the test examples."""
+        with np.load(self.predictions_path(run)) as arrays:
+            return arrays["predictions"]
+
+    def predictions_path(self, run: Run) -> Path:
+        return self.folder / ("-".join(map(str, run)).replace("/", "-") + ".npz")
 
 
 class Table:
-    """What was found on one set of labels, {row: {budget: (draws, examples, ...)}}, of the draws that all
-    rows have, and its scores."""
+    """Predictions {method: {labels: probabilities (D, N, K) or numbers (D, N)}} of those draws that
+    all planned methods have finished, and their scores {method: {labels: score}}. Raises UserError
+    if no run has finished."""
 
-    def __init__(
-        self, results: Results, data: str, shown: dict[str, tuple[str, str]], budgets: list[int], n_seeds: int
-    ):
-        self.found: dict[str, dict[int, np.ndarray]] = {row: {} for row in shown}
-        self.targets = np.empty(0)
-        for budget in budgets:
-            keys = {row: (data, model, kind, str(budget)) for row, (model, kind) in shown.items()}
-            there = {
-                row: [s for s in range(n_seeds) if (*key, str(s)) in results.rows]
-                for row, key in keys.items()
+    def __init__(self, results: Results, plan: Plan, targets: np.ndarray):
+        self.targets = targets
+        self.is_classification = targets.dtype.kind == "i"
+        self.metric = "accuracy" if self.is_classification else "R squared"
+        self.counts = statistics.bootstrap_counts(len(targets))
+
+        self.predictions: dict[str, dict[int, np.ndarray]] = {}
+        for labels in next(iter(plan.values())):  # all methods have the same budgets
+            finished = {
+                method: {run.seed: run for run in cells[labels] if run in results}
+                for method, cells in plan.items()
             }
-            rows = [row for row, seeds in there.items() if seeds]
-            for row in rows:
-                seeds = [seed for seed in there[row] if all(seed in there[other] for other in rows)]
-                loaded = [results.load((*keys[row], str(seed))) for seed in seeds]
-                if loaded:
-                    self.targets = loaded[0][0]
-                    self.found[row][budget] = np.stack([found for _, found in loaded])
-        self.found = {row: cells for row, cells in self.found.items() if cells}
-        if not self.found:
-            raise UserError(f"{results.path}: no run in it yet, so there is nothing to report")
-        self.is_classes = self.targets.dtype.kind == "i"
-        self.figure = "accuracy" if self.is_classes else "R squared"
-        self.weights = statistics.resamples(len(self.targets))
+            seeds = [set(runs) for runs in finished.values() if runs]
+            for method, runs in finished.items():
+                if runs and set.intersection(*seeds):
+                    drawn = [results.load(runs[seed]) for seed in set.intersection(*seeds)]
+                    self.predictions.setdefault(method, {})[labels] = np.stack(drawn)
+        if not self.predictions:
+            raise UserError(f"{results.path}: no run has finished, so there is nothing to report")
+
+        self.budgets = sorted({labels for cells in self.predictions.values() for labels in cells})
         self.scores = {
-            row: {
-                budget: statistics.mean_score(self.values(found), self.weights)
-                for budget, found in cells.items()
-            }
-            for row, cells in self.found.items()
+            method: {labels: self._score(drawn) for labels, drawn in cells.items()}
+            for method, cells in self.predictions.items()
         }
-        self.budgets = sorted({budget for cells in self.found.values() for budget in cells})
+        self.estimates = {
+            method: {labels: score.estimate(maximum=1) for labels, score in cells.items()}
+            for method, cells in self.scores.items()
+        }
 
-    def values(self, found: np.ndarray) -> np.ndarray:
-        """What an example adds to the score, (draws, examples)."""
-        if self.is_classes:
-            return (found.argmax(-1) == self.targets).astype(np.float32)
-        return 1 - (found - self.targets) ** 2 / self.targets.var()
+    def _score(self, predictions: np.ndarray) -> Score:
+        """Accuracy, or R squared: the mean over the examples of 1 - squared error / variance."""
+        if self.is_classification:
+            values = (predictions.argmax(-1) == self.targets).astype(np.float32)
+        else:
+            values = 1 - (predictions - self.targets) ** 2 / self.targets.var()
+        return statistics.mean_score(values, self.counts)
 
-    def f1(self, row: str, budget: int) -> Score:
-        found = self.found[row][budget]
-        return statistics.macro_f1(found.argmax(-1), self.targets, found.shape[-1], self.weights)
-
-    def points(self, row: str) -> list[tuple[float, Estimate]]:
-        return [(budget, score.level()) for budget, score in self.scores[row].items()]
+    def macro_f1(self, method: str, labels: int) -> Estimate:
+        drawn = self.predictions[method][labels]
+        score = statistics.macro_f1(drawn.argmax(-1), self.targets, drawn.shape[-1], self.counts)
+        return score.estimate(maximum=1)

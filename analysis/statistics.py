@@ -1,24 +1,23 @@
-"""Figures that a reader can trust: intervals, comparisons, label equivalents, calibration, advice.
+"""Confidence intervals, paired differences, calibration and advice for the methods compared.
 
-Axes: D draws, N test examples, B resamples of them, K classes.
+Axes: D draws of the labels, N test examples, B bootstrap samples of them, K classes.
 """
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import special
 
-N_SAMPLES = 4000
-LEVEL = 0.95
-N_BINS = 15  # of confidence: Guo et al. 2017's
+N_BOOTSTRAP = 4000
+CONFIDENCE = 0.95
+N_BINS = 15  # as in Guo et al. 2017
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over draws and test examples, and its 95% interval."""
+    """A mean over draws and test examples with its 95% confidence interval."""
 
     mean: float
     low: float
@@ -30,8 +29,8 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Score:
-    """One figure of a row: of each draw (D,), and of each resample of the test examples, the mean of the
-    draws (B,). Differences of two scores are paired, in draws and in examples."""
+    """A metric of one method: its value for each draw (D,), and the mean of the draws for each
+    bootstrap sample of the test examples (B,). Differences are paired in both."""
 
     by_draw: np.ndarray
     by_sample: np.ndarray
@@ -39,124 +38,112 @@ class Score:
     def __sub__(self, other: "Score") -> "Score":
         return Score(self.by_draw - other.by_draw, self.by_sample - other.by_sample)
 
-    def estimate(self) -> Estimate:
-        """Bootstrap over examples and over draws, whose deviations add up. Those of few draws are widened, by
-        sqrt(D / (D - 1)) for the spread and by t over normal quantiles for not knowing it (Hesterberg 2015,
-        'What teachers should know about the bootstrap', section 3.2); one draw has none, and the interval
-        then speaks of the examples alone."""
-        n_draws, mean = len(self.by_draw), float(self.by_draw.mean())
-        deviations = self.by_sample - mean
-        if n_draws > 1:
-            rng, quantile = np.random.default_rng(0), (1 + LEVEL) / 2
-            chosen = rng.integers(n_draws, size=(len(deviations), n_draws))
-            widened = math.sqrt(n_draws / (n_draws - 1)) * special.stdtrit(n_draws - 1, quantile)
-            drawn = self.by_draw[chosen].mean(1) - mean
-            deviations = deviations + drawn * widened / special.ndtri(quantile)
-        low, high = np.quantile(deviations, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
-        return Estimate(mean, mean + float(low), mean + float(high))
+    @property
+    def mean(self) -> float:
+        return float(self.by_draw.mean())
 
-    def level(self) -> Estimate:
-        """The estimate of a score that is at most 1, which draws that differ widely may forget."""
-        found = self.estimate()
-        return Estimate(found.mean, found.low, min(found.high, 1.0))
+    def estimate(self, maximum: float = math.inf) -> Estimate:
+        """The mean and a bootstrap interval over test examples and draws, whose deviations add up.
+
+        The deviations of D draws are widened by sqrt(D / (D - 1)) for the biased variance and by
+        the ratio of Student's to normal quantiles for its uncertainty (Hesterberg 2015, "What
+        Teachers Should Know About the Bootstrap", section 3.2). With one draw, the interval covers
+        the test examples alone. It ends at the `maximum` of the metric.
+        """
+        n_draws = len(self.by_draw)
+        deviations = self.by_sample - self.mean
+
+        if n_draws > 1:
+            rng = np.random.default_rng(0)
+            drawn = rng.integers(n_draws, size=(len(deviations), n_draws))
+            quantile = (1 + CONFIDENCE) / 2
+            student_to_normal = special.stdtrit(n_draws - 1, quantile) / special.ndtri(quantile)
+            widening = math.sqrt(n_draws / (n_draws - 1)) * student_to_normal
+            deviations = deviations + widening * (self.by_draw[drawn].mean(1) - self.mean)
+
+        low, high = np.quantile(deviations, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
+        return Estimate(self.mean, self.mean + float(low), min(self.mean + float(high), maximum))
 
 
 @functools.lru_cache(2)
-def resamples(n_examples: int) -> np.ndarray:
-    """How often each of B resamples holds each example, (B, N); the same for every row, so that they pair."""
+def bootstrap_counts(n_examples: int) -> np.ndarray:
+    """How often each bootstrap sample contains each example, (B, N) float32; the same samples for
+    every method, so that differences are paired."""
     rng = np.random.default_rng(0)
-    return rng.multinomial(n_examples, np.full(n_examples, 1 / n_examples), N_SAMPLES).astype(np.float32)
+    uniform = np.full(n_examples, 1 / n_examples)
+    return rng.multinomial(n_examples, uniform, N_BOOTSTRAP).astype(np.float32)
 
 
-def mean_score(values: np.ndarray, weights: np.ndarray) -> Score:
-    """The score that is a mean of what each example has, (D, N): of its being right, or of 1 - its squared
-    error over the variance, whose mean is R squared."""
-    return Score(values.mean(1), weights @ values.mean(0) / values.shape[1])
+def mean_score(values: np.ndarray, counts: np.ndarray) -> Score:
+    """The score of a metric that is the mean of `values` (D, N) over the examples, for accuracy 1
+    where the prediction is right and 0 elsewhere; `counts` are `bootstrap_counts`."""
+    return Score(values.mean(1), counts @ values.mean(0) / values.shape[1])
 
 
-def macro_f1(predictions: np.ndarray, targets: np.ndarray, n_classes: int, weights: np.ndarray) -> Score:
-    """F1 of each class, their mean over the classes that occur or are predicted, as scikit-learn has it."""
+def macro_f1(
+    predictions: np.ndarray, targets: np.ndarray, n_classes: int, counts: np.ndarray
+) -> Score:
+    """The mean F1 of the classes that occur or are predicted, as scikit-learn computes it, of
+    predicted classes (D, N) and true classes (N,); `counts` are `bootstrap_counts`."""
 
-    def f1(hits: np.ndarray, predicted: np.ndarray, true: np.ndarray) -> np.ndarray:  # (..., K) to (...)
-        there = (predicted + true) > 0
-        return np.sum(2 * hits / np.maximum(predicted + true, 1), -1) / there.sum(-1)
+    def f1(hits: np.ndarray, total: np.ndarray) -> np.ndarray:
+        """Macro-F1 (...,) of counts per class (..., K); `total` counts predicted and true ones."""
+        return np.sum(2 * hits / np.maximum(total, 1), -1) / np.sum(total > 0, -1)
 
     one_hot = np.eye(n_classes, dtype=np.float32)
-    true, by_draw, by_sample = one_hot[targets], [], []
+    true = one_hot[targets]  # (N, K)
+    by_draw = []
+    by_sample = []
     for predicted in one_hot[predictions]:  # (N, K) of each draw
-        parts = (predicted * true, predicted, true)
-        by_draw.append(f1(*(part.sum(0) for part in parts)))
-        by_sample.append(f1(*(weights @ part for part in parts)))
+        hits = predicted * true
+        by_draw.append(f1(hits.sum(0), (predicted + true).sum(0)))
+        by_sample.append(f1(counts @ hits, counts @ (predicted + true)))
     return Score(np.array(by_draw), np.mean(by_sample, 0))
 
 
-def verdict(one: str, other: str, difference: Score) -> str:
-    """The sentence that the interval of `one` less `other` allows."""
-    found, n_draws = difference.estimate(), len(difference.by_draw)
-    if found.low <= 0 <= found.high:
-        draws = f"{n_draws} draw{'s' if n_draws > 1 else ''}"
-        return f"{one} and {other}: no difference that {draws} can show, {found}"
-    return f"{one} is {'ahead of' if found.low > 0 else 'behind'} {other}: {found}"
+def compare(one: str, other: str, difference: Score) -> str:
+    """The sentence that the interval of the score of `one` minus that of `other` allows."""
+    estimate = difference.estimate()
+    if estimate.low <= 0 <= estimate.high:
+        n_draws = len(difference.by_draw)
+        draws = "1 draw" if n_draws == 1 else f"{n_draws} draws"
+        return f"{one} and {other} do not differ significantly with {draws}: {estimate}"
+    return f"{one} is {'better' if estimate.low > 0 else 'worse'} than {other}: {estimate}"
 
 
-def label_equivalent(budgets: Sequence[int], means: Sequence[float], wanted: float) -> str:
-    """How many labels a row with these means needs for the `wanted` one, interpolated between budgets on a
-    logarithmic scale."""
-    if means[0] >= wanted:
-        return f"at most {budgets[0]:,}"
-    for (n, low), (after, high) in zip(
-        zip(budgets, means, strict=True), zip(budgets[1:], means[1:], strict=True), strict=False
-    ):
-        if low < wanted <= high:
-            found = n * (after / n) ** ((wanted - low) / (high - low))
-            digits = 1 - math.floor(math.log10(found))  # two that count: more would pretend
-            return f"about {round(found, digits):,.0f}"
-    return f"more than the {budgets[-1]:,} there are"
+def calibration_error(probabilities: np.ndarray, targets: np.ndarray) -> float:
+    """The expected calibration error of the predicted class (Guo et al. 2017, arXiv 1706.04599,
+    equation 5): the mean gap between confidence and accuracy in bins of confidence.
 
-
-def calibration(probabilities: np.ndarray, targets: np.ndarray) -> tuple[float, np.ndarray]:
-    """Expected calibration error of the likeliest class (Guo et al. 2017, arXiv 1706.04599, equation 5), and
-    (mean confidence, accuracy, share of the examples) of each bin that has any, (bins, 3)."""
-    confidence, right = probabilities.max(-1).ravel(), (probabilities.argmax(-1) == targets).ravel()
+    Args:
+        probabilities: (D, N, K).
+        targets: classes (N,).
+    """
+    confidence = probabilities.max(-1).ravel()
+    correct = (probabilities.argmax(-1) == targets).ravel()
     bins = np.minimum((confidence * N_BINS).astype(int), N_BINS - 1)
-    counts = np.bincount(bins, minlength=N_BINS)
-    sums = np.stack([np.bincount(bins, weights=x, minlength=N_BINS) for x in (confidence, right)])
-    some = counts > 0
-    confident, accurate = sums[:, some] / counts[some]
-    share = counts[some] / counts.sum()
-    error = float(np.sum(share * np.abs(confident - accurate)))
-    return error, np.stack((confident, accurate, share), axis=1)
+    gaps = np.bincount(bins, weights=confidence - correct)
+    return float(np.abs(gaps).sum() / len(bins))
 
 
 def advise(
-    budgets: Sequence[int], scores: dict[str, dict[int, Score]], milliseconds: dict[str, float]
+    scores: dict[str, dict[int, Score]], milliseconds: dict[str, float], n: int
 ) -> list[str]:
-    """Which row to take: of those that the best one is not shown to be ahead of, the one that answers
-    soonest; by the number of labels, and by the time that an answer may take."""
+    """Which method to use with n labels, and what each faster one costs.
 
-    def mean(row: str, budget: int) -> float:
-        return float(scores[row][budget].by_draw.mean())
-
-    takes: list[str] = []
-    for budget in budgets:
-        there = [row for row in scores if budget in scores[row]]
-        best = max(there, key=lambda row, budget=budget: mean(row, budget))
-        behind = {row: (scores[best][budget] - scores[row][budget]).estimate() for row in there}
-        tied = [row for row in there if row == best or behind[row].low <= 0]
-        takes.append(min(tied, key=lambda row, budget=budget: (milliseconds[row], -mean(row, budget))))
-    sentences, first = [], 0
-    for i, row in enumerate(takes):
-        if i + 1 == len(takes) or takes[i + 1] != row:
-            where = f"{budgets[first]:,} to {budgets[i]:,}" if i > first else f"{budgets[i]:,}"
-            sentences.append(f"With {where} labels take {row}: {milliseconds[row]:.2g} ms a text.")
-            first = i + 1
-    most, chosen = budgets[-1], takes[-1]
+    The first sentence names the fastest of the methods that are not significantly worse than the
+    best one, of scores {method: {number of labels: score}} and times per prediction.
+    """
+    candidates = {method: cells[n] for method, cells in scores.items() if n in cells}
+    best = max(candidates.values(), key=lambda score: score.mean)
+    tied = [name for name, score in candidates.items() if (best - score).estimate().low <= 0]
+    chosen = min(tied, key=milliseconds.get)
     limit = milliseconds[chosen]
-    faster = [row for row in scores if most in scores[row] and milliseconds[row] < limit]
-    for row in sorted(faster, key=lambda row: (-mean(row, most), milliseconds[row])):
-        if milliseconds[row] < limit:
-            lost = (scores[chosen][most] - scores[row][most]).estimate()
-            spent = f"{row} ({milliseconds[row]:.2g} ms), which costs {lost} with {most:,} labels"
-            sentences.append(f"Where an answer must come within {limit:.2g} ms, take {spent}.")
-            limit = milliseconds[row]
+    sentences = [f"With {n:,} labels use {chosen} ({limit:.2g} ms per text)."]
+    for name, score in sorted(candidates.items(), key=lambda item: -item[1].mean):
+        if milliseconds[name] < limit:
+            loss = (candidates[chosen] - score).estimate()
+            faster = f"{name} ({milliseconds[name]:.2g} ms)"
+            sentences.append(f"If {limit:.2g} ms is too slow, {faster} loses {loss}.")
+            limit = milliseconds[name]
     return sentences

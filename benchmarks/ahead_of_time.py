@@ -1,22 +1,31 @@
-"""What a compiler makes of the Triton kernels for GPUs that are not here: python bench.py --aot."""
+"""Compile the Triton kernels for GPUs that this machine does not have: python bench.py --aot.
+
+A model runs forward and backward on the CPU while each launch of a kernel is recorded instead of
+run. The kernels are then compiled for the recorded types of arguments.
+"""
 
 import contextlib
+import functools
 import io
+import itertools
 import os
 import re
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
+from unittest import mock
 
 import torch
+from torch import Tensor
 
 import kernels.attention
-import kernels.cross_entropy
 import kernels.dispatch
-import kernels.geglu
-import kernels.norm
+from benchmarks.timing import Hardware
+from data import Batch
 from files.disk import UserError
-from model import PRESETS
+from model import PRESETS, Config, MaskedLM, preset
 
-# How GPUs are named to Triton: backend, architecture, threads of a warp.
+# The names of GPUs in Triton: backend, architecture, threads of a warp.
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
@@ -24,85 +33,110 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Instructions of tensor cores, in the assembly of each kind of GPU.
-TENSOR_CORES = {
-    "mma": r"\bmma\.sync",
-    "wgmma": r"wgmma\.mma_async",
-    "tcgen05": r"tcgen05\.mma",
-    "mfma": r"v_mfma",
-}
-# Arguments of kernels by their type; all others point to numbers of the kernel's precision.
-ARGUMENTS = {
-    "i32": "n_tokens n_heads window vocab_size width d_ff n_rows rows_of_strip",
-    "fp32": "eps sign",
-    "*i32": "cu_seqlens",
-    "*i64": "ids cu_bags",
-    "*fp32": "cos sin lse delta bias bag_weights losses d_targets weight mean inverse_std strips "
-    "residual total normed d_total d_normed d_sum",
-}
-TYPES = {name: kind for kind, names in ARGUMENTS.items() for name in names.split()}
+# Triton's names of the types of arguments. A compiled model passes Python's floats as fp64.
+TENSOR_TYPES = {dtype: f"*{name}" for name, dtype in DTYPES.items()}
+TENSOR_TYPES |= {torch.int32: "*i32", torch.int64: "*i64"}
+FLOAT_TYPE = "fp32"
+LINE = "{kernel:24}{target:7}{dtype:5}{registers:5} registers{shared:7} shared{spills:3} spills  "
+# Instructions of tensor cores: of NVIDIA's GPUs from old to new, and of AMD's.
+TENSOR_CORES = r"mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma"
 
 
-def kernel_table(dtype: torch.dtype, on_hip: bool) -> list[tuple[Any, dict[str, Any], bool]]:
-    """(kernel, its constants, whether it has a dot) of every kernel at the sizes of the presets."""
-    attention = kernels.attention.flash_options(64, dtype, on_hip)  # the head size of all presets
-    rows, bag = {"BLOCK": kernels.cross_entropy.ROW_BLOCK}, {"BAG": kernels.cross_entropy.BAG_BLOCK}
-    table = [(kernels.attention._flash_rotate, {"HALF": 32, "BLOCK": kernels.attention.ROTATED}, False)]
-    for window in ({"window": None}, {}):  # None is compiled in, a number is an argument
-        for kernel in (kernels.attention._flash_forward, kernels.attention._flash_d_q, kernels.attention._flash_d_kv):
-            table.append((kernel, attention | window, True))
-    for wants_gradient in (False, True):
-        table.append((kernels.cross_entropy._bag_softmax, rows | bag | {"WANTS_GRADIENT": wants_gradient}, False))
-    for width in sorted({preset["d_model"] for preset in PRESETS.values()}):
-        block = {"BLOCK": kernels.dispatch.triton.next_power_of_2(width)}
-        table += [(kernels.norm._add_norm, block, False), (kernels.norm._add_norm_backward, block, False)]
-    return [*table, (kernels.geglu._geglu, rows, False), (kernels.geglu._geglu_backward, rows, False)]
+def argument_type(value: Any) -> str:
+    """Triton's name of the type of an argument; what is no tensor or number is compiled in."""
+    if isinstance(value, Tensor):
+        return TENSOR_TYPES[value.dtype]
+    return {int: "i32", float: FLOAT_TYPE}.get(type(value), "constexpr")
 
 
-def compile_for(target: str, kernel: Any, constants: dict[str, Any], dtype_name: str) -> dict[str, Any]:
-    """One row of the report: registers, bytes of shared memory, spills and instructions of tensor cores.
+def record_launches(dtype: torch.dtype, on_hip: bool) -> list[tuple]:
+    """(kernel, types of arguments, constants, compiler options) of each launch in a model.
 
-    Spills are bytes that ptxas stores and loads, or registers that AMD's compiler lists.
+    The model trains and predicts, at the widths of all presets.
+    """
+    launches: dict[str, tuple] = {}
+
+    def record(kernel: Any, *args: Any, grid: tuple, warmup: bool, **keywords: Any) -> None:
+        arguments = dict(zip(kernel.arg_names, args, strict=False)) | keywords
+        types = {
+            p.name: "constexpr" if p.is_constexpr else argument_type(arguments[p.name])
+            for p in kernel.params
+        }
+        constants = {n: x for n, x in arguments.items() if types.get(n) == "constexpr"}
+        options = {n: x for n, x in keywords.items() if n not in types}
+        key = f"{kernel.fn.__name__} {types} {constants} {options}"
+        launches[key] = (kernel, types, constants, options)
+
+    flash_options = functools.partial(kernels.attention.flash_options, on_hip=on_hip)
+    ids = torch.arange(64)
+    cu_seqlens = torch.tensor([0, 24, 64], dtype=torch.int32)
+    batch = Batch(ids, cu_seqlens, 40, masked=ids[:8], targets=ids[:8])
+    with (
+        mock.patch.object(kernels.dispatch.triton.JITFunction, "run", record),
+        mock.patch.object(kernels.dispatch, "FORCED", "triton"),
+        mock.patch.object(kernels.attention, "flash_options", flash_options),
+        Hardware(torch.device("cpu"), dtype).autocast(),
+    ):
+        for name in PRESETS:
+            # one layer that sees everything and one with a window; few words, to be made quickly
+            sizes = {"vocab_size": 1024, "global_attn_every_n_layers": 2}
+            model = MaskedLM(Config(**preset(name, n_layers=2) | sizes))
+            with torch.no_grad():
+                model(batch)
+            for total, _ in model(batch).values():
+                total.backward()
+    return list(launches.values())
+
+
+def compile_launch(launch: tuple, target: str, dtype_name: str) -> dict[str, Any]:
+    """Compile a kernel for a target, and return its row of the report.
+
+    "spills" are bytes that ptxas stores and loads, or registers that AMD's compiler lists;
+    "tensor_cores" counts instructions; "has_dot": the kernel multiplies matrices.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    options = {key: constants[key] for key in ("num_stages",) if key in constants}
-    constants = {key: value for key, value in constants.items() if key not in options}
-    low = "*" + dtype_name
-    types = {n: "constexpr" if n in constants else TYPES.get(n, low) for n in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(types) if types[n].startswith("*")}
+    kernel, types, constants, options = launch
+    pointers = [i for i, kind in enumerate(types.values()) if kind.startswith("*")]
+    aligned = {(i,): [["tt.divisibility", 16]] for i in pointers}  # as torch allocates memory
     source = ASTSource(kernel, types, constants, aligned)
-    with contextlib.redirect_stdout(io.StringIO()) as said:  # ptxas's own words
-        compiled = kernels.dispatch.triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
-    assembly = compiled.asm["ptx" if "ptx" in compiled.asm else "amdgcn"]
+    gpu = GPUTarget(*TARGETS[target])
+    with contextlib.redirect_stdout(io.StringIO()) as output:  # of ptxas
+        compiled = kernels.dispatch.triton.compile(source, gpu, options)
     if "ptx" in compiled.asm:
-        registers = int(re.search(r"Used (\d+) registers", said.getvalue())[1])
-        spills = sum(map(int, re.findall(r"(\d+) bytes spill", said.getvalue())))
+        assembly = compiled.asm["ptx"]
+        registers = re.search(r"Used (\d+) registers", output.getvalue())
+        spills = re.findall(r"(\d+) bytes spill", output.getvalue())
     else:
-        registers = int(re.search(r"\.vgpr_count:\s+(\d+)", assembly)[1])
-        spills = sum(map(int, re.findall(r"\.[vs]gpr_spill_count:\s+(\d+)", assembly)))
-    found = {name: len(re.findall(pattern, assembly)) for name, pattern in TENSOR_CORES.items()}
-    row = {"kernel": kernel.fn.__name__.lstrip("_"), "target": target, "dtype": dtype_name}
-    row |= {"constants": constants, "registers": registers, "shared": compiled.metadata.shared}
-    return row | {"spills": spills, "tensor_cores": {name: n for name, n in found.items() if n}}
+        assembly = compiled.asm["amdgcn"]
+        registers = re.search(r"\.vgpr_count:\s+(\d+)", assembly)
+        spills = re.findall(r"\.[vs]gpr_spill_count:\s+(\d+)", assembly)
+    return {
+        "kernel": kernel.fn.__name__.lstrip("_"),
+        "target": target,
+        "dtype": dtype_name,
+        "registers": int(registers[1]),
+        "shared": compiled.metadata.shared,
+        "spills": sum(map(int, spills)),
+        "tensor_cores": dict(Counter(re.findall(TENSOR_CORES, assembly))),
+        "has_dot": "tt.dot" in compiled.asm["ttir"],
+    }
 
 
-def report(targets: list[str], say) -> list[dict[str, Any]]:
-    """Every kernel for every target and precision."""
-    if kernels.dispatch.triton is None:
+def report(targets: Iterable[str] = tuple(TARGETS)) -> list[dict[str, Any]]:
+    """Compile every kernel for every target and precision, and print a row for each."""
+    triton = kernels.dispatch.triton
+    if triton is None:
         raise UserError("--aot: Triton is not installed; on Linux, pip install triton")
     if os.environ.get("TRITON_INTERPRET") == "1":
-        raise UserError("--aot: nothing is compiled where TRITON_INTERPRET=1 is set; unset it")
-    knobs, rows = kernels.dispatch.triton.knobs, []
-    knobs.nvidia.dump_ptxas_log, knobs.compilation.always_compile = True, True  # no log of what is cached
-    say(f"{'kernel':20}{'target':8}{'dtype':6}{'registers':>10}{'shared':>8}{'spills':>7}  tensor cores")
-    for target in targets:
-        for dtype_name, dtype in DTYPES.items():
-            for kernel, constants, has_dot in kernel_table(dtype, TARGETS[target][0] == "hip"):
-                row = compile_for(target, kernel, constants, dtype_name) | {"has_dot": has_dot}
-                rows.append(row)
-                used = " ".join(f"{name} {n}" for name, n in row["tensor_cores"].items())
-                sizes = f"{row['registers']:10}{row['shared']:8}{row['spills']:7}"
-                say(f"{row['kernel']:20}{target:8}{dtype_name:6}{sizes}  {used}")
+        raise UserError("--aot: TRITON_INTERPRET=1 is set, so nothing is compiled; unset it")
+    triton.knobs.nvidia.dump_ptxas_log = True
+    triton.knobs.compilation.always_compile = True  # a cached kernel has no log
+    rows = []
+    for target, (dtype_name, dtype) in itertools.product(targets, DTYPES.items()):
+        for launch in record_launches(dtype, on_hip=TARGETS[target][0] == "hip"):
+            row = compile_launch(launch, target, dtype_name)
+            rows.append(row)
+            print(LINE.format(**row), *row["tensor_cores"].items(), flush=True)
     return rows

@@ -66,8 +66,7 @@ def load(train: Path, test: Path | None) -> tuple[TaggedDataset, TaggedDataset]:
     types = ", ".join(sorted({name[2:] for name in names[1:]}))
     print(f"{train}: {len(sentences):,} sentences; entities of {types}")
     if test is None and len(sentences) < 4:
-        problem = f"{len(sentences)} sentences; at least 4 are needed without a --test file"
-        raise UserError(f"{train}: {problem}")
+        raise UserError(f"{train}: at least 4 sentences are needed without a --test file")
     if test is None:
         n_test = max(1, int(TEST_SHARE * len(sentences)))
         print(f"no test file: the last fifth is held out, {n_test:,} sentences")

@@ -39,17 +39,9 @@ except ImportError:  # Windows
 MANIFEST = "manifest.json"
 # What a run leaves in its folder; config.json comes first, without which a folder is no model.
 LEFT_BEHIND = (
-    "config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "metrics.json",
-    "metrics.jsonl",
-    "predictions.npz",
-    "curve.png",
-    "confusion.png",
-    "snapshots",
-    "checkpoints",
+    *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+    *("metrics.json", "metrics.jsonl", "predictions.npz", "curve.png", "confusion.png"),
+    *("snapshots", "checkpoints"),
 )
 # Flags that a resumed run need not share with its first part.
 MAY_CHANGE = {"resume", "device", "out", "keep", "keep_best"}
@@ -93,10 +85,8 @@ def lock(out: Path, model: Path | None = None) -> Iterator[None]:
         except BlockingIOError:
             raise busy from None
         except OSError as error:  # some file systems of clusters have no locks
-            print(
-                f"{out}: cannot be locked ({error.strerror}): let no other run write into it",
-                flush=True,
-            )
+            problem = f"cannot be locked ({error.strerror})"
+            print(f"{out}: {problem}: let no other run write into it", flush=True)
         yield
 
 
@@ -112,10 +102,9 @@ def check_memory(config: Config, device: torch.device) -> None:
         return
     needed = 16 * n_weights
     if needed > available:
-        raise UserError(
-            f"{n_weights:,} weights take {needed / 1e9:,.0f} GB to train, and there are "
-            f"{available / 1e9:,.0f}: fewer --layers, or a smaller --d-model"
-        )
+        sizes = f"{needed / 1e9:,.0f} GB to train, and there are {available / 1e9:,.0f}"
+        advice = "fewer --layers, or a smaller --d-model"
+        raise UserError(f"{n_weights:,} weights take {sizes}: {advice}")
 
 
 def check_space(out: Path, n_bytes: int, keep: int, n_saves: int, n_snapshots: int) -> None:
@@ -130,10 +119,8 @@ def check_space(out: Path, n_bytes: int, keep: int, n_saves: int, n_snapshots: i
     held = sum(path.stat().st_size for path in (out / "checkpoints").rglob("*") if path.is_file())
     free = shutil.disk_usage(out).free + held
     if free < needed:
-        raise UserError(
-            f"--out {out}: the run needs {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are "
-            "free; a smaller --keep, or fewer --snapshots, needs less"
-        )
+        sizes = f"the run needs {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free"
+        raise UserError(f"--out {out}: {sizes}; a smaller --keep, or fewer --snapshots, needs less")
 
 
 def environment(device: torch.device, n_ranks: int) -> dict[str, Any]:
@@ -485,11 +472,7 @@ def how_to_continue(out: Path) -> str:
     """What is left of a run that went wrong, and what to do with it."""
     folders = list(checkpoint_folders(out).values())
     if not folders:
-        return (
-            "there is no checkpoint yet: begin anew, with a lower "
-            "--lr-adamw, --lr-embedding or --lr-muon"
-        )
-    return (
-        f"the last good state is in {folders[-1]}: --resume goes on behind the skipped steps, "
-        "--model begins from it, perhaps with lower rates"
-    )
+        rates = "--lr-adamw, --lr-embedding or --lr-muon"
+        return f"there is no checkpoint yet: begin anew, with a lower {rates}"
+    advice = "--resume goes on behind the skipped steps, --model begins from it with other rates"
+    return f"the last good state is in {folders[-1]}: {advice}"

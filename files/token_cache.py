@@ -7,6 +7,7 @@ each token occurs) and about.json.
 
 import contextlib
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -55,6 +56,7 @@ def prepare(
         UserError: the text cannot be read, is empty, or cannot fill the vocabulary.
     """
     CACHE.mkdir(parents=True, exist_ok=True)
+    is_new = tokenizer is None
     with tempfile.TemporaryDirectory(dir=CACHE) as work:
         if "-" in paths:  # a corpus is read more than once, so it has to be a file
             stdin_file = Path(work) / "stdin.txt"
@@ -63,7 +65,10 @@ def prepare(
             paths = [str(stdin_file) if path == "-" else path for path in paths]
         files = find_files(paths)
 
-        source = tokenizer.to_str() if tokenizer else str(vocab_size)
+        # a fork that trains another tokenizer must not find the tokens of the old one
+        source = f"{vocab_size} {inspect.getsource(train_tokenizer)}"
+        if tokenizer:
+            source = tokenizer.to_str()
         folder = CACHE / f"tokens-{_digest(files or [fetch_reviews()], source)}"
         if not folder.exists():
             parts = [lambda: _read_all(files)] if files else _review_parts()
@@ -74,7 +79,7 @@ def prepare(
                 os.rename(Path(work) / "new", folder)
 
     n_pieces = json.loads((folder / "about.json").read_text())["vocab_size"]
-    if source == str(vocab_size) and n_pieces < vocab_size:
+    if is_new and n_pieces < vocab_size:
         if not allow_smaller:
             raise UserError(
                 f"--vocab-size {vocab_size}: the text fills only {n_pieces}; "

@@ -79,7 +79,8 @@ def begins_word(tokenizer: Tokenizer) -> np.ndarray:
     """Which tokens of the vocabulary begin a word, (V,) bool.
 
     WordPiece marks continuations ("##ing"); byte-level BPE ("Ġword") and SentencePiece ("▁word")
-    mark beginnings, and here punctuation begins a word of its own, as it does in BERT.
+    mark beginnings, and here punctuation begins a word of its own, as it does in BERT. In byte-level
+    BPE the first word of a line has no mark: it belongs to the line break before it ("Ċ").
 
     Raises:
         ValueError: the tokenizer marks neither.
@@ -90,9 +91,9 @@ def begins_word(tokenizer: Tokenizer) -> np.ndarray:
         return np.ones(len(pieces), dtype=bool)
     if prefix := model.get("continuing_subword_prefix"):
         return np.array([not piece.startswith(prefix) for piece in pieces])
-    for mark in ("Ġ", "▁"):
-        if any(piece.startswith(mark) for piece in pieces):
-            return np.array([piece.startswith(mark) or _is_symbol(piece[:1]) for piece in pieces])
+    for marks in (("Ġ", "Ċ", "ĉ", "č"), ("▁",)):  # space, line feed, tab, carriage return
+        if any(piece.startswith(marks[0]) for piece in pieces):
+            return np.array([piece.startswith(marks) or _is_symbol(piece[:1]) for piece in pieces])
     raise ValueError("the tokenizer does not mark where words begin")
 
 

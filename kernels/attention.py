@@ -1,281 +1,352 @@
-"""Attention within each sequence of an unpadded batch, and rotary positions."""
+"""Attention within each sequence of an unpadded batch, with rotary positions.
 
-from __future__ import annotations  # without Triton, `tl.constexpr` is no more than a text
+`reference` is the formula and `attention` the function to call. `_Attention` is its code for CPUs,
+`_FlashAttention` its code for GPUs, whose Triton kernels fill the rest of the file.
+
+Axes: T tokens of the batch, S sequences, L positions of a sequence, H heads, D head_dim,
+B sequences of a group. Sequence s is the rows cu_seqlens[s] to cu_seqlens[s + 1] of the batch.
+"""
+
+from __future__ import annotations  # without Triton, `tl.constexpr` must not be evaluated
 
 import math
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from kernels.dispatch import jit, tl, use_triton
 
-# A length group ends where its next sequence would waste more than this share of the group's width. A wider
-# tolerance computes more padding, a narrower one more and smaller products.
-GROUP_WASTE = 0.25
-# Group widths are rounded up to this, so that products meet few different shapes.
-GROUP_MULTIPLE = 16
-# What is read and written several times has to stay in the caches: so many tokens fill a group, so many rows
-# go through GeGLU at a time, so many logits through the softmax.
-GROUP_TOKENS = 2048
-# Head sizes of Triton's attention, whose blocks are powers of 2; others take the torch code.
+# ruff: noqa: E741 (m and l are the names of the online softmax in the papers)
+
+# Tokens that the CPU multiplies at a time: enough to outweigh the overhead of the calls, few enough
+# for their scores to stay in the caches.
+GROUP_TOKENS = 1024
+# Head sizes of the Triton kernels, whose blocks are powers of 2; others take the torch code.
 FLASH_HEAD_DIMS = (32, 64, 128)
-ROTATED = 64  # tokens that a program rotates
+# Tokens of one program of the rotation kernel.
+ROTATE_BLOCK = 64
 
 Rope = tuple[Tensor, Tensor]
 
 
-def rope_tables(n_positions: int, head_dim: int, theta: float, device: torch.device | str = "cpu") -> Rope:
-    """cos and sin of position x theta^(-2i / head_dim), each (n_positions, head_dim / 2), float32.
+def reference(
+    qkv: Tensor, cu_seqlens: Tensor, rope: Rope | None = None, window: int | None = None
+) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v, one sequence after the other; arguments as in `attention`."""
+    outputs = []
+    for sequence in qkv.split(cu_seqlens.diff().tolist()):
+        q, k, v = sequence.permute(1, 2, 0, 3)  # (H, L, D) each
+        q = rotate(q, rope)
+        k = rotate(k, rope)
+        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (H, L, L)
+        if window is not None:
+            position = torch.arange(len(sequence), device=qkv.device)
+            distance = (position[:, None] - position).abs()
+            scores = scores.masked_fill(distance > window, -math.inf)
+        outputs.append((scores.softmax(dim=-1) @ v).transpose(0, 1))  # (L, H, D)
+    return torch.cat(outputs)
 
-    Rotary position embedding, half-split (Su et al. 2021, arXiv 2104.09864, section 3.2).
+
+def rotate(x: Tensor, rope: Rope | None) -> Tensor:
+    """Rotate the pairs (x_i, x_{i + D/2}) by the angles of their position, in float32 or better.
+
+    Args:
+        x: (..., L, D).
+        rope: tables of at least L positions. (cos, -sin) rotates back, None leaves x as it is.
     """
-    inverse_frequency = 1.0 / theta ** (
-        torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-    )
-    angles = torch.arange(n_positions, dtype=torch.float32, device=device)[:, None] * inverse_frequency
+    if rope is None:
+        return x
+    cos, sin = (table[: x.shape[-2]] for table in rope)  # (L, D / 2) each
+    half = cos.shape[-1]
+    a, b = x.to(cos.dtype).chunk(2, dim=-1)
+    out = x * torch.cat((cos, cos), dim=-1)
+    out[..., :half].addcmul_(b, sin, value=-1)  # a * cos - b * sin
+    out[..., half:].addcmul_(a, sin)  # b * cos + a * sin
+    return out.to(x.dtype)
+
+
+def rope_tables(
+    n_positions: int, head_dim: int, theta: float, device: torch.device | str = "cpu"
+) -> Rope:
+    """Tables for `rotate` (RoPE, half-split: Su et al. 2021, arXiv 2104.09864, section 3.2).
+
+    Returns:
+        cos and sin of position * theta^(-2i / head_dim), each (n_positions, head_dim / 2), float32.
+    """
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    position = torch.arange(n_positions, dtype=torch.float32, device=device)
+    angles = position[:, None] * (1.0 / theta**exponent)
     return angles.cos(), angles.sin()
 
 
 def attention(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, rope: Rope | None = None, window: int | None = None
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    rope: Rope | None = None,
+    window: int | None = None,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v within each sequence (Vaswani et al. 2017, section 3.2.1).
+    """Scaled dot-product attention within each sequence (Vaswani et al. 2017, section 3.2.1).
 
-    qkv: (T, 3, H, D). rope: tables of at least `max_seqlen` positions, applied to q and k in float32. window:
-    a token at i sees j only where |i - j| <= window; None means the whole sequence. Returns (T, H, D).
+    Args:
+        qkv: (T, 3, H, D), the queries, keys and values of all tokens.
+        cu_seqlens: (S + 1,) integers, the first row of each sequence, then T.
+        max_seqlen: at least the length of the longest sequence.
+        rope: the tables by which q and k are rotated, of at least max_seqlen positions.
+        window: a token at position i sees j only where |i - j| <= window; None means all j.
+
+    Returns:
+        (T, H, D) in the dtype of qkv.
+
+    Raises:
+        ValueError: the tables of rope are too short.
     """
     if rope is not None and len(rope[0]) < max_seqlen:
         raise ValueError(f"rope has {len(rope[0])} positions, the longest sequence {max_seqlen}")
     if use_triton(qkv) and qkv.shape[-1] in FLASH_HEAD_DIMS:
         return _FlashAttention.apply(qkv, cu_seqlens, max_seqlen, rope, window)
-    # Groups follow from the lengths of the sequences, which a graph does not know. The decorator would import
-    # the compiler, seconds at every start.
-    apply = torch.compiler.disable(_Attention.apply) if torch.compiler.is_compiling() else _Attention.apply
-    return apply(qkv, cu_seqlens, max_seqlen, rope, window)
+
+    apply = _Attention.apply
+    if torch.compiler.is_compiling():
+        # The groups depend on the lengths, which a compiled graph does not know. A decorator would
+        # do the same, but would import the compiler at each start, which takes seconds.
+        apply = torch.compiler.disable(apply)
+    return apply(qkv, cu_seqlens, rope, window)
+
+
+# ------------------------------------------------------------------------------------------- CPU
 
 
 class _Attention(torch.autograd.Function):
-    """Sequences of similar length are padded to one width and multiplied together; nothing else is padded."""
+    """Sequences of similar length are padded to the longest of them and multiplied together."""
+
+    @staticmethod
+    def forward(ctx, qkv, cu_seqlens, rope, window) -> Tensor:
+        lengths = cu_seqlens.diff().tolist()
+        sequences = qkv.split(lengths)
+        outputs = [None] * len(lengths)
+        groups = _length_groups(lengths)
+        saved = []
+
+        for group in groups:
+            padded = pad_sequence([sequences[i] for i in group], batch_first=True)
+            padded = padded.permute(2, 0, 3, 1, 4)  # (3, B, H, L, D)
+            q, k = rotate(padded[:2].contiguous(), rope)
+            q *= qkv.shape[-1] ** -0.5
+            v = padded[2].contiguous()
+
+            scores = q @ k.transpose(-1, -2)  # (B, H, L, L)
+            _mask(scores, [lengths[i] for i in group], window)
+            p = torch.softmax(scores, dim=-1).to(v.dtype)  # on a GPU, autocast makes it float32
+            o = (p @ v).transpose(1, 2)  # (B, L, H, D)
+
+            for i, o_i in zip(group, o, strict=True):
+                outputs[i] = o_i[: lengths[i]]
+            saved += [q, k, v, p]
+
+        ctx.save_for_backward(*saved)
+        ctx.lengths = lengths
+        ctx.groups = groups
+        ctx.rope = rope
+        return torch.cat(outputs)
+
+    @staticmethod
+    def backward(ctx, d_out: Tensor) -> tuple[Tensor, None, None, None]:
+        saved = ctx.saved_tensors
+        d_outputs = d_out.split(ctx.lengths)
+        d_sequences = [None] * len(ctx.lengths)
+
+        for n, group in enumerate(ctx.groups):
+            q, k, v, p = saved[4 * n : 4 * n + 4]
+            d_o = pad_sequence([d_outputs[i] for i in group], batch_first=True)
+            d_o = d_o.transpose(1, 2).contiguous()  # (B, H, L, D)
+
+            d_p = d_o @ v.transpose(-1, -2)
+            d_scores = p * (d_p - (p * d_p).sum(dim=-1, keepdim=True))  # (B, H, L, L)
+
+            d_padded = q.new_empty(3, *q.shape)  # (3, B, H, L, D)
+            torch.matmul(d_scores, k, out=d_padded[0]).mul_(q.shape[-1] ** -0.5)
+            torch.matmul(d_scores.transpose(-1, -2), q, out=d_padded[1])
+            torch.matmul(p.transpose(-1, -2), d_o, out=d_padded[2])
+            if ctx.rope is not None:
+                cos, sin = ctx.rope
+                d_padded[:2] = rotate(d_padded[:2], (cos, -sin))
+
+            for i, d_i in zip(group, d_padded.permute(1, 3, 0, 2, 4), strict=True):
+                d_sequences[i] = d_i[: ctx.lengths[i]]  # (L, 3, H, D)
+
+        return torch.cat(d_sequences), None, None, None
+
+
+def _length_groups(lengths: list[int]) -> list[list[int]]:
+    """Indices of the sequences, the longest first, in groups of at most GROUP_TOKENS tokens with
+    their padding; a longer sequence is a group of its own."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    groups = []
+    while order:
+        longest = max(1, lengths[order[0]])
+        size = max(1, GROUP_TOKENS // longest)
+        groups.append(order[:size])
+        order = order[size:]
+    return groups
+
+
+def _mask(scores: Tensor, lengths: list[int], window: int | None) -> None:
+    """Overwrite the scores (B, H, L, L) of padded keys and of keys outside the window.
+
+    The value is finite, because -inf in a whole row, which padding may cause, would give NaN.
+    """
+    width = scores.shape[-1]
+    position = torch.arange(width, device=scores.device)
+    is_hidden = position >= torch.tensor(lengths, device=scores.device)[:, None, None, None]
+    first = min(lengths)  # no key before this one is padding
+    if window is not None and width > window + 1:
+        distance = (position[:, None] - position).abs()
+        is_hidden = is_hidden | (distance > window)  # (B, 1, L, L)
+        first = 0
+    scores[..., first:].masked_fill_(is_hidden[..., first:], torch.finfo(scores.dtype).min)
+
+
+# -------------------------------------------------------------------------------------------- GPU
+
+
+class _FlashAttention(torch.autograd.Function):
+    """FlashAttention-2 (Dao 2023, arXiv 2307.08691, algorithms 1 and 2), without atomics.
+
+    q and k are rotated by a kernel of their own: each block of them is loaded many times, and would
+    have to be rotated each time.
+    """
 
     @staticmethod
     def forward(ctx, qkv, cu_seqlens, max_seqlen, rope, window) -> Tensor:
         n_tokens, _, n_heads, head_dim = qkv.shape
-        out = qkv.new_empty(n_tokens + 1, n_heads, head_dim)  # the extra row takes what the padding computes
-        ctx.rope, ctx.shape, ctx.groups, saved = rope, qkv.shape, [], []
-        for index, is_pad, shortest in _length_groups(cu_seqlens, n_tokens, max_seqlen):
-            size, width = index.shape
-            padded = qkv.index_select(0, index.where(~is_pad, 0).view(-1))
-            padded = padded.view(size, width, 3, n_heads, head_dim).permute(2, 0, 3, 1, 4)  # (3, B, H, L, D)
-            q, k = rotate(padded[:2], rope, head_dim**-0.5)
-            v = padded[2].contiguous()
-            scores = q @ k.transpose(-1, -2)  # (B, H, L, L)
-            if window is None or width <= window + 1:  # only keys past the shortest sequence are padding
-                scores[..., shortest:].masked_fill_(is_pad[:, None, None, shortest:], -math.inf)
-            else:
-                position = torch.arange(width, device=qkv.device)
-                hidden_keys = is_pad[:, None, None, :] | ((position[:, None] - position).abs() > window)
-                # a padded query whose whole window is padding would be a row of -inf, and so of NaN
-                scores.masked_fill_(hidden_keys & ~is_pad[:, None, :, None], -math.inf)
-            probabilities = torch.softmax(scores, dim=-1).to(v.dtype)
-            heads = (probabilities @ v).transpose(1, 2)  # (B, L, H, D)
-            out.index_copy_(0, index.view(-1), heads.reshape(-1, n_heads, head_dim))
-            ctx.groups.append((index, is_pad))
-            saved += [q, k, v, probabilities]
-        ctx.save_for_backward(*saved)
-        return out[:n_tokens]
-
-    @staticmethod
-    def backward(ctx, d_out: Tensor) -> tuple[Tensor, None, None, None, None]:
-        n_tokens, _, n_heads, head_dim = ctx.shape
-        d_qkv = d_out.new_empty(n_tokens + 1, 3, n_heads, head_dim)
-        for i, (index, is_pad) in enumerate(ctx.groups):
-            q, k, v, probabilities = ctx.saved_tensors[4 * i : 4 * i + 4]
-            size, width = index.shape
-            d_heads = d_out.index_select(0, index.where(~is_pad, 0).view(-1))
-            d_heads = d_heads.view(size, width, n_heads, head_dim).masked_fill(is_pad[:, :, None, None], 0)
-            d_heads = d_heads.transpose(1, 2).contiguous()  # (B, H, L, D)
-            d_probabilities = d_heads @ v.transpose(-1, -2)
-            d_scores = torch._softmax_backward_data(d_probabilities, probabilities, -1, probabilities.dtype)
-            d_padded = torch.empty((3, *q.shape), dtype=q.dtype, device=q.device)  # (3, B, H, L, D)
-            torch.matmul(d_scores, k, out=d_padded[0])
-            torch.matmul(d_scores.transpose(-1, -2), q, out=d_padded[1])
-            torch.matmul(probabilities.transpose(-1, -2), d_heads, out=d_padded[2])
-            d_padded[:2] = rotate(d_padded[:2], ctx.rope, head_dim**-0.5, inverse=True)
-            d_padded = d_padded.permute(1, 3, 0, 2, 4).reshape(-1, 3, n_heads, head_dim)
-            d_qkv.index_copy_(0, index.view(-1), d_padded)
-        return d_qkv[:n_tokens], None, None, None, None
-
-
-def _length_groups(cu_seqlens: Tensor, n_tokens: int, max_seqlen: int) -> list[tuple[Tensor, Tensor, int]]:
-    """Sequences sorted into groups of similar length: per group the token of each place (B, L), whether it is
-    padding, and the shortest length; padding points at row `n_tokens`. Empty sequences are in no group."""
-    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-    order = torch.argsort(lengths, descending=True, stable=True)
-    by_length = lengths[order].tolist()
-    first, groups = 0, []
-    while first < len(by_length) and by_length[first]:
-        last = first
-        shortest = by_length[first] * (1 - GROUP_WASTE) - GROUP_MULTIPLE
-        largest = max(1, GROUP_TOKENS // by_length[first])
-        while last < min(len(by_length), first + largest) and by_length[last] > shortest:
-            last += 1
-        width = min(max_seqlen, -(-by_length[first] // GROUP_MULTIPLE) * GROUP_MULTIPLE)
-        members, position = order[first:last], torch.arange(width, device=cu_seqlens.device)
-        is_pad = position >= lengths[members, None]
-        index = (starts[members, None] + position).masked_fill(is_pad, n_tokens)
-        groups.append((index, is_pad, by_length[last - 1]))
-        first = last
-    return groups
-
-
-def rotate(qk: Tensor, rope: Rope | None, scale: float, inverse: bool = False) -> Tensor:
-    """Rotate q and k, (2, B, H, L, D), by their positions in float32 and scale q; `inverse` turns gradients
-    back."""
-    exact = torch.promote_types(qk.dtype, torch.float32)
-    scales = torch.tensor([scale, 1.0], dtype=exact, device=qk.device).view(2, 1, 1, 1, 1)
-    if rope is None:
-        return (qk * scales).to(qk.dtype)
-    cos, sin = (table[: qk.shape[-2]] * scales for table in rope)  # (2, 1, 1, L, D / 2)
-    half = qk.shape[-1] // 2
-    first, second = (qk32 := qk.to(cos.dtype))[..., :half], qk32[..., half:]
-    turned = torch.empty(qk.shape, dtype=cos.dtype, device=qk.device)  # contiguous, whatever qk is
-    torch.mul(qk32, torch.cat((cos, cos), dim=-1), out=turned)
-    turned[..., :half].addcmul_(second, sin, value=1 if inverse else -1)
-    turned[..., half:].addcmul_(first, sin, value=-1 if inverse else 1)
-    return turned.to(qk.dtype)
-
-
-class _FlashAttention(torch.autograd.Function):
-    """Online softmax over blocks of keys; the backward pass computes the probabilities once more from their
-    logsumexp (Dao 2023, arXiv 2307.08691, algorithms 1 and 2). q and k are rotated by a kernel of their own:
-    rotated as they are loaded they would be so once for every block that meets them, and the registers do not
-    hold it."""
-
-    @staticmethod
-    def forward(ctx, qkv, cu_seqlens, max_seqlen, rope, window) -> Tensor:
         qkv = qkv.contiguous()
         if rope is not None:
             qkv = flash_rotate(qkv, cu_seqlens, max_seqlen, *rope, 1.0)
-        out, lse = flash_forward(qkv, cu_seqlens, max_seqlen, window)
+
+        out = qkv.new_empty(n_tokens, n_heads, head_dim)
+        lse = qkv.new_empty(n_heads, n_tokens, dtype=torch.float32)  # logsumexp of scores, base 2
+        options = flash_options(head_dim, qkv.dtype)
+        grid = _grid(cu_seqlens, n_heads, max_seqlen, options["BLOCK"])
+        _flash_forward[grid](qkv, cu_seqlens, out, lse, n_tokens, n_heads, window, **options)
+
         ctx.save_for_backward(qkv, cu_seqlens, out, lse)
-        ctx.max_seqlen, ctx.rope, ctx.window = max_seqlen, rope, window
+        ctx.max_seqlen = max_seqlen
+        ctx.rope = rope
+        ctx.window = window
         return out
 
     @staticmethod
     def backward(ctx, d_out: Tensor) -> tuple[Tensor, None, None, None, None]:
         qkv, cu_seqlens, out, lse = ctx.saved_tensors
-        d_qkv = flash_backward(qkv, cu_seqlens, ctx.max_seqlen, ctx.window, out, lse, d_out.contiguous())
+        n_tokens, _, n_heads, head_dim = qkv.shape
+        d_out = d_out.contiguous()
+        d_qkv = torch.empty_like(qkv)
+        delta = torch.empty_like(lse)  # row sums of out * d_out, written by the first kernel
+        options = flash_options(head_dim, qkv.dtype)
+        grid = _grid(cu_seqlens, n_heads, ctx.max_seqlen, options["BLOCK"])
+        arguments = (qkv, cu_seqlens, out, lse, d_out, delta, d_qkv, n_tokens, n_heads, ctx.window)
+        _flash_d_q[grid](*arguments, **options)
+        _flash_d_kv[grid](*arguments, **options)
+
         if ctx.rope is not None:
             d_qkv = flash_rotate(d_qkv, cu_seqlens, ctx.max_seqlen, *ctx.rope, -1.0)
         return d_qkv, None, None, None, None
 
 
-def flash_options(head_dim: int, dtype: torch.dtype, on_hip: bool = torch.version.hip is not None) -> dict:
-    """Rows of a block, rows of the other side in a step, depth of the pipeline: the largest at which no GPU
-    spills registers (bench.py --aot)."""
-    is_low = dtype.itemsize == 2
-    sizes = {
+def _grid(cu_seqlens: Tensor, n_heads: int, max_seqlen: int, block: int) -> tuple[int, int, int]:
+    """Programs of a launch; the sequences come first, as only the first size may exceed 65,535."""
+    return len(cu_seqlens) - 1, n_heads, -(-max_seqlen // block)
+
+
+def flash_options(
+    head_dim: int, dtype: torch.dtype, on_hip: bool = torch.version.hip is not None
+) -> dict[str, int]:
+    """Rows of a program (BLOCK), rows of the other side that it reads at a time (STEP), and depth
+    of the pipeline: the largest at which no GPU spills registers (python bench.py --aot)."""
+    is_16_bit = dtype.itemsize == 2
+    num_stages = 2 if is_16_bit else 3
+    return {
         "WIDTH": head_dim,
-        "BLOCK": 64 if is_low else 32,
-        "STEP": 32 if is_low and head_dim <= 64 else 16,
+        "BLOCK": 64 if is_16_bit else 32,
+        "STEP": 32 if is_16_bit and head_dim <= 64 else 16,
+        "num_stages": 1 if on_hip else num_stages,
     }
-    return sizes | {"num_stages": 1 if on_hip else 2 if is_low else 3}
 
 
 def flash_rotate(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, cos: Tensor, sin: Tensor, sign: float
 ) -> Tensor:
-    """qkv with q and k rotated by their positions in float32, backwards where the sign is -1."""
-    out, (n_heads, head_dim) = torch.empty_like(qkv), qkv.shape[2:]
-    # sequences come first: of the three only the first size may exceed 65,535
-    grid = (cu_seqlens.shape[0] - 1, 3 * n_heads, -(-max_seqlen // ROTATED))
-    options = {"HALF": head_dim // 2, "BLOCK": ROTATED}
-    _flash_rotate[grid](qkv, out, cu_seqlens, cos, sin, sign, n_heads, **options)
+    """qkv with q and k rotated by their positions in float32; sign -1 rotates back."""
+    out = torch.empty_like(qkv)
+    n_heads, head_dim = qkv.shape[2:]
+    grid = _grid(cu_seqlens, 3 * n_heads, max_seqlen, ROTATE_BLOCK)
+    sizes = {"HALF": head_dim // 2, "BLOCK": ROTATE_BLOCK}
+    _flash_rotate[grid](qkv, out, cu_seqlens, cos, sin, sign, n_heads, **sizes)
     return out
 
 
-def flash_forward(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None
-) -> tuple[Tensor, Tensor]:
-    """(out (T, H, D), logsumexp of the scores in base 2, (H, T) float32) of contiguous qkv."""
-    n_tokens, _, n_heads, head_dim = qkv.shape
-    out = qkv.new_empty(n_tokens, n_heads, head_dim)
-    lse = qkv.new_empty(n_heads, n_tokens, dtype=torch.float32)
-    options = flash_options(head_dim, qkv.dtype)
-    grid = (cu_seqlens.shape[0] - 1, n_heads, -(-max_seqlen // options["BLOCK"]))
-    _flash_forward[grid](qkv, cu_seqlens, out, lse, n_tokens, n_heads, window, **options)
-    return out, lse
-
-
-def flash_backward(
-    qkv: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    window: int | None,
-    out: Tensor,
-    lse: Tensor,
-    d_out: Tensor,
-) -> Tensor:
-    """The gradient of qkv: one pass for q, which leaves rowsum(out * d_out) for the other, of k and v."""
-    n_tokens, _, n_heads, head_dim = qkv.shape
-    d_qkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
-    options = flash_options(head_dim, qkv.dtype)
-    grid = (cu_seqlens.shape[0] - 1, n_heads, -(-max_seqlen // options["BLOCK"]))
-    given = (qkv, cu_seqlens, out, lse, d_out, delta, d_qkv, n_tokens, n_heads, window)
-    _flash_d_q[grid](*given, **options)
-    _flash_d_kv[grid](*given, **options)
-    return d_qkv
+# In the kernels below i counts queries and j keys, from the start of their sequence. Every matrix
+# multiplication states input_precision="ieee", because that of float32 would default to TF32.
 
 
 @jit
 def _sequence(cu_seqlens, index):
-    """Where a sequence begins, in 64 bits because offsets are multiples of it, and its length."""
-    begin, end = tl.load(cu_seqlens + index), tl.load(cu_seqlens + index + 1)
+    """First row of a sequence, in 64 bits because it is multiplied by strides, and its length."""
+    begin = tl.load(cu_seqlens + index)
+    end = tl.load(cu_seqlens + index + 1)
     return begin.to(tl.int64), end - begin
 
 
 @jit
 def _load(base, rows, length, stride, WIDTH: tl.constexpr):
-    """Rows (rows, WIDTH) of a sequence, zeros beyond its length."""
-    place = base + (rows[:, None] * stride + tl.arange(0, WIDTH))
-    return tl.load(place, mask=(rows < length)[:, None], other=0.0)
+    """(rows, WIDTH) of a sequence, zeros beyond its length."""
+    pointers = base + (rows[:, None] * stride + tl.arange(0, WIDTH))
+    return tl.load(pointers, mask=(rows < length)[:, None], other=0.0)
 
 
 @jit
 def _store(base, rows, length, stride, x, WIDTH: tl.constexpr):
-    place = base + (rows[:, None] * stride + tl.arange(0, WIDTH))
-    tl.store(place, x.to(base.dtype.element_ty), mask=(rows < length)[:, None])
+    pointers = base + (rows[:, None] * stride + tl.arange(0, WIDTH))
+    tl.store(pointers, x.to(base.dtype.element_ty), mask=(rows < length)[:, None])
 
 
 @jit
-def _flash_rotate(qkv, out, cu_seqlens, cos, sin, sign, n_heads, HALF: tl.constexpr, BLOCK: tl.constexpr):
-    head, block = tl.program_id(1), tl.program_id(2)
+def _flash_rotate(
+    qkv, out, cu_seqlens, cos, sin, sign, n_heads, HALF: tl.constexpr, BLOCK: tl.constexpr
+):
+    head = tl.program_id(1)  # of 3 * n_heads: those of q, of k and of v
     begin, length = _sequence(cu_seqlens, tl.program_id(0))
+    rows = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     stride = 3 * n_heads * 2 * HALF
-    rows, place = block * BLOCK + tl.arange(0, BLOCK), begin * stride + head * 2 * HALF
-    a = _load(qkv + place, rows, length, stride, HALF).to(tl.float32)
-    b = _load(qkv + place + HALF, rows, length, stride, HALF).to(tl.float32)
-    if head < 2 * n_heads:  # behind q and k comes v, which is copied
-        c, s = _load(cos, rows, length, HALF, HALF), _load(sin, rows, length, HALF, HALF)
-        s = (s * sign).to(tl.float32)  # compilers pass numbers in float64
+    offset = begin * stride + head * 2 * HALF
+
+    a = _load(qkv + offset, rows, length, stride, HALF).to(tl.float32)
+    b = _load(qkv + offset + HALF, rows, length, stride, HALF).to(tl.float32)
+    if head < 2 * n_heads:  # v is copied
+        c = _load(cos, rows, length, HALF, HALF)
+        s = _load(sin, rows, length, HALF, HALF)
+        s = (s * sign).to(tl.float32)  # torch.compile passes the sign in float64
         a, b = a * c - b * s, b * c + a * s
-    _store(out + place, rows, length, stride, a, HALF)
-    _store(out + place + HALF, rows, length, stride, b, HALF)
+    _store(out + offset, rows, length, stride, a, HALF)
+    _store(out + offset + HALF, rows, length, stride, b, HALF)
 
 
 @jit
 def _scores(x, y, rows, columns, length, window, WIDTH: tl.constexpr):
-    """Scores in base 2 of the rows with the columns, -inf where one does not see the other."""
-    scale = 1.4426950408889634 / tl.sqrt(1.0 * WIDTH)  # log2(e), because exp2 is the faster one
-    seen = (columns < length)[None, :]
+    """Scores of the rows with the columns in base 2, -inf where one must not see the other."""
+    scale = 1.4426950408889634 / tl.sqrt(1.0 * WIDTH)  # log2(e) / sqrt(D): exp2 is faster than exp
+    is_seen = (columns < length)[None, :]
     if window is not None:
-        seen = seen & (tl.abs(rows[:, None] - columns[None, :]) <= window)
-    return tl.where(seen, tl.dot(x, tl.trans(y), input_precision="ieee") * scale, float("-inf"))
+        is_seen = is_seen & (tl.abs(rows[:, None] - columns[None, :]) <= window)
+    scores = tl.dot(x, tl.trans(y), input_precision="ieee") * scale
+    return tl.where(is_seen, scores, float("-inf"))
 
 
 @jit
 def _span(block, length, window, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    """First and last row of the other side that a block of this side meets."""
+    """First and last row of the other side that a block can see or be seen from."""
     first, last = 0, length
     if window is not None:
         first = tl.maximum(0, block * BLOCK - window) // STEP * STEP
@@ -288,26 +359,33 @@ def _flash_forward(
     qkv, cu_seqlens, out, lse, n_tokens, n_heads, window,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    head, block = tl.program_id(1), tl.program_id(2)
+    head = tl.program_id(1)
+    block = tl.program_id(2)
     begin, length = _sequence(cu_seqlens, tl.program_id(0))
-    width, i = n_heads * WIDTH, block * BLOCK + tl.arange(0, BLOCK)
-    qkv += begin * 3 * width + head * WIDTH
-    q = _load(qkv, i, length, 3 * width, WIDTH)
-    # finite, so that a block in which a query sees nothing leaves 0 and not NaN
-    largest, total = tl.full((BLOCK,), -1e30, tl.float32), tl.zeros((BLOCK,), tl.float32)
-    heads = tl.zeros((BLOCK, WIDTH), tl.float32)
+    d_model = n_heads * WIDTH
+    i = block * BLOCK + tl.arange(0, BLOCK)
+    qkv += begin * 3 * d_model + head * WIDTH
+    q = _load(qkv, i, length, 3 * d_model, WIDTH)
+
+    m = tl.full((BLOCK,), -1e30, tl.float32)  # running maximum; -inf would give NaN
+    l = tl.zeros((BLOCK,), tl.float32)  # running sum of exp2(scores - m)
+    acc = tl.zeros((BLOCK, WIDTH), tl.float32)  # the output before its division by l
     first, last = _span(block, length, window, BLOCK, STEP)
     for start in range(first, last, STEP):
         j = start + tl.arange(0, STEP)
-        k = _load(qkv + width, j, length, 3 * width, WIDTH)
-        v = _load(qkv + 2 * width, j, length, 3 * width, WIDTH)
+        k = _load(qkv + d_model, j, length, 3 * d_model, WIDTH)
+        v = _load(qkv + 2 * d_model, j, length, 3 * d_model, WIDTH)
         scores = _scores(q, k, i, j, length, window, WIDTH)
-        higher = tl.maximum(largest, tl.max(scores, 1))
-        p, fade = tl.exp2(scores - higher[:, None]), tl.exp2(largest - higher)
-        total, largest = total * fade + tl.sum(p, 1), higher
-        heads = tl.dot(p.to(v.dtype), v, heads * fade[:, None], input_precision="ieee")
-    _store(out + begin * width + head * WIDTH, i, length, width, heads / total[:, None], WIDTH)
-    tl.store(lse + head * n_tokens + begin + i, largest + tl.log2(total), mask=i < length)
+
+        m_new = tl.maximum(m, tl.max(scores, 1))
+        p = tl.exp2(scores - m_new[:, None])
+        alpha = tl.exp2(m - m_new)
+        l = l * alpha + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+        m = m_new
+
+    _store(out + begin * d_model + head * WIDTH, i, length, d_model, acc / l[:, None], WIDTH)
+    tl.store(lse + head * n_tokens + begin + i, m + tl.log2(l), mask=i < length)
 
 
 @jit
@@ -315,30 +393,34 @@ def _flash_d_q(
     qkv, cu_seqlens, out, lse, d_out, delta, d_qkv, n_tokens, n_heads, window,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    head, block = tl.program_id(1), tl.program_id(2)
+    head = tl.program_id(1)
+    block = tl.program_id(2)
     begin, length = _sequence(cu_seqlens, tl.program_id(0))
-    width, i = n_heads * WIDTH, block * BLOCK + tl.arange(0, BLOCK)
-    place, row = begin * width + head * WIDTH, head * n_tokens + begin + i
-    qkv += begin * 3 * width + head * WIDTH
-    q = _load(qkv, i, length, 3 * width, WIDTH)
-    heads, d_heads = (
-        _load(out + place, i, length, width, WIDTH),
-        _load(d_out + place, i, length, width, WIDTH),
-    )
-    d_total = tl.sum(heads.to(tl.float32) * d_heads.to(tl.float32), 1)
-    tl.store(delta + row, d_total, mask=i < length)
+    d_model = n_heads * WIDTH
+    i = block * BLOCK + tl.arange(0, BLOCK)
+    offset = begin * d_model + head * WIDTH
+    row = head * n_tokens + begin + i
+    qkv += begin * 3 * d_model + head * WIDTH
+    d_qkv += begin * 3 * d_model + head * WIDTH
+
+    q = _load(qkv, i, length, 3 * d_model, WIDTH)
+    o = _load(out + offset, i, length, d_model, WIDTH)
+    d_o = _load(d_out + offset, i, length, d_model, WIDTH)
     lse_i = tl.load(lse + row, mask=i < length, other=0.0)
+    delta_i = tl.sum(o.to(tl.float32) * d_o.to(tl.float32), 1)
+    tl.store(delta + row, delta_i, mask=i < length)
+
     d_q = tl.zeros((BLOCK, WIDTH), tl.float32)
     first, last = _span(block, length, window, BLOCK, STEP)
     for start in range(first, last, STEP):
         j = start + tl.arange(0, STEP)
-        k = _load(qkv + width, j, length, 3 * width, WIDTH)
-        v = _load(qkv + 2 * width, j, length, 3 * width, WIDTH)
+        k = _load(qkv + d_model, j, length, 3 * d_model, WIDTH)
+        v = _load(qkv + 2 * d_model, j, length, 3 * d_model, WIDTH)
         p = tl.exp2(_scores(q, k, i, j, length, window, WIDTH) - lse_i[:, None])
-        d_p = tl.dot(d_heads, tl.trans(v), input_precision="ieee")
-        d_q = tl.dot((p * (d_p - d_total[:, None])).to(k.dtype), k, d_q, input_precision="ieee")
-    d_qkv += begin * 3 * width + head * WIDTH
-    _store(d_qkv, i, length, 3 * width, d_q / tl.sqrt(1.0 * WIDTH), WIDTH)
+        d_p = tl.dot(d_o, tl.trans(v), input_precision="ieee")
+        d_scores = p * (d_p - delta_i[:, None])
+        d_q = tl.dot(d_scores.to(k.dtype), k, d_q, input_precision="ieee")
+    _store(d_qkv, i, length, 3 * d_model, d_q / tl.sqrt(1.0 * WIDTH), WIDTH)
 
 
 @jit
@@ -346,25 +428,33 @@ def _flash_d_kv(
     qkv, cu_seqlens, out, lse, d_out, delta, d_qkv, n_tokens, n_heads, window,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    head, block = tl.program_id(1), tl.program_id(2)
+    head = tl.program_id(1)
+    block = tl.program_id(2)
     begin, length = _sequence(cu_seqlens, tl.program_id(0))
-    width, j = n_heads * WIDTH, block * BLOCK + tl.arange(0, BLOCK)
-    qkv += begin * 3 * width + head * WIDTH
-    d_out, lse = d_out + begin * width + head * WIDTH, lse + head * n_tokens + begin
+    d_model = n_heads * WIDTH
+    j = block * BLOCK + tl.arange(0, BLOCK)
+    qkv += begin * 3 * d_model + head * WIDTH
+    d_qkv += begin * 3 * d_model + head * WIDTH
+    d_out += begin * d_model + head * WIDTH
+    lse += head * n_tokens + begin
     delta += head * n_tokens + begin
-    k = _load(qkv + width, j, length, 3 * width, WIDTH)
-    v = _load(qkv + 2 * width, j, length, 3 * width, WIDTH)
-    d_k, d_v = tl.zeros((BLOCK, WIDTH), tl.float32), tl.zeros((BLOCK, WIDTH), tl.float32)
+
+    k = _load(qkv + d_model, j, length, 3 * d_model, WIDTH)
+    v = _load(qkv + 2 * d_model, j, length, 3 * d_model, WIDTH)
+    d_k = tl.zeros((BLOCK, WIDTH), tl.float32)
+    d_v = tl.zeros((BLOCK, WIDTH), tl.float32)
     first, last = _span(block, length, window, BLOCK, STEP)
     for start in range(first, last, STEP):
         i = start + tl.arange(0, STEP)
-        q, d_heads = _load(qkv, i, length, 3 * width, WIDTH), _load(d_out, i, length, width, WIDTH)
+        q = _load(qkv, i, length, 3 * d_model, WIDTH)
+        d_o = _load(d_out, i, length, d_model, WIDTH)
         lse_i = tl.load(lse + i, mask=i < length, other=0.0)
-        d_total = tl.load(delta + i, mask=i < length, other=0.0)
-        p = tl.exp2(_scores(k, q, j, i, length, window, WIDTH) - lse_i[None, :])  # (keys, queries)
-        d_v = tl.dot(p.to(v.dtype), d_heads, d_v, input_precision="ieee")
-        d_p = tl.dot(v, tl.trans(d_heads), input_precision="ieee")
-        d_k = tl.dot((p * (d_p - d_total[None, :])).to(q.dtype), q, d_k, input_precision="ieee")
-    d_qkv += begin * 3 * width + head * WIDTH
-    _store(d_qkv + width, j, length, 3 * width, d_k / tl.sqrt(1.0 * WIDTH), WIDTH)
-    _store(d_qkv + 2 * width, j, length, 3 * width, d_v, WIDTH)
+        delta_i = tl.load(delta + i, mask=i < length, other=0.0)
+        # all of these are transposed, (keys, queries)
+        p = tl.exp2(_scores(k, q, j, i, length, window, WIDTH) - lse_i[None, :])
+        d_v = tl.dot(p.to(v.dtype), d_o, d_v, input_precision="ieee")
+        d_p = tl.dot(v, tl.trans(d_o), input_precision="ieee")
+        d_scores = p * (d_p - delta_i[None, :])
+        d_k = tl.dot(d_scores.to(q.dtype), q, d_k, input_precision="ieee")
+    _store(d_qkv + d_model, j, length, 3 * d_model, d_k / tl.sqrt(1.0 * WIDTH), WIDTH)
+    _store(d_qkv + 2 * d_model, j, length, 3 * d_model, d_v, WIDTH)

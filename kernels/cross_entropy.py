@@ -1,158 +1,170 @@
-"""The vocabulary head: a matrix multiplication and the cross-entropy of its logits, fused."""
+"""The vocabulary head: a matrix multiplication and the cross-entropy of its logits, fused.
 
-from __future__ import annotations  # without Triton, `tl.constexpr` is no more than a text
+`reference` is the formula and `linear_cross_entropy` the function to call. It computes the loss and
+all gradients in one pass, chunk by chunk, so that the logits of all rows never exist together.
+
+Axes: N rows (masked tokens), V words of the vocabulary.
+"""
+
+from __future__ import annotations  # without Triton, `tl.constexpr` must not be evaluated
 
 import torch
 from torch import Tensor
 
 from kernels.dispatch import jit, tl, use_triton
 
+# ruff: noqa: E741 (m and l are the names of the online softmax in the papers)
+
+# Logits that exist at a time: enough rows for a fast matrix multiplication and, on a GPU, enough
+# work in a chunk to outlast the launches of its kernels.
+CHUNK_LOGITS = 2**23
+GPU_CHUNK_LOGITS = 2**26
+# Logits that go through the softmax at a time on a CPU, so that they stay in its caches.
 BLOCK_LOGITS = 2**18
-# Logits that exist at a time in the vocabulary head: enough rows for fast products, and on a GPU enough for
-# the work of a chunk to outlast its launches.
-CHUNK_LOGITS, GPU_CHUNK_LOGITS = 2**23, 2**26
-ROW_BLOCK = 1024  # what of a row a program of Triton's has at a time
-BAG_BLOCK = 64  # targets of a row that it has at a time
+# Logits of a row that a Triton program reads at a time.
+ROW_BLOCK = 1024
 
 
-def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    ids: Tensor,
-    bag_weights: Tensor | None = None,
-    cu_bags: Tensor | None = None,
-) -> Tensor:
-    """Sum over rows of the cross-entropy between softmax(hidden weight^T + bias) and a bag of words.
+def reference(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+    """-log softmax(hidden weight^T + bias) at the targets, summed in float64."""
+    logits = hidden @ weight.T + bias  # (N, V)
+    log_p = logits.log_softmax(dim=-1)
+    return -log_p.gather(1, targets[:, None]).sum(dtype=torch.float64)
 
-    hidden: (N, d_model), weight: (V, d_model), bias: (V,). Without bags, ids: (N,) is one target a row. With
-    bags, row i has the targets ids[cu_bags[i] : cu_bags[i + 1]] with `bag_weights` that sum to 1 over the
-    row. With z = hidden E^T + b the loss of a row is logsumexp(z) - sum_i w_i z_i, which for a bag of one is
-    the loss of a masked token. Returns a float32 scalar.
 
-    The loss and all three gradients come from one pass over chunks of rows, so that no more than a chunk of
-    logits ever exists; d_weight and d_bias are summed up in float32.
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+    """Sum over the rows of the cross-entropy of softmax(hidden weight^T + bias) with the targets.
+
+    Under autocast the matrix multiplications run in its dtype; the loss and the sums that are the
+    gradients of weight and bias are float32 or better.
+
+    Args:
+        hidden: (N, d_model).
+        weight: (V, d_model).
+        bias: (V,).
+        targets: (N,) int64, the index of the right word of each row.
+
+    Returns:
+        A scalar in float32, for float64 inputs in float64.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, bias, ids, bag_weights, cu_bags, torch.is_grad_enabled())
+    # inside an autograd.Function gradients are always disabled
+    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, torch.is_grad_enabled())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, ids, bag_weights, cu_bags, wants_gradient) -> Tensor:
-        n_rows, vocab_size = len(hidden), len(weight)
-        device, exact = hidden.device, torch.promote_types(hidden.dtype, torch.float32)
-        dtype = (
-            torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden.dtype
-        )
-        rows, weight_low, bias_exact = hidden.to(dtype), weight.to(dtype), bias.to(exact)
-        if cu_bags is None:
-            cu_bags = torch.arange(n_rows + 1, device=device)
-        if bag_weights is None:
-            bag_weights = torch.ones(len(ids), device=device)
-        bag_weights = bag_weights.to(exact)
-        rows_of_chunk = max(1, (GPU_CHUNK_LOGITS if hidden.is_cuda else CHUNK_LOGITS) // vocab_size)
-        softmax = bag_softmax if use_triton(hidden) else _bag_softmax_by_blocks
+    def forward(ctx, hidden, weight, bias, targets, needs_gradient) -> Tensor:
+        device = hidden.device.type
+        is_autocast = torch.is_autocast_enabled(device)
+        low = torch.get_autocast_dtype(device) if is_autocast else hidden.dtype
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        hidden_low = hidden.to(low)
+        weight_low = weight.to(low)
+        bias_exact = bias.to(exact)
 
-        buffer = rows.new_empty(min(n_rows, rows_of_chunk), vocab_size)  # one chunk of logits after the other
-        loss, d_bias = torch.zeros((), dtype=exact, device=device), None
-        if wants_gradient:
-            d_hidden = torch.empty(hidden.shape, dtype=exact, device=device)
-            d_weight = torch.zeros(weight.shape, dtype=exact, device=device)
-            d_bias = torch.zeros(bias.shape, dtype=exact, device=device)
-        for first in range(0, n_rows, rows_of_chunk):
-            chunk = rows[first : first + rows_of_chunk]
+        chunk_logits = GPU_CHUNK_LOGITS if hidden.is_cuda else CHUNK_LOGITS
+        n_chunk = max(1, chunk_logits // len(weight))
+        buffer = hidden_low.new_empty(min(len(hidden), n_chunk), len(weight))  # of every chunk
+        softmax = _softmax_by_rows if use_triton(hidden) else _softmax_by_blocks
+
+        loss = bias_exact.new_zeros(())
+        d_bias = None
+        if needs_gradient:
+            d_hidden = torch.empty_like(hidden, dtype=exact)
+            d_weight = torch.zeros_like(weight, dtype=exact)
+            d_bias = torch.zeros_like(bias, dtype=exact)
+
+        for first in range(0, len(hidden), n_chunk):
+            rows = slice(first, first + n_chunk)
+            chunk = hidden_low[rows]
             logits = torch.mm(chunk, weight_low.T, out=buffer[: len(chunk)])
-            bags = cu_bags[first : first + len(chunk) + 1]
-            loss += softmax(logits, bias_exact, ids, bag_weights, bags, d_bias)
-            if wants_gradient:
-                d_hidden[first : first + len(chunk)] = logits @ weight_low
+            loss += softmax(logits, bias_exact, targets[rows], d_bias)
+            if needs_gradient:  # the logits have become their gradient
+                d_hidden[rows] = logits @ weight_low
                 d_weight += logits.T @ chunk
-        if wants_gradient:
+
+        if needs_gradient:
             ctx.save_for_backward(d_hidden, d_weight, d_bias)
-            ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype
+            ctx.dtypes = (hidden.dtype, weight.dtype, bias.dtype)
         return loss
 
     @staticmethod
     def backward(ctx, d_loss: Tensor):
-        gradients = [(g * d_loss).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
-        return *gradients, None, None, None, None
+        gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return *((gradient * d_loss).to(dtype) for gradient, dtype in gradients), None, None
 
 
-def _bag_softmax_by_blocks(
-    logits: Tensor, bias: Tensor, ids: Tensor, bag_weights: Tensor, cu_bags: Tensor, d_bias: Tensor | None
+# ------------------------------------------------------------------------------------------- CPU
+
+
+def _softmax_by_blocks(
+    logits: Tensor, bias: Tensor, targets: Tensor, d_bias: Tensor | None
 ) -> Tensor:
-    """The loss of a chunk's logits, (rows, V) without their bias; cu_bags (rows + 1,) points into ids. Where
-    there is a d_bias, the logits turn into their gradient in place, and it is added to d_bias."""
-    row = torch.repeat_interleave(torch.arange(len(logits), device=logits.device), cu_bags.diff())
-    bounds, rows_of_block = cu_bags.tolist(), max(1, BLOCK_LOGITS // logits.shape[1])
+    """The summed loss of a chunk of logits, which do not include their bias yet.
+
+    If d_bias is given, the logits are overwritten by their gradient, softmax - 1 at the target, and
+    its sum over the rows is added to d_bias.
+    """
+    n_block = max(1, BLOCK_LOGITS // logits.shape[1])
     loss = bias.new_zeros(())
-    for i, block in zip(range(0, len(logits), rows_of_block), logits.split(rows_of_block), strict=True):
-        first, last = bounds[i], bounds[i + len(block)]
-        place = (row[first - bounds[0] : last - bounds[0]] - i, ids[first:last])
-        weights = bag_weights[first:last]
-        z = block + bias
-        p = torch.softmax(z, dim=-1)  # fused: exp, sum and division take twice as long
-        logsumexp = z.amax(dim=-1) - p.amax(dim=-1).log()  # the largest p is 1 / sum(exp(z - largest z))
-        loss += logsumexp.sum() - (z[place] * weights).sum()
+    for block, target in zip(logits.split(n_block), targets.split(n_block), strict=True):
+        row = torch.arange(len(block), device=block.device)
+        log_p = torch.log_softmax(block + bias, dim=-1)
+        loss -= log_p[row, target].sum()
         if d_bias is not None:
-            d_logits = p.index_put_(place, -weights, accumulate=True)
-            d_bias += d_logits.sum(0)
+            d_logits = log_p.exp_()
+            d_logits[row, target] -= 1
+            d_bias += d_logits.sum(dim=0)
             block.copy_(d_logits)
     return loss
 
 
-def bag_softmax(
-    logits: Tensor, bias: Tensor, ids: Tensor, bag_weights: Tensor, cu_bags: Tensor, d_bias: Tensor | None
+# -------------------------------------------------------------------------------------------- GPU
+
+
+def _softmax_by_rows(
+    logits: Tensor, bias: Tensor, targets: Tensor, d_bias: Tensor | None
 ) -> Tensor:
-    """The same by one Triton program a row."""
-    losses, d_targets = (logits.new_empty(len(x), dtype=torch.float32) for x in (logits, ids))
-    given = (logits, bias, ids, bag_weights, cu_bags, losses, d_targets, logits.shape[1])
-    options = {"WANTS_GRADIENT": d_bias is not None, "BLOCK": ROW_BLOCK, "BAG": BAG_BLOCK}
-    _bag_softmax[(len(logits),)](*given, **options)
+    """The same as `_softmax_by_blocks`, with one Triton program for each row."""
+    n_rows, vocab_size = logits.shape
+    losses = logits.new_empty(n_rows, dtype=torch.float32)
+    options = {"NEEDS_GRADIENT": d_bias is not None, "BLOCK": ROW_BLOCK}
+    _softmax_cross_entropy[(n_rows,)](logits, bias, targets, losses, vocab_size, **options)
     if d_bias is not None:
-        d_bias += logits.sum(0, dtype=torch.float32)
+        d_bias += logits.sum(dim=0, dtype=torch.float32)
     return losses.sum()
 
 
 @jit
-def _bag_softmax(
-    logits, bias, ids, bag_weights, cu_bags, losses, d_targets, vocab_size,
-    WANTS_GRADIENT: tl.constexpr, BLOCK: tl.constexpr, BAG: tl.constexpr,
-):  # fmt: skip
+def _softmax_cross_entropy(
+    logits, bias, targets, losses, vocab_size, NEEDS_GRADIENT: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0)
     logits += row.to(tl.int64) * vocab_size
-    begin, end = tl.load(cu_bags + row), tl.load(cu_bags + row + 1)
-    largest, total, at_targets = -1e30, 0.0, 0.0
+    target = tl.load(targets + row)
+    z_target = tl.load(logits + target).to(tl.float32) + tl.load(bias + target)
+
+    m = -1e30  # running maximum of the logits
+    l = 0.0  # running sum of exp(z - m)
     for start in range(0, vocab_size, BLOCK):
         word = start + tl.arange(0, BLOCK)
-        z = tl.load(logits + word, mask=word < vocab_size, other=float("-inf")).to(tl.float32)
-        z += tl.load(bias + word, mask=word < vocab_size, other=0.0)
-        higher = tl.maximum(largest, tl.max(z, 0))
-        total, largest = total * tl.exp(largest - higher) + tl.sum(tl.exp(z - higher), 0), higher
-    lse = largest + tl.log(total)
-    for start in range(begin, end, BAG):
-        i = start + tl.arange(0, BAG)
-        word = tl.load(ids + i, mask=i < end, other=0)
-        z = (tl.load(logits + word) + tl.load(bias + word)).to(tl.float32)
-        at_targets += tl.sum(z * tl.load(bag_weights + i, mask=i < end, other=0.0), 0)
-        if WANTS_GRADIENT:
-            share = tl.zeros((BAG,), tl.float32)  # of the word in its bag, where it may stand often
-            for other in range(begin, end, BAG):
-                j = other + tl.arange(0, BAG)
-                is_same = word[:, None] == tl.load(ids + j, mask=j < end, other=-1)[None, :]
-                weight = tl.load(bag_weights + j, mask=j < end, other=0.0)
-                share += tl.sum(tl.where(is_same, weight[None, :], 0.0), 1)
-            tl.store(d_targets + i, tl.exp(z - lse) - share, mask=i < end)
-    tl.store(losses + row, lse - at_targets)
-    if WANTS_GRADIENT:
-        tl.debug_barrier()  # all targets are read before the first logit is overwritten
+        is_word = word < vocab_size
+        z = tl.load(logits + word, mask=is_word, other=float("-inf")).to(tl.float32)
+        z += tl.load(bias + word, mask=is_word, other=0.0)
+        m_new = tl.maximum(m, tl.max(z, 0))
+        alpha = tl.exp(m - m_new)
+        l = l * alpha + tl.sum(tl.exp(z - m_new), 0)
+        m = m_new
+    lse = m + tl.log(l)
+    tl.store(losses + row, lse - z_target)
+
+    if NEEDS_GRADIENT:
+        tl.debug_barrier()  # all threads have read the target's logit before one overwrites it
         for start in range(0, vocab_size, BLOCK):
             word = start + tl.arange(0, BLOCK)
-            z = tl.load(logits + word, mask=word < vocab_size, other=0.0).to(tl.float32)
-            p = tl.exp(z + tl.load(bias + word, mask=word < vocab_size, other=0.0) - lse)
-            tl.store(logits + word, p.to(logits.dtype.element_ty), mask=word < vocab_size)
-        tl.debug_barrier()
-        for start in range(begin, end, BAG):  # a word that stands often is written often, each time alike
-            i = start + tl.arange(0, BAG)
-            word, d = tl.load(ids + i, mask=i < end, other=0), tl.load(d_targets + i, mask=i < end)
-            tl.store(logits + word, d.to(logits.dtype.element_ty), mask=i < end)
+            is_word = word < vocab_size
+            z = tl.load(logits + word, mask=is_word, other=0.0).to(tl.float32)
+            z += tl.load(bias + word, mask=is_word, other=0.0)
+            p = tl.exp(z - lse)
+            d = tl.where(word == target, p - 1, p)
+            tl.store(logits + word, d.to(logits.dtype.element_ty), mask=is_word)

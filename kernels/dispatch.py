@@ -1,4 +1,4 @@
-"""Which implementation of a kernel runs: Triton's on a GPU, plain torch everywhere else."""
+"""Which implementation of an operation runs: Triton on a GPU, plain torch everywhere else."""
 
 from __future__ import annotations
 
@@ -14,25 +14,31 @@ except ImportError:  # macOS, Windows, and the CPU build of torch
     triton = None
     tl = None
 
-# "torch" or "triton" forces the one or the other; on a CPU "triton" wants TRITON_INTERPRET=1 at the import.
+# "torch" or "triton" overrides the rule of `use_triton`, for tests and comparisons.
 FORCED = os.environ.get("CLOZE_KERNELS")
 
 
 def check_kernel_choice(device: torch.device) -> None:
-    """Raises ValueError where CLOZE_KERNELS asks for what this machine cannot do on that device."""
+    """Check that this machine can do on the device what CLOZE_KERNELS asks for.
+
+    Raises:
+        ValueError: it cannot.
+    """
     if FORCED not in (None, "torch", "triton"):
         raise ValueError(f"CLOZE_KERNELS={FORCED}: it must be torch or triton")
     if FORCED == "triton" and triton is None:
-        raise ValueError("CLOZE_KERNELS=triton: Triton is not installed; on Linux, pip install triton")
-    if FORCED == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError("CLOZE_KERNELS=triton: on a CPU this takes the interpreter, TRITON_INTERPRET=1")
+        raise ValueError("CLOZE_KERNELS=triton: Triton is not installed; pip install triton")
+    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if FORCED == "triton" and device.type == "cpu" and not is_interpreted:
+        raise ValueError("CLOZE_KERNELS=triton: on a CPU this needs TRITON_INTERPRET=1")
 
 
 def use_triton(x: Tensor) -> bool:
-    """The one rule of dispatch: Triton's kernels for a GPU's tensors, torch code for all others."""
-    chosen = FORCED == "triton" or (FORCED is None and triton is not None and x.is_cuda)
-    return chosen and x.dtype != torch.float64
+    """Whether an operation on x runs as a Triton kernel; these have no float64."""
+    is_chosen = FORCED == "triton" or (FORCED is None and triton is not None and x.is_cuda)
+    return is_chosen and x.dtype != torch.float64
 
 
 def jit(kernel):
+    """triton.jit where Triton is installed; elsewhere the kernel is never called."""
     return triton.jit(kernel) if triton else kernel

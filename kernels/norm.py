@@ -1,6 +1,9 @@
-"""A residual addition and the LayerNorm of the sum, fused."""
+"""A residual addition and the LayerNorm of the sum, fused.
 
-from __future__ import annotations  # without Triton, `tl.constexpr` is no more than a text
+`reference` is the formula and `add_norm` the function to call. Axes: T tokens, d_model features.
+"""
+
+from __future__ import annotations  # without Triton, `tl.constexpr` must not be evaluated
 
 import torch
 import torch.nn.functional as F
@@ -8,95 +11,118 @@ from torch import Tensor
 
 from kernels.dispatch import jit, tl, triton, use_triton
 
-NORM_STRIPS = 512  # programs that the rows of a norm's backward pass are dealt to, each a partial d_weight
+# Programs of the backward pass, each of which sums the gradient of the weight over its own rows.
+NORM_STRIPS = 512
+
+
+def reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """residual + x, and (sum - mean) / sqrt(variance + eps) * weight over the features."""
+    total = residual + x
+    centred = total - total.mean(dim=-1, keepdim=True)
+    variance = centred.square().mean(dim=-1, keepdim=True)
+    return total, centred / (variance + eps).sqrt() * weight
 
 
 def add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(residual + x, LayerNorm(residual + x) * weight), both (T, d_model) (Ba et al. 2016, arXiv
-    1607.06450)."""
+    """residual + x, and its LayerNorm without a bias (Ba et al. 2016, arXiv 1607.06450).
+
+    Args:
+        x: (T, d_model).
+        residual: (T, d_model).
+        weight: (d_model,).
+        eps: is added to the variance.
+
+    Returns:
+        The sum and its norm, (T, d_model) each.
+    """
     if use_triton(x):
         return _AddNorm.apply(x, residual, weight, eps)
     total = residual + x
     return total, F.layer_norm(total, weight.shape, weight, None, eps)
 
 
+# -------------------------------------------------------------------------------------------- GPU
+
+
 class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, eps) -> tuple[Tensor, Tensor]:
-        total, normed, mean, inverse_std = add_norm_forward(
-            x.contiguous(), residual.contiguous(), weight, eps
-        )
-        ctx.save_for_backward(total, weight, mean, inverse_std)
-        ctx.dtypes = x.dtype, residual.dtype
+        n_rows, width = x.shape
+        inputs = (x.contiguous(), residual.contiguous(), weight)
+        total = torch.empty_like(inputs[0], dtype=torch.promote_types(x.dtype, residual.dtype))
+        normed = torch.empty_like(total, dtype=torch.promote_types(total.dtype, weight.dtype))
+        mean = x.new_empty(n_rows, dtype=torch.float32)
+        rstd = torch.empty_like(mean)  # 1 / sqrt(variance + eps)
+        block = triton.next_power_of_2(width)
+        _add_norm[(n_rows,)](*inputs, total, normed, mean, rstd, width, eps, BLOCK=block)
+        ctx.save_for_backward(total, weight, mean, rstd)
+        ctx.dtypes = (x.dtype, residual.dtype)
         return total, normed
 
     @staticmethod
-    def backward(ctx, d_total: Tensor, d_normed: Tensor):
-        given = (d_total.contiguous(), d_normed.contiguous(), *ctx.saved_tensors)
-        d_sum, d_weight = add_norm_backward(*given)
-        return d_sum.to(ctx.dtypes[0]), d_sum.to(ctx.dtypes[1]), d_weight, None
+    def backward(ctx, d_total: Tensor, d_normed: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        total, weight, mean, rstd = ctx.saved_tensors
+        n_rows, width = total.shape
+        strip_rows = max(1, n_rows // NORM_STRIPS)
+        n_strips = -(-n_rows // strip_rows)
+        d_sum = torch.empty_like(total)
+        d_weights = total.new_empty(n_strips, width, dtype=torch.float32)
+        inputs = (d_total.contiguous(), d_normed.contiguous(), total, weight, mean, rstd)
+        sizes = (n_rows, strip_rows, width)
+        block = triton.next_power_of_2(width)
+        _add_norm_backward[(n_strips,)](*inputs, d_sum, d_weights, *sizes, BLOCK=block)
 
-
-def add_norm_forward(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(total, normed, mean (T,), 1 / deviation (T,))."""
-    n_rows, width = x.shape
-    total = torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
-    normed = torch.empty_like(x, dtype=torch.promote_types(total.dtype, weight.dtype))
-    mean, inverse_std = (x.new_empty(n_rows, dtype=torch.float32) for _ in range(2))
-    given = (x, residual, weight, total, normed, mean, inverse_std, width, eps)
-    _add_norm[(n_rows,)](*given, BLOCK=triton.next_power_of_2(width))
-    return total, normed, mean, inverse_std
-
-
-def add_norm_backward(
-    d_total: Tensor, d_normed: Tensor, total: Tensor, weight: Tensor, mean: Tensor, inverse_std: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(gradient of residual + x, gradient of the weight)."""
-    n_rows, width = total.shape
-    rows_of_strip = max(1, n_rows // NORM_STRIPS)
-    strips = torch.empty(-(-n_rows // rows_of_strip), width, dtype=torch.float32, device=total.device)
-    d_sum = torch.empty_like(total)
-    given = (d_total, d_normed, total, weight, mean, inverse_std, d_sum, strips, n_rows, rows_of_strip, width)
-    _add_norm_backward[(len(strips),)](*given, BLOCK=triton.next_power_of_2(width))
-    return d_sum, strips.sum(0).to(weight.dtype)
+        x_dtype, residual_dtype = ctx.dtypes
+        d_weight = d_weights.sum(dim=0).to(weight.dtype)
+        return d_sum.to(x_dtype), d_sum.to(residual_dtype), d_weight, None
 
 
 @jit
-def _add_norm(x, residual, weight, total, normed, mean, inverse_std, width, eps, BLOCK: tl.constexpr):
-    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    place, inside = row * width + column, column < width
-    stream = tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
-    stream = (stream + tl.load(x + place, mask=inside, other=0.0)).to(total.dtype.element_ty)
-    tl.store(total + place, stream, mask=inside)
-    stream = stream.to(tl.float32)
-    mu = tl.sum(stream, 0) / width
-    centred = tl.where(inside, stream - mu, 0.0)
-    rstd = 1 / tl.sqrt((tl.sum(centred * centred, 0) / width + eps).to(tl.float32))
-    scaled = centred * rstd * tl.load(weight + column, mask=inside, other=0.0)
-    tl.store(normed + place, scaled.to(normed.dtype.element_ty), mask=inside)
+def _add_norm(x, residual, weight, total, normed, mean, rstd, width, eps, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    is_column = column < width
+    offset = row * width + column
+
+    s = tl.load(residual + offset, mask=is_column, other=0.0).to(tl.float32)
+    s += tl.load(x + offset, mask=is_column, other=0.0).to(tl.float32)
+    s = s.to(total.dtype.element_ty)
+    tl.store(total + offset, s, mask=is_column)
+
+    s = s.to(tl.float32)  # the norm is that of the rounded sum, as in torch
+    mu = tl.sum(s, 0) / width
+    centred = tl.where(is_column, s - mu, 0.0)
+    variance = tl.sum(centred * centred, 0) / width
+    inverse = 1 / tl.sqrt((variance + eps).to(tl.float32))  # torch.compile passes eps in float64
+    y = centred * inverse * tl.load(weight + column, mask=is_column, other=0.0)
+    tl.store(normed + offset, y.to(normed.dtype.element_ty), mask=is_column)
     tl.store(mean + row, mu)
-    tl.store(inverse_std + row, rstd)
+    tl.store(rstd + row, inverse)
 
 
 @jit
 def _add_norm_backward(
-    d_total, d_normed, total, weight, mean, inverse_std, d_sum, strips, n_rows, rows_of_strip, width,
+    d_total, d_normed, total, weight, mean, rstd, d_sum, d_weights, n_rows, strip_rows, width,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    strip, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    inside = column < width
-    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    strip = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    is_column = column < width
+    w = tl.load(weight + column, mask=is_column, other=0.0).to(tl.float32)
     d_weight = tl.zeros((BLOCK,), tl.float32)
-    for row in range(strip * rows_of_strip, tl.minimum(n_rows, (strip + 1) * rows_of_strip)):
-        place, rstd = row * width + column, tl.load(inverse_std + row)
-        stream = tl.load(total + place, mask=inside, other=0.0).to(tl.float32)
-        x_hat = tl.where(inside, stream - tl.load(mean + row), 0.0) * rstd
-        d_y = tl.load(d_normed + place, mask=inside, other=0.0).to(tl.float32)
+    for row in range(strip * strip_rows, tl.minimum(n_rows, (strip + 1) * strip_rows)):
+        offset = row * width + column
+        inverse = tl.load(rstd + row)
+        s = tl.load(total + offset, mask=is_column, other=0.0).to(tl.float32)
+        x_hat = tl.where(is_column, s - tl.load(mean + row), 0.0) * inverse
+        d_y = tl.load(d_normed + offset, mask=is_column, other=0.0).to(tl.float32)
         d_weight += d_y * x_hat
-        d_hat = d_y * w
-        along, constant = tl.sum(d_hat * x_hat, 0) / width, tl.sum(d_hat, 0) / width
-        d = tl.load(d_total + place, mask=inside, other=0.0) + rstd * (d_hat - constant - x_hat * along)
-        tl.store(d_sum + place, d.to(d_sum.dtype.element_ty), mask=inside)
-    tl.store(strips + strip * width + column, d_weight, mask=inside)
+
+        # the gradient of the norm has no part along x_hat and none along a constant
+        d_x_hat = d_y * w
+        along_x_hat = x_hat * tl.sum(d_x_hat * x_hat, 0) / width
+        along_constant = tl.sum(d_x_hat, 0) / width
+        d = inverse * (d_x_hat - along_constant - along_x_hat)
+        d += tl.load(d_total + offset, mask=is_column, other=0.0)
+        tl.store(d_sum + offset, d.to(d_sum.dtype.element_ty), mask=is_column)
+    tl.store(d_weights + strip * width + column, d_weight, mask=is_column)

@@ -6,7 +6,9 @@ import tempfile
 from pathlib import Path
 
 # before any module of the program is imported: it reads the variables once
-USERS_CACHE = os.environ.get("CLOZE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "cloze"
+USERS_CACHE = (
+    os.environ.get("CLOZE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "cloze"
+)
 os.environ["CLOZE_CACHE"] = tempfile.mkdtemp(prefix="cloze-tests-")
 
 import numpy as np  # noqa: E402
@@ -17,12 +19,13 @@ if not torch.cuda.is_available():  # with a GPU everything runs there, the kerne
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-import finetune  # noqa: E402
 import train  # noqa: E402
 from files import disk, reviews  # noqa: E402
 
 WORDS = [
-    a + b for a in ("ba", "do", "ki", "lu", "me", "no", "ra", "si") for b in ("l", "m", "n", "r", "st", "t")
+    a + b
+    for a in ("ba", "do", "ki", "lu", "me", "no", "ra", "si")
+    for b in ("l", "m", "n", "r", "st", "t")
 ]
 
 
@@ -44,10 +47,21 @@ def sentences(n: int, seed: int, topic: int | None = None) -> list[str]:
     if topic is not None:
         weights[topic * 8 : topic * 8 + 8] = 6
     weights /= weights.sum()
-    return [" ".join(rng.choice(WORDS, size=rng.integers(4, 20), p=weights)) + "." for _ in range(n)]
+    return [
+        " ".join(rng.choice(WORDS, size=rng.integers(4, 20), p=weights)) + "." for _ in range(n)
+    ]
 
 
-SMALL = ["--max-len", "32", "--micro-batch-tokens", "512", "--validate-every", "10", "--log-every", "1"]
+SMALL = [
+    "--max-len",
+    "32",
+    "--micro-batch-tokens",
+    "512",
+    "--validate-every",
+    "10",
+    "--log-every",
+    "1",
+]
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +76,17 @@ def pretrained(tmp_path_factory, corpus_file) -> Path:
     """The folder of a run of 20 steps, in float32."""
     out = tmp_path_factory.mktemp("pretrained")
     train.main(
-        ["--corpus", str(corpus_file), "--out", str(out), "--steps", "20", "--dtype", "float32", *SMALL]
+        [
+            "--corpus",
+            str(corpus_file),
+            "--out",
+            str(out),
+            "--steps",
+            "20",
+            "--dtype",
+            "float32",
+            *SMALL,
+        ]
     )
     return out
 
@@ -90,6 +114,9 @@ def topics(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finetuned(topics, pretrained, tmp_path_factory):
+    """(folder, metrics) of a classifier of the topics."""
+    import finetune
+
     out = tmp_path_factory.mktemp("finetuned")
     train, test = map(str, topics)
     metrics = finetune.main(

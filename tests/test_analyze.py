@@ -1,7 +1,6 @@
-"""The experiment: intervals and sentences on made-up results, and the whole command on a small set."""
+"""The experiment: statistics of made-up results, and the whole command on a small dataset."""
 
 import csv
-import json
 import re
 import shutil
 
@@ -14,128 +13,127 @@ from sklearn.metrics import f1_score
 
 import analyze
 import finetune
-from analysis import costs, statistics
+from analysis import costs, experiment, plots, statistics
 from analysis.statistics import Score
 from files.disk import UserError
 from model import Classifier, Config
 
-# --------------------------------------------------------------------------------------- intervals, sentences
+# ------------------------------------------------------------------------------------- statistics
 
 
-def made_up(accuracy: float, n_draws: int = 5, n: int = 1000, spread: float = 0.0, seed: int = 0) -> Score:
-    """A row that is right with this probability, in draws that differ by `spread`."""
+def random_score(
+    accuracy: float, n_draws: int = 5, n: int = 1000, spread: float = 0.0, seed: int = 0
+) -> Score:
+    """The score of a method that is right with this probability, which varies between draws."""
     rng = np.random.default_rng(seed)
-    means = accuracy + spread * rng.standard_normal((n_draws, 1))
-    return statistics.mean_score((rng.random((n_draws, n)) < means).astype(float), statistics.resamples(n))
+    probabilities = accuracy + spread * rng.standard_normal((n_draws, 1))
+    correct = (rng.random((n_draws, n)) < probabilities).astype(float)
+    return statistics.mean_score(correct, statistics.bootstrap_counts(n))
 
 
-def test_an_interval_of_one_draw_is_that_of_its_examples():
-    score = made_up(0.7, n_draws=1, n=2000)
-    found, width = score.estimate(), 1.96 * np.sqrt(0.7 * 0.3 / 2000)
-    assert found.mean == score.by_draw[0]
-    assert found.low == pytest.approx(found.mean - width, abs=0.003)
-    assert found.high == pytest.approx(found.mean + width, abs=0.003)
+def test_interval_of_one_draw_is_the_binomial_interval_of_the_examples():
+    score = random_score(0.7, n_draws=1, n=2000)
+    estimate = score.estimate()
+    width = 1.96 * np.sqrt(0.7 * 0.3 / 2000)
+    assert estimate.mean == score.by_draw[0]
+    assert estimate.low == pytest.approx(estimate.mean - width, abs=0.003)
+    assert estimate.high == pytest.approx(estimate.mean + width, abs=0.003)
 
 
-def test_where_draws_differ_much_the_interval_is_student_s():
-    score = made_up(0.6, n_draws=5, n=4000, spread=0.08, seed=3)
-    found, by_draw = score.estimate(), score.by_draw
-    width = stats.t.ppf(0.975, 4) * by_draw.std(ddof=1) / np.sqrt(5)
-    assert (found.high - found.low) / 2 == pytest.approx(width, rel=0.15)
+def test_interval_of_draws_that_differ_much_is_student_s():
+    score = random_score(0.6, n_draws=5, n=4000, spread=0.08, seed=3)
+    estimate = score.estimate()
+    width = stats.t.ppf(0.975, 4) * score.by_draw.std(ddof=1) / np.sqrt(5)
+    assert (estimate.high - estimate.low) / 2 == pytest.approx(width, rel=0.15)
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say():
-    held = 0
-    for seed in range(200):
-        found = made_up(0.7, n_draws=5, n=300, spread=0.03, seed=seed).estimate()
-        held += found.low <= 0.7 <= found.high
-    assert 0.9 <= held / 200 <= 1
+def test_interval_ends_at_the_maximum_of_the_metric():
+    score = random_score(0.97, n_draws=2, spread=0.02, seed=1)
+    assert score.estimate().high > 1
+    assert score.estimate(maximum=1).high == 1
+
+
+def test_intervals_contain_the_true_accuracy_95_percent_of_the_time():
+    estimates = [
+        random_score(0.7, n_draws=5, n=300, spread=0.03, seed=seed).estimate()
+        for seed in range(200)
+    ]
+    coverage = np.mean([estimate.low <= 0.7 <= estimate.high for estimate in estimates])
+    assert 0.9 <= coverage < 1
 
 
 def test_differences_are_paired():
-    """Two rows that fail on the same texts, one of them on a few more: apart they overlap, paired they do
-    not."""
+    """Two methods that fail on the same texts, one of them on a few more: their intervals overlap,
+    but that of the paired difference excludes 0."""
     rng = np.random.default_rng(0)
     one = (rng.random((5, 1000)) < 0.7).astype(float)
     other = one * (rng.random((5, 1000)) < 0.97)
-    weights = statistics.resamples(1000)
-    a, b = (statistics.mean_score(values, weights) for values in (one, other))
+    counts = statistics.bootstrap_counts(1000)
+    a, b = (statistics.mean_score(values, counts) for values in (one, other))
     assert a.estimate().low < b.estimate().high
     assert (a - b).estimate().low > 0
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "said"),
+    ("one", "other", "sentence"),
     [
-        (made_up(0.8), made_up(0.7, seed=1), r"ours is ahead of LSA: 0\.\d+ \[0\.\d+, 0\.\d+\]"),
-        (made_up(0.6), made_up(0.7, seed=1), r"ours is behind LSA: -0\.\d+ \[-0\.\d+, -0\.\d+\]"),
-        (
-            made_up(0.7),
-            made_up(0.7, seed=1),
-            r"ours and LSA: no difference that 5 draws can show, -?0\.\d+ \[-.*",
-        ),
-        (made_up(0.7, 1), made_up(0.7, 1, seed=1), r"ours and LSA: no difference that 1 draw can show, .*"),
+        (0.8, 0.7, r"ours is better than lsa: 0\.\d+ \[0\.\d+, 0\.\d+\]"),
+        (0.6, 0.7, r"ours is worse than lsa: -0\.\d+ \[-0\.\d+, -0\.\d+\]"),
+        (0.7, 0.7, r"ours and lsa do not differ significantly with 5 draws: -?0\.\d+ \[-.*"),
     ],
 )
-def test_the_sentence_follows_the_interval(one, other, said):
-    assert re.fullmatch(said, statistics.verdict("ours", "LSA", one - other))
+def test_sentence_follows_the_interval(one, other, sentence):
+    difference = random_score(one) - random_score(other, seed=1)
+    assert re.fullmatch(sentence, statistics.compare("ours", "lsa", difference))
+
+
+def test_sentence_names_a_single_draw():
+    difference = random_score(0.7, 1) - random_score(0.7, 1, seed=1)
+    assert "significantly with 1 draw:" in statistics.compare("ours", "lsa", difference)
 
 
 def test_macro_f1_is_scikit_learn_s():
     rng = np.random.default_rng(0)
-    targets, predictions = rng.integers(0, 4, 200), rng.integers(0, 3, (3, 200))  # class 3 is never predicted
-    score = statistics.macro_f1(predictions, targets, 6, statistics.resamples(200))
+    targets = rng.integers(0, 4, 200)
+    predictions = rng.integers(0, 3, (3, 200))  # class 3 is never predicted
+    score = statistics.macro_f1(predictions, targets, 6, statistics.bootstrap_counts(200))
     by_hand = [f1_score(targets, predicted, average="macro") for predicted in predictions]
     assert np.allclose(score.by_draw, by_hand)
     assert abs(score.by_sample.mean() - np.mean(by_hand)) < 0.02
 
 
-def test_label_equivalents():
-    budgets, means = [100, 1000, 10_000], [0.6, 0.7, 0.75]
-    assert statistics.label_equivalent(budgets, means, 0.65) == "about 320"  # half-way, on a logarithmic scale
-    assert statistics.label_equivalent(budgets, means, 0.7) == "about 1,000"
-    assert statistics.label_equivalent(budgets, means, 0.58) == "at most 100"
-    assert statistics.label_equivalent(budgets, means, 0.76) == "more than the 10,000 there are"
-    assert statistics.label_equivalent([100, 1000], [0.7, 0.65], 0.68) == "at most 100"
-
-
-def test_calibration_of_a_row_that_says_too_much():
+def test_calibration_error_of_an_overconfident_method():
     probabilities = np.tile([0.95, 0.05], (1, 100, 1))
     targets = np.array([0] * 70 + [1] * 30)
-    error, bins = statistics.calibration(probabilities, targets)
-    assert error == pytest.approx(0.25) and bins.shape == (1, 3)
-    assert bins[0] == pytest.approx([0.95, 0.7, 1.0])
+    assert statistics.calibration_error(probabilities, targets) == pytest.approx(0.25)
 
 
-def test_advice_turns_with_the_table():
-    """Ahead with few labels, behind with many; and where nothing is shown, the faster row."""
-    milliseconds = {"ours": 2.0, "bag of words": 0.4}
-    ahead, behind = made_up(0.8), made_up(0.7, seed=1)
-    advice = statistics.advise(
-        [100, 1000],
-        {"ours": {100: ahead, 1000: ahead}, "bag of words": {100: behind, 1000: behind}},
-        milliseconds,
-    )
-    assert advice[0] == "With 100 to 1,000 labels take ours: 2 ms a text."
-    assert advice[1].startswith(
-        "Where an answer must come within 2 ms, take bag of words (0.4 ms), which costs 0."
-    )
-    turned = statistics.advise(
-        [100, 1000],
-        {"ours": {100: ahead, 1000: behind}, "bag of words": {100: behind, 1000: ahead}},
-        milliseconds,
-    )
-    assert turned == [
-        "With 100 labels take ours: 2 ms a text.",
-        "With 1,000 labels take bag of words: 0.4 ms a text.",
+def test_calibration_error_adds_up_the_gaps_of_the_bins():
+    """Too confident in one bin and not confident enough in another: the gaps do not cancel."""
+    probabilities = np.array([[[0.9, 0.1]] * 50 + [[0.6, 0.4]] * 50])
+    targets = np.array([0] * 40 + [1] * 10 + [0] * 35 + [1] * 15)
+    assert statistics.calibration_error(probabilities, targets) == pytest.approx(0.1)
+
+
+def test_advice_follows_the_scores():
+    """The best method, or the fastest of those that are not significantly worse."""
+    milliseconds = {"ours": 2.0, "ngrams": 0.4}
+    good = random_score(0.8)
+    bad = random_score(0.7, seed=1)
+    scores = {"ours": {100: good, 1000: bad}, "ngrams": {100: bad, 1000: good}}
+    first, second = statistics.advise(scores, milliseconds, 100)
+    assert first == "With 100 labels use ours (2 ms per text)."
+    assert second.startswith("If 2 ms is too slow, ngrams (0.4 ms) loses 0.")
+    assert statistics.advise(scores, milliseconds, 1000) == [
+        "With 1,000 labels use ngrams (0.4 ms per text)."
     ]
-    alike = {"ours": {100: made_up(0.7)}, "bag of words": {100: made_up(0.7, seed=1)}}
-    assert statistics.advise([100], alike, milliseconds) == [
-        "With 100 labels take bag of words: 0.4 ms a text."
+    alike = {"ours": {100: random_score(0.7)}, "ngrams": {100: random_score(0.7, seed=1)}}
+    assert statistics.advise(alike, milliseconds, 100) == [
+        "With 100 labels use ngrams (0.4 ms per text)."
     ]
 
 
-# ------------------------------------------------------------------------------------------------------ costs
+# ------------------------------------------------------------------------------------------ costs
 
 
 @pytest.mark.parametrize(
@@ -144,52 +142,67 @@ def test_advice_turns_with_the_table():
 def test_operations_are_those_that_torch_counts(shape):
     from torch.utils.flop_counter import FlopCounterMode
 
-    config = Config(vocab_size=50, d_model=32, n_layers=3, n_heads=4, d_ff=48, max_len=64, **shape)
-    length, n = 48, 4
-    ids, cu_seqlens = torch.randint(5, 50, (n * length,)), torch.arange(n + 1, dtype=torch.int32) * length
+    sizes = {"vocab_size": 50, "d_model": 32, "n_layers": 3, "n_heads": 4, "d_ff": 48}
+    config = Config(max_len=64, **sizes, **shape)
+    length = 48
+    n = 4
+    ids = torch.randint(5, 50, (n * length,))
+    cu_seqlens = torch.arange(n + 1, dtype=torch.int32) * length
     model = Classifier(config, 2).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.model(ids, cu_seqlens, length)
-    counted, ours = counter.get_total_flops() / (n * length), costs.flops_per_token(config, length)
-    if "local_attention" in shape:  # what the reference computes of a window, it computes in blocks
-        assert (
-            ours <= counted <= costs.flops_per_token(Config(**vars(config) | {"local_attention": 128}), length)
-        )
+    counted = counter.get_total_flops() / (n * length)
+    ours = costs.flops_per_token(config, length)
+    if "local_attention" in shape:  # torch computes a window in blocks, which are larger
+        whole = Config(max_len=64, **sizes, **shape | {"local_attention": 128})
+        assert ours <= counted <= costs.flops_per_token(whole, length)
     else:
         assert counted == ours
 
 
-# ------------------------------------------------------------------------------------------------ the command
+def test_memory_is_not_measured_on_windows(tmp_path, monkeypatch):
+    (tmp_path / "config.json").touch()
+    monkeypatch.delattr("os.wait4")
+    assert costs.peak_memory(tmp_path, ["text"]) == {}
+
+
+# ------------------------------------------------------------------------------------ the command
 
 
 @pytest.fixture(scope="module", autouse=True)
-def hurried():
-    """Times are measured, but not well."""
+def short_runs():
+    """Fewer fine-tunings, and times that are measured, but not well."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(experiment.GRIDS, "pretrained", (0.0, 3e-4))
         patch.setattr(costs, "ROUNDS", 1)
         patch.setattr(costs, "TIMED_TEXTS", 32)
         yield
 
 
+@pytest.fixture
+def no_memory(monkeypatch):
+    """Saves the process in which memory is measured."""
+    monkeypatch.setattr(costs, "peak_memory", lambda *_: {})
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The runs that are not in the results."""
+    executed = []
+    run_method = experiment.run_method
+    monkeypatch.setattr(
+        experiment,
+        "run_method",
+        lambda run, setup: (executed.append(run), run_method(run, setup))[1],
+    )
+    return executed
+
+
 def flags_of(topics, model, out, *more):
     train, test = map(str, topics)
-    return [
-        "--model",
-        str(model),
-        "--train",
-        train,
-        "--test",
-        test,
-        "--out",
-        str(out),
-        "--dtype",
-        "float32",
-        "--seeds",
-        "2",
-        "--rows",
-        "pretrained,frozen,bag_of_words",
-        *more,
-    ]
+    flags = ["--model", str(model), "--train", train, "--test", test, "--out", str(out)]
+    flags += ["--dtype", "float32", "--seeds", "2", "--methods", "pretrained,frozen,bag_of_words"]
+    return [*flags, *more]
 
 
 @pytest.fixture(scope="module")
@@ -199,115 +212,135 @@ def analysis(topics, pretrained, tmp_path_factory):
     model = folder / "model"
     shutil.copytree(pretrained, model)
     for step in (10, 20):
-        (model / "snapshots" / f"step-{step}").mkdir(parents=True)
+        snapshot = model / "snapshots" / f"step-{step}"
+        snapshot.mkdir(parents=True)
         for name in ("config.json", "model.safetensors", "tokenizer.json"):
-            shutil.copy(pretrained / name, model / "snapshots" / f"step-{step}" / name)
+            shutil.copy(pretrained / name, snapshot / name)
     out = folder / "out"
     return model, out, analyze.main(flags_of(topics, model, out, "--labels", "12,30"))
 
 
-def test_the_whole_experiment(analysis, topics):
-    model, out, found = analysis
+def read_results(out):
     with open(out / "results.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 3 * 2 * 2 + 2 * 2 * 2  # rows x budgets x draws, and the snapshots
-    assert set(found) == {"pretrained", "frozen", "bag of words"}
-    for row in ("pretrained", "bag_of_words"):
-        means = [
-            float(r["accuracy"]) for r in rows if (r["row"], r["labels"], r["model"]) == (row, "30", "model")
+        return list(csv.DictReader(file))
+
+
+def test_whole_experiment(analysis):
+    model, out, scores = analysis
+    lines = read_results(out)
+    n_layers = 1 + experiment.model_folder.load_model(model)[0].n_layers  # with the embedding
+    assert len(lines) == (3 + 2 + n_layers) * 2 * 2  # methods, snapshots, layers; budgets; draws
+    assert set(scores) == {"pretrained", "frozen", "bag_of_words"}
+    for method, cells in scores.items():
+        accuracies = [
+            float(line["accuracy"])
+            for line in lines
+            if (line["method"], line["labels"], line["model"]) == (method, "30", "model")
         ]
-        shown = found[row.replace("_", " ")][30]
-        assert np.mean(means) == pytest.approx(shown[0]) and shown[1] <= shown[0] <= shown[2]
-    for name in ("curves", "reliability", "time", "layers", "pareto"):
+        mean, low, high = cells[30]
+        assert np.mean(accuracies) == pytest.approx(mean)
+        assert low <= mean <= high
+    for name in ("curves", "snapshots"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     text = (out / "report.md").read_text()
-    for title in (
-        "Accuracy against labels",
-        "Compared",
-        "What it costs",
-        "Over the time",
-        "By layer",
-        "Calibration",
-        "The hardest texts",
-    ):
-        assert f"## {title}" in text
-    bag = next(r for r in rows if (r["row"], r["labels"], r["seed"]) == ("bag_of_words", "30", "1"))
-    flags = ["--train", str(topics[0]), "--test", str(topics[1]), "--rows", "bag_of_words"]
-    flags += ["--labels", "30", "--seed", "1"]
-    alone = finetune.main(["--model", str(model), *flags, "--out", str(out / "alone"), "--dtype", "float32"])
-    assert alone["test"]["bag_of_words"]["accuracy"] == float(bag["accuracy"])
+    sections = ["Test scores", "Differences", "Calibration", "Hardest texts", "Costs", "Layers"]
+    for title in (*sections, "Snapshots"):
+        assert f"## {title}\n" in text
+    assert "peak megabytes" in text
 
 
-def test_what_is_there_is_not_run_again(analysis, topics, monkeypatch):
-    model, out, found = analysis
-    calls = []
-    run = finetune.main
-    monkeypatch.setattr(finetune, "main", lambda argv: (calls.append(argv), run(argv))[1])
-    monkeypatch.setattr(costs, "peak_memory", lambda *_: 1.0)
-    again = analyze.main(flags_of(topics, model, out, "--labels", "12,30"))
-    assert not calls and again == found
-    gone = next((out / "predictions").glob("*-model-frozen-30-1.npz"))
-    gone.unlink()
-    lines = (out / "results.csv").read_text().splitlines()
-    (out / "results.csv").write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:30])  # cut off in a line
-    assert analyze.main(flags_of(topics, model, out, "--labels", "12,30")) == found
-    assert [argv[argv.index("--rows") + 1] for argv in calls] == ["frozen", "frozen"]
-
-
-def test_what_was_fitted_before_a_stop_is_not_fitted_again(analysis, topics, tmp_path, monkeypatch):
-    model, _, _ = analysis
-    fitted, fit = [], finetune.fit_network
-
-    def stops(*given):
-        if len(fitted) == 4:
-            raise KeyboardInterrupt
-        fitted.append(given)
-        fit(*given)
-
-    monkeypatch.setattr(finetune, "fit_network", stops)
-    monkeypatch.setattr(costs, "peak_memory", lambda *_: 1.0)
-    flags = [*flags_of(topics, model, tmp_path, "--labels", "12"), "--seeds", "1", "--rows", "pretrained"]
-    with pytest.raises(KeyboardInterrupt):
-        analyze.main(flags)
-    monkeypatch.setattr(finetune, "fit_network", lambda *given: (fitted.append(given), fit(*given)))
-    analyze.main(flags)
-    at_once = 3 * 2  # folds by rates, and the last fit if its rate is not 0
-    with open(tmp_path / "results.csv", newline="") as file:
-        (row,) = csv.DictReader(file)  # and nothing of the snapshots, which would be frozen
-    assert len(fitted) == at_once + (row["choice"] != "0.0")
-    assert not list((tmp_path / "work").iterdir())
-
-
-def test_another_model_in_the_same_folder_is_another_result(analysis, topics, tmp_path, monkeypatch):
+def test_a_run_is_a_fine_tuning_with_the_chosen_learning_rate(analysis, topics, tmp_path):
+    """The result of a network is that of finetune.py by hand."""
     model, out, _ = analysis
-    here, copy = tmp_path / "out", tmp_path / "model"
-    shutil.copytree(out, here)
-    shutil.copytree(model, copy)
-    weights = copy / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    calls, run = [], finetune.main
-    monkeypatch.setattr(finetune, "main", lambda argv: (calls.append(argv), run(argv))[1])
-    monkeypatch.setattr(costs, "peak_memory", lambda *_: 1.0)
-    analyze.main(flags_of(topics, copy, here, "--labels", "12", "--rows", "frozen,bag_of_words"))
+    line = next(
+        line
+        for line in read_results(out)
+        if (line["method"], line["labels"], line["seed"]) == ("pretrained", "30", "1")
+    )
+    flags = ["--model", str(model), "--train", str(topics[0]), "--test", str(topics[1])]
+    flags += ["--labels", "30", "--seed", "1", "--lr", line["choice"], "--dtype", "float32"]
+    metrics = finetune.main([*flags, "--methods", "pretrained", "--out", str(tmp_path / "out")])
+    assert metrics["test"]["pretrained"]["accuracy"] == float(line["accuracy"])
+
+
+def test_finished_runs_are_not_repeated(analysis, topics, calls, no_memory):
+    model, out, scores = analysis
+    flags = flags_of(topics, model, out, "--labels", "12,30")
+    assert analyze.main(flags) == scores
+    assert not calls
+
+    next((out / "predictions").glob("*-model-frozen-30-1-*.npz")).unlink()
+    lines = (out / "results.csv").read_text().splitlines()
+    last = lines[-1][:30]  # cut off
+    (out / "results.csv").write_text("\n".join([*lines[:-1], last]) + "\n")
+    assert analyze.main(flags) == scores
     assert len(calls) == 2
 
 
-def test_a_model_that_goes_half_way_leaves_what_was_computed(analysis, topics, tmp_path, monkeypatch):
+def test_a_stop_loses_only_the_run_that_was_stopped(
+    analysis, topics, tmp_path, monkeypatch, calls, no_memory
+):
     model, _, _ = analysis
-    run, out = finetune.main, tmp_path / "out"
+    flags = flags_of(topics, model, tmp_path, "--labels", "12", "--methods", "ngrams,bag_of_words")
+    fit = experiment.fit_and_predict
 
-    def gone(argv):
-        if argv[argv.index("--seed") + 1] == "1":
+    def stop(run, *rest):
+        if run.method == "bag_of_words" and run.seed == 1:
+            raise KeyboardInterrupt
+        return fit(run, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "fit_and_predict", stop)
+        with pytest.raises(KeyboardInterrupt):
+            analyze.main(flags)
+    finished = calls[:-1]
+    calls.clear()
+    analyze.main(flags)
+    assert finished
+    assert not set(finished) & set(calls)
+
+
+def test_other_weights_or_labels_in_the_same_folder_are_another_result(
+    analysis, topics, tmp_path, calls, no_memory
+):
+    model, out, _ = analysis
+    out = shutil.copytree(out, tmp_path / "out")
+    model = shutil.copytree(model, tmp_path / "model")
+    flags = [*flags_of(topics, model, out), "--labels", "12", "--methods", "bag_of_words"]
+    analyze.main(flags)
+    assert not calls  # the copy is the same model
+
+    weights = model / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    analyze.main(flags)
+    assert len(calls) == 2
+
+    train = tmp_path / topics[0].name
+    train.write_text(topics[0].read_text().replace("2\n", "кошки\n", 1))
+    analyze.main([*flags, "--train", str(train)])
+    assert len(calls) == 4
+
+
+def test_model_that_disappears_half_way_leaves_what_was_computed(
+    analysis, topics, tmp_path, monkeypatch
+):
+    model, _, _ = analysis
+    run_method = experiment.run_method
+
+    def fail(run, setup):
+        if run.seed == 1:
             raise UserError("model: no checkpoint")
-        return run(argv)
+        return run_method(run, setup)
 
-    monkeypatch.setattr(finetune, "main", gone)
+    monkeypatch.setattr(experiment, "run_method", fail)
+    out = tmp_path / "out"
+    methods = ["--methods", "ngrams,bag_of_words"]
     with pytest.raises(UserError, match="no checkpoint"):
-        analyze.main(flags_of(topics, model, out, "--labels", "12"))
+        analyze.main(flags_of(topics, model, out, "--labels", "12", *methods))
     assert "mean of 1 draws" in (out / "report.md").read_text()
-    assert len((out / "results.csv").read_text().splitlines()) == 1 + 3
+    assert len(read_results(out)) == 2
 
 
 @pytest.mark.parametrize(
@@ -318,43 +351,63 @@ def test_a_model_that_goes_half_way_leaves_what_was_computed(analysis, topics, t
         (["--labels", "12", "--model", "nowhere"], "nowhere"),
     ],
 )
-def test_what_cannot_be_run_is_refused_before_anything_is(analysis, topics, tmp_path, flags, problem):
+def test_what_cannot_run_is_refused_before_the_first_run(
+    analysis, topics, tmp_path, flags, problem
+):
     model, _, _ = analysis
     with pytest.raises(UserError, match=re.escape(problem)):
         analyze.main([*flags_of(topics, model, tmp_path / "out"), *flags])
     assert not (tmp_path / "out" / "results.csv").exists()
 
 
-def test_a_table_of_something_else_is_refused(analysis, topics, tmp_path):
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--methods", "frozen,svm"], "--methods svm: choose from pretrained,"),
+        (["--labels", "ten"], "--labels ten: give whole numbers or all"),
+        (["--test", "test.csv"], "--test needs --train FILE"),
+    ],
+)
+def test_wrong_flags_are_refused(capsys, flags, problem):
+    with pytest.raises(SystemExit, match="2"):
+        analyze.main(flags)
+    assert problem in capsys.readouterr().err
+
+
+def test_table_of_something_else_is_refused(analysis, topics, tmp_path):
     model, _, _ = analysis
     (tmp_path / "results.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(UserError, match=r"results\.csv:1: its columns are to be"):
-        analyze.main(flags_of(topics, model, tmp_path, "--labels", "12"))
-    (tmp_path / "results.csv").unlink()
-    (tmp_path / "flags.json").write_text(json.dumps({"train": "other.csv"}))
-    with pytest.raises(UserError, match=r"its results are of --train other\.csv"):
-        analyze.main(flags_of(topics, model, tmp_path, "--labels", "12"))
-    (tmp_path / "flags.json").write_text("[1")
-    with pytest.raises(UserError, match=r"flags\.json: not as it was written"):
+    with pytest.raises(UserError, match=r"results\.csv:1: its columns must be"):
         analyze.main(flags_of(topics, model, tmp_path, "--labels", "12"))
 
 
-def test_numbers_have_r_squared(pretrained, tmp_path):
+def test_regression_has_r_squared(pretrained, tmp_path):
     texts = [s for topic in (0, 1) for s in sentences(60, topic, topic)]
     order = np.random.default_rng(0).permutation(len(texts))
-    path = write_csv(tmp_path / "numbers.csv", [(texts[i], f"{(i >= 60) + 0.01 * i:.3f}") for i in order])
-    flags = ["--model", str(pretrained), "--train", str(path), "--out", str(tmp_path / "out"), "--seeds", "1"]
-    found = analyze.main(
-        [*flags, "--rows", "frozen,bag_of_words", "--labels", "30,all", "--dtype", "float32"]
-    )
-    assert found["bag of words"][96][0] > 0
-    assert "R squared" in (tmp_path / "out" / "report.md").read_text()
+    examples = [(texts[i], f"{(i >= 60) + 0.01 * i:.3f}") for i in order]
+    path = write_csv(tmp_path / "numbers.csv", examples)
+    out = tmp_path / "out"
+    flags = ["--model", str(pretrained), "--train", str(path), "--out", str(out), "--seeds", "1"]
+    flags += ["--methods", "frozen,ngrams,lsa,bag_of_words", "--labels", "30,all"]
+    scores = analyze.main([*flags, "--dtype", "float32"])
+    assert scores["bag_of_words"][96][0] > 0
+    report = (out / "report.md").read_text()
+    assert "R squared" in report
+    assert "## Layers" in report
 
 
-def test_models_called_alike_get_longer_names(tmp_path):
+def test_models_of_equal_names_get_their_paths(tmp_path):
     folders = [tmp_path / "a" / "model", tmp_path / "b" / "model"]
     for folder in folders:
         folder.mkdir(parents=True)
     assert list(analyze.name_models(folders).values()) == folders
     with pytest.raises(UserError, match="the same folder twice"):
         analyze.name_models([folders[0], folders[0]])
+
+
+def test_figure_that_cannot_be_drawn_is_a_warning(tmp_path, capsys):
+    path = tmp_path / "missing" / "curve.png"
+    plots.loss_curve([{"step": 1, "loss": 2.0}], path)
+    warning = capsys.readouterr().err
+    assert warning.startswith(f"warning: {path} was not drawn: ")
+    assert len(warning.splitlines()) == 1

@@ -15,6 +15,7 @@ import finetune
 import kernels.dispatch
 import predict
 import train
+from analysis.baselines import document_vectors
 from files.cli import choose_hardware
 from files.disk import UserError
 
@@ -78,7 +79,7 @@ TRAIN = {  # flags -> what the message says at least; {} is the folder of FILES
 FINETUNE = {
     "--label 5": "--label",
     "--labels 0": "0: it must be at least 1",
-    "--rows pretrained,magic": "magic",
+    "--methods pretrained,magic": "magic",
     "--task classify": "--train",
     "--data sst": "sst",
     "--device cuda": "cuda: not on this machine",
@@ -88,7 +89,7 @@ FINETUNE = {
     "--model {}/model": "{}/model: no checkpoint",
     "--train {}/missing.csv": "{}/missing.csv: cannot be read",
     "--train {}/good.txt": "{}/good.txt: labelled examples come as",
-    "--train {}/one_class.csv": "{}/one_class.csv: column 'label' has one class",
+    "--train {}/one_class.csv": "{}/one_class.csv: the label column has one class",
     "--train {}/broken.jsonl": "{}/broken.jsonl:2: broken JSON",
     "--train {}/fields.csv": "{}/fields.csv:3: 3 fields",
     "--train {}/good.csv --labels 25": "--labels 25: there are only 24",
@@ -147,7 +148,7 @@ def finetune_flags(flags: str, folder: Path, model: Path) -> list[str]:
         else ["--train", str(folder / "good.csv")]
     )
     given = flags.format(*[folder] * 2).split()
-    return ["--model", str(model), "--rows", "bag_of_words", "--out", str(folder / "out"), *labelled, *given]
+    return ["--model", str(model), "--methods", "ngrams", "--out", str(folder / "out"), *labelled, *given]
 
 
 def complaint(script, flags: list[str], capsys) -> str:
@@ -203,16 +204,16 @@ def test_a_spoilt_model_is_named(folder, pretrained, capsys, name, spoil):
     (model / name).unlink()
     if spoil:
         (model / name).write_bytes(spoil((pretrained / name).read_bytes()))
-    flags = finetune_flags("--rows pretrained", folder, model)
+    flags = finetune_flags("--methods pretrained", folder, model)
     assert str(model) in complaint(finetune, flags, capsys)
 
 
-def test_what_a_spoilt_run_says_of_its_text_is_named(folder, pretrained, capsys):
+def test_a_spoilt_run_is_named_where_its_text_is_looked_up(folder, pretrained):
     model = folder / "unreadable"
     shutil.copytree(pretrained, model, ignore=shutil.ignore_patterns("checkpoints"))
     (model / "metrics.json").write_text('{"tokens_folder": 5}')
-    flags = finetune_flags("--rows lsa", folder, model)
-    assert f"{model}/metrics.json: not as it was written" in complaint(finetune, flags, capsys)
+    with pytest.raises(UserError, match=f"{model}/metrics.json: not as it was written"):
+        document_vectors(["bal"], ["bal"], model, 0)
 
 
 def test_a_spoilt_run_cannot_be_resumed(folder, pretrained, corpus_file, capsys):

@@ -1,5 +1,7 @@
-"""The report of ahead-of-time compilation, for one GPU that is not here; and that what bench.py times is the
-same work on both sides. Its figures are no tests."""
+"""Kernels compile ahead of time, and both sides of each comparison of bench.py do the same work.
+
+Nothing is timed here.
+"""
 
 import json
 import os
@@ -7,94 +9,164 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
+import kernels
 import kernels.dispatch
-from benchmarks import references
+from benchmarks import references, timing
 from data import Batch
 from files.disk import UserError
 
+CPU = timing.Hardware(torch.device("cpu"), torch.float32)
+
 
 @pytest.fixture
-def compiling(tmp_path):
-    """The environment of a process that compiles kernels: in this one they are for the interpreter."""
+def compile_kernels(tmp_path):
+    """A function that runs ahead_of_time.report in a new process, after `setup`: its rows.
+
+    In this process the kernels are those of Triton's interpreter.
+    """
     if kernels.dispatch.triton is None:
         assert sys.platform != "linux", "pip install -r requirements-dev.txt brings Triton"
-        pytest.skip("Triton is not to be had on this system: its kernels stay uncompiled here")
+        pytest.skip("there is no Triton for this system")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    folder = str(Path(bench.__file__).parent)
-    return environment | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": folder}
+    environment |= {
+        "TRITON_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": str(Path(bench.__file__).parent),
+    }
+
+    def run(setup: str = "") -> list[dict]:
+        program = f"""
+import json, sys
+from benchmarks import ahead_of_time
+{setup}
+print(json.dumps(ahead_of_time.report(["sm_90"])))
+"""
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
 
 
-def test_kernels_compile_without_spills_to_tensor_cores(compiling):
-    command = [sys.executable, Path(bench.__file__), "--aot", "--targets", "sm_90", "--json"]
-    rows = json.loads(subprocess.run(command, env=compiling, check=True, capture_output=True).stdout)["aot"]
-    launched = re.findall(r"^ +_(\w+)\[", Path(kernels.__file__).read_text(), re.MULTILINE)
-    assert {row["kernel"] for row in rows} == set(launched)
+def kernel_names() -> set[str]:
+    """The functions in kernels/ that are launched: jit functions that ask for their program id."""
+    names = set()
+    for path in Path(kernels.__path__[0]).glob("*.py"):
+        for function in path.read_text().split("\n@jit\n")[1:]:
+            if "tl.program_id" in function:
+                names.add(re.match(r"def _?(\w+)\(", function)[1])
+    return names
+
+
+def test_kernels_compile_without_spills_to_tensor_cores(compile_kernels):
+    rows = compile_kernels()
+    assert {row["kernel"] for row in rows} == kernel_names()
+    assert {row["dtype"] for row in rows} == {"bf16", "fp16", "fp32"}
     for row in rows:
         assert row["registers"] > 0 and row["spills"] == 0, row
         if row["has_dot"] and row["dtype"] != "fp32":
-            assert row["tensor_cores"].get("wgmma"), row
+            assert row["tensor_cores"].get("wgmma.mma_async"), row
+    assert any(row["has_dot"] for row in rows)
 
 
-def test_kernels_take_numbers_in_float64(compiling):
+def test_kernels_take_floats_in_float64(compile_kernels):
     """As torch.compile passes them."""
-    program = """
-import aot, kernels
-ahead_of_time.TYPES |= {"eps": "fp64", "sign": "fp64"}
-table = ahead_of_time.kernel_table(ahead_of_time.DTYPES["bf16"], False)
-ahead_of_time.kernel_table = lambda *_: [row for row in table if {"eps", "sign"} & set(row[0].arg_names)]
-print(len(ahead_of_time.report(["sm_90"], lambda text: None)))
+    setup = """
+ahead_of_time.FLOAT_TYPE = "fp64"
+ahead_of_time.DTYPES = {"bf16": ahead_of_time.DTYPES["bf16"]}
+record_launches = ahead_of_time.record_launches
+def launches_with_floats(*args, **kwargs):
+    return [launch for launch in record_launches(*args, **kwargs) if "fp64" in launch[1].values()]
+ahead_of_time.record_launches = launches_with_floats
 """
-    done = subprocess.run([sys.executable, "-c", program], env=compiling, capture_output=True, text=True)
-    assert int(done.stdout) >= 2, done.stderr
+    assert len(compile_kernels(setup)) >= 2
 
 
-def test_refuses_what_it_cannot_do(capsys):
+def test_refuses_to_compile_for_the_interpreter(tmp_path):
     with pytest.raises(UserError, match="TRITON_INTERPRET"):
-        bench.main(["--aot"])
+        bench.main(["--aot", "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("flag, value", [("--shape", "2x250"), ("--against", "x"), ("--parts", "")])
+def test_refuses_unknown_values(flag, value, capsys):
     with pytest.raises(SystemExit) as stopped:
-        bench.main(["--aot", "--targets", "sm_1"])
-    assert stopped.value.code == 2 and "sm_80" in capsys.readouterr().err
+        bench.parse_args([flag, value])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith(f"{Path(sys.argv[0]).name}: {flag}")
 
 
-def test_products_are_counted_as_torch_counts_them():
-    a, b, c = torch.randn(5, 7), torch.randn(7, 9), torch.randn(3, 4, 7)
+def test_flops_are_counted_as_torch_counts_them():
+    a = torch.randn(5, 7)
+    b = torch.randn(7, 9)
+    c = torch.randn(3, 4, 7)
 
     def step():
         torch.addmm(torch.randn(9), a, b)
         torch.baddbmm(torch.randn(3, 4, 9), c, b.expand(3, 7, 9))
         return c @ c.transpose(1, 2), a.T @ a
 
-    with FlopCounterMode(display=False) as counted:
+    with FlopCounterMode(display=False) as counter:
         step()
-    seconds, flops = references.product_seconds(step)
-    assert flops == counted.get_total_flops() and seconds > 0
+    timer = timing.time_matmuls(step)
+    assert timer.flops == counter.get_total_flops()
+    assert timer.seconds > 0
 
 
-def test_what_is_compared_computes_the_same():
-    starts = torch.tensor([0, 20, 21, 50, 64], dtype=torch.int32)
+def test_both_sides_of_an_operation_compute_the_same():
+    cu_seqlens = torch.tensor([0, 20, 21, 50, 64], dtype=torch.int32)
     ids = torch.arange(64)
-    bags = (torch.zeros(4, dtype=torch.long), torch.ones(4), torch.arange(5))
-    batch = Batch(ids, starts, 29, torch.arange(10), ids[:10], *bags)
-    place = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
-    for name, calls in references.operations(batch, bench.config_of("1x64"), place, compiles=False).items():
-        for ours, plain in zip(calls["ours"](), calls["eager"](), strict=True):
-            torch.testing.assert_close(
-                ours, plain, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
-            )
+    batch = Batch(ids, cu_seqlens, 29, masked=torch.arange(10), targets=ids[:10])
+    operations = references.operations(batch, bench.config_of("1x64"), CPU, compiles=False)
+    assert set(operations) == {"attention", "head", "add_norm", "geglu"}
+    for calls in operations.values():
+        for ours, theirs in zip(calls["ours"](), calls["eager"](), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_a_peer_learns_from_the_same_tokens():
-    starts, ids = torch.tensor([0, 3, 8], dtype=torch.int32), torch.arange(10, 18)
-    bags = (torch.zeros(2, dtype=torch.long), torch.ones(2), torch.arange(3))
-    batch = Batch(ids, starts, 5, torch.tensor([1, 6]), torch.tensor([77, 88]), *bags)
-    x, mask, targets = references.padded(batch)
-    assert x.tolist() == [[10, 11, 12, 0, 0], [13, 14, 15, 16, 17]]
-    assert mask.sum(1).tolist() == [3, 5]
-    assert targets.tolist() == [[-100, 77, -100, -100, -100], [-100, -100, -100, 88, -100]]
+def small_batch() -> Batch:
+    cu_seqlens = torch.tensor([0, 3, 8], dtype=torch.int32)
+    targets = torch.tensor([77, 88])
+    return Batch(torch.arange(10, 18), cu_seqlens, 5, torch.tensor([1, 6]), targets)
+
+
+def test_references_learn_from_the_same_tokens():
+    inputs = references.padded_inputs(small_batch())
+    assert inputs["input_ids"].tolist() == [[10, 11, 12, 0, 0], [13, 14, 15, 16, 17]]
+    assert inputs["attention_mask"].sum(1).tolist() == [3, 5]
+    assert inputs["labels"].tolist() == [[-100, 77, -100, -100, -100], [-100, -100, -100, 88, -100]]
+
+
+def test_sparse_prediction_has_the_loss_and_gradients_of_all_logits():
+    """ModernBERT of transformers computes logits for masked tokens only, with the same result."""
+    torch.manual_seed(0)
+    inputs = references.padded_inputs(small_batch())
+    model = references.build("modernbert", bench.config_of("1x64"), "sdpa").eval()
+    results = {}
+    for is_sparse in (True, False):
+        if not is_sparse:  # the default of bench.py comes first
+            model.sparse_prediction = False
+        model.zero_grad()
+        out = model(**inputs)
+        out.loss.backward()
+        results[is_sparse] = (out.loss, *(p.grad.clone() for p in model.parameters()))
+        n_tokens = 2 if is_sparse else 2 * 5
+        assert out.logits.numel() == n_tokens * bench.VOCAB_SIZE
+    for sparse, dense in zip(results[True], results[False], strict=True):
+        torch.testing.assert_close(sparse, dense)
+
+
+def test_torch_encoder_has_the_loss_of_all_logits():
+    torch.manual_seed(0)
+    inputs = references.padded_inputs(small_batch())
+    model = references.build("torch", bench.config_of("1x64"), "sdpa").train()
+    x = model.words(inputs["input_ids"]) + model.positions.weight[:5]
+    x = model.encoder(x, src_key_padding_mask=inputs["attention_mask"] == 0)
+    dense = F.cross_entropy(model.decoder(x).flatten(0, 1), inputs["labels"].flatten())
+    torch.testing.assert_close(model(**inputs).loss, dense)

@@ -534,139 +534,142 @@ def test_ranks_decide_alike_on_a_loss_that_is_bad_on_one(flags, tmp_path):
 
 # ------------------------------------------------------------------------------------------- fine-tuning
 
-WORDS = "".join(
-    f"bal B-X\nkir I-X\n{word} O\n\nlem O\n{word} B-Y\n\n" for word in ("dom", "kist", "nost", "mel") * 6
+TAGGED_WORDS = "".join(
+    f"bal B-X\nkir I-X\n{word} O\n\nlem O\n{word} B-Y\n\n"
+    for word in ("dom", "kist", "nost", "mel") * 6
 )
 
 
 @pytest.fixture
-def comparison(seedling, topics, tmp_path):
-    """The flags of a short comparison of rows, of classes or of token labels, into a folder."""
-    (tmp_path / "words.conll").write_text(WORDS)
-
-    def given(out, task, *more, dtype="float32"):
-        run = ["--model", seedling, "--out", out, "--epochs", 3, "--max-len", 32, "--accumulate", 2]
-        of_task = [
-            "--train",
-            topics[0],
-            "--test",
-            topics[1],
-            "--rows",
-            "bag_of_words,frozen,scratch,pretrained",
-        ]
-        of_words = ["--train", tmp_path / "words.conll", "--task", "tokens"]
-        return [*run, *(of_task if task == "classes" else of_words), "--dtype", dtype, *more]
-
-    return given
-
-
-def comparison_result(out):
-    """All that a finished comparison leaves, but the clock."""
-    found = {
-        name: (out / name).read_bytes() for name in ("model.safetensors", "config.json", "tokenizer.json")
+def finetuning(seedling, topics, tmp_path):
+    """The flags of a short fine-tuning, of classes or of token labels, into a folder."""
+    (tmp_path / "words.conll").write_text(TAGGED_WORDS)
+    examples = {
+        "classify": ["--train", topics[0], "--test", topics[1]],
+        "tokens": ["--train", tmp_path / "words.conll", "--task", "tokens"],
     }
-    if (out / "predictions.npz").exists():
-        found["predictions"] = (out / "predictions.npz").read_bytes()
-    return found | {"metrics": plain(json.loads((out / "metrics.json").read_text()))}
+
+    def flags(out, task, *more, dtype="float32"):
+        run = ["--model", seedling, "--out", out, "--epochs", 6, "--max-len", 32]
+        run += ["--accumulate", 2, "--dtype", dtype]
+        return [str(flag) for flag in (*run, *examples[task], *more)]
+
+    return flags
 
 
-FITTED = [("classes", "float32", 3)]
-ALL_FITTED = [(task, dtype, 20) for task in ("classes", "tokens") for dtype in ("float32", "bfloat16")]
+def finetuning_result(out):
+    """All that a finished fine-tuning leaves, except for the seconds."""
+    names = ("model.safetensors", "config.json", "tokenizer.json", "predictions.npz")
+    files = {name: (out / name).read_bytes() for name in names}
+    return files | {"metrics": plain(json.loads((out / "metrics.json").read_text()))}
+
+
+CASES_FINETUNING = [("classify", "float32", 4), ("tokens", "bfloat16", 2)]
+ALL_CASES_FINETUNING = [
+    (task, dtype, 20) for task in ("classify", "tokens") for dtype in ("float32", "bfloat16")
+]
 
 
 @pytest.mark.parametrize(
     ("task", "dtype", "n_kills"),
-    [*FITTED, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL_FITTED)],
+    [
+        *CASES_FINETUNING,
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL_CASES_FINETUNING),
+    ],
 )
-def test_a_comparison_that_is_killed_and_resumed_equals_one_that_is_not(
-    comparison, tmp_path, task, dtype, n_kills
+def test_a_fine_tuning_that_is_killed_and_resumed_equals_one_that_is_not(
+    finetuning, tmp_path, task, dtype, n_kills
 ):
+    """It is killed at random moments: within epochs, while it saves one, and between methods."""
     straight, killed, rng = tmp_path / "straight", tmp_path / "killed", random.Random(n_kills)
-    finish(comparison(straight, task, dtype=dtype), main=finetune.main)
-
-    def n_entries():
-        return len(list((killed / "journal").glob("*")))
-
-    done = []
-    while len(done) < n_kills:
+    finish(finetuning(straight, task, dtype=dtype), main=finetune.main)
+    resumed_after = set()
+    n_done = 0
+    while n_done < n_kills:
         resumed = ["--resume"] * killed.exists()
-        run = start(comparison(killed, task, *resumed, dtype=dtype), main=finetune.main)
-        run.await_words("choices by")
-        n_before = n_entries()
-        while n_entries() == n_before and not run.has_ended():
+        before = set(run_folder.checkpoint_folders(killed))
+        run = start(finetuning(killed, task, *resumed, dtype=dtype), main=finetune.main)
+        run.await_words("test examples;")
+        while set(run_folder.checkpoint_folders(killed)) == before and not run.has_ended():
             time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.1))
-        if run.kill() == 0:  # too late: the next one begins anew
-            assert_equal(comparison_result(killed), comparison_result(straight))
+        time.sleep(rng.uniform(0, 0.05))
+        exit_code = run.kill()
+        resumed_after |= set(re.findall(r"resuming after epoch (\d+ of \w+)", run.log.read_text()))
+        if exit_code == 0:  # it had ended before: the next one begins again
+            assert_equal(finetuning_result(killed), finetuning_result(straight))
             shutil.rmtree(killed)
         else:
-            done.append(n_entries())
-    finish(comparison(killed, task, *["--resume"] * killed.exists(), dtype=dtype), main=finetune.main)
-    assert max(done) > 2
-    assert_equal(comparison_result(killed), comparison_result(straight))
+            n_done += 1
+    resumed = ["--resume"] * killed.exists()
+    finish(finetuning(killed, task, *resumed, dtype=dtype), main=finetune.main)
+    assert len(resumed_after) >= n_kills // 2
+    assert_equal(finetuning_result(killed), finetuning_result(straight))
 
 
-def test_a_damaged_entry_of_the_journal_is_done_again(comparison, tmp_path, capsys):
-    rows = ["--rows", "bag_of_words,pretrained"]
-    finetune.main([str(flag) for flag in comparison(tmp_path / "out", "classes", *rows)])
-    before = comparison_result(tmp_path / "out")
-    rng, entries = random.Random(0), sorted((tmp_path / "out" / "journal").iterdir())
-    assert len(entries) == 1 + 2 + 3 * 3  # the beginning, the rows, and three choices in three folds
-    damaged = [entry for entry in entries if entry.name != "begun"]
-    for entry in damaged:
-        raw = bytearray(entry.read_bytes())
-        raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
-        entry.write_bytes(raw)
+def test_a_finished_fine_tuning_is_resumed_to_the_same_result(finetuning, tmp_path, capsys):
+    """Only the last checkpoint is kept, and the results of the methods before are in it."""
+    out = tmp_path / "out"
+    finetune.main(finetuning(out, "classify"))
+    before = finetuning_result(out)
+    assert list(run_folder.checkpoint_folders(out)) == [12]
+    (out / "model.safetensors").unlink()
     capsys.readouterr()
-    finetune.main([str(flag) for flag in comparison(tmp_path / "out", "classes", *rows, "--resume")])
-    assert capsys.readouterr().out.count("damaged: it is done again") == len(damaged)
-    assert_equal(comparison_result(tmp_path / "out"), before)
+    finetune.main(finetuning(out, "classify", "--resume"))
+    printed = capsys.readouterr().out
+    assert "pretrained " in printed and "\nrandom_weights " not in printed
+    assert_equal(finetuning_result(out), before)
 
 
-def test_a_comparison_goes_on_with_its_own_flags_and_examples_only(comparison, topics, tmp_path, capsys):
-    flags = [str(flag) for flag in comparison(tmp_path / "out", "classes", "--rows", "bag_of_words")]
-    finetune.main([*flags, "--resume"])
-    assert "starting afresh" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"--resume with --seed 1, but the run in .* has 0"):
-        finetune.main([*flags, "--resume", "--seed", "1"])
+def test_a_fine_tuning_is_resumed_with_its_own_flags_and_examples_only(
+    finetuning, topics, tmp_path, capsys
+):
     copy = tmp_path / "train.csv"
     shutil.copy(topics[0], copy)
-    finetune.main([*flags, "--train", str(copy)])
+    more = ("--methods", "random_weights", "--train", str(copy))
+    flags = finetuning(tmp_path / "out", "classify", *more)
+    finetune.main([*flags, "--resume"])
+    assert "no checkpoint in" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"--resume with --seed 1, but the run in .* has 0"):
+        finetune.main([*flags, "--resume", "--seed", "1"])
     copy.write_text(copy.read_text().replace("bal", "kir"))
     with pytest.raises(UserError, match="another model or other examples"):
-        finetune.main([*flags, "--train", str(copy), "--resume"])
+        finetune.main([*flags, "--resume"])
 
 
-@pytest.mark.parametrize(("number", "code"), [SIGNALS[0], pytest.param(*SIGNALS[1], marks=pytest.mark.slow)])
-def test_a_signal_ends_a_comparison_with_a_line(comparison, tmp_path, number, code):
-    process = command(map(str, comparison(tmp_path, "classes", "--epochs", 100)), "finetune.py")
-    await_line(process, "bag_of_words")
+@pytest.mark.parametrize(
+    ("number", "code"), [SIGNALS[0], pytest.param(*SIGNALS[1], marks=pytest.mark.slow)]
+)
+def test_a_signal_ends_a_fine_tuning_with_a_line(finetuning, tmp_path, number, code):
+    process = command(finetuning(tmp_path, "classify", "--epochs", 100), "finetune.py")
+    await_line(process, "ngrams ")
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == code and "Traceback" not in output
-    assert output.splitlines()[-1].startswith("stopped; the same command with --resume goes on")
+    last = output.splitlines()[-1]
+    assert last.startswith("stopped; the same command with --resume continues")
 
 
-def test_five_bad_steps_in_a_row_stop_fine_tuning(comparison, tmp_path, monkeypatch, capsys):
-    forward, calls = finetune.Classifier.forward, []
+def test_five_skipped_steps_in_a_row_stop_fine_tuning(finetuning, tmp_path, monkeypatch, capsys):
+    forward, in_training = finetune.Classifier.forward, []
 
-    def logits(model, *inputs):
-        calls.append(model.training)
-        found = forward(model, *inputs)
-        return found * torch.tensor(float("nan")) if model.training and sum(calls) in bad else found
+    def spoiled_forward(model, *inputs):
+        in_training.append(model.training)
+        logits = forward(model, *inputs)
+        is_spoiled = model.training and sum(in_training) in spoiled_steps
+        return logits * torch.tensor(float("nan")) if is_spoiled else logits
 
-    monkeypatch.setattr(finetune.Classifier, "forward", logits)
-    flags = [
-        *map(str, comparison(tmp_path, "classes", "--rows", "scratch", "--lr", "1e-3", "--accumulate", 1))
-    ]
-    bad = {2, 4}
-    finetune.main(flags)
+    monkeypatch.setattr(finetune.Classifier, "forward", spoiled_forward)
+    more = ("--methods", "random_weights", "--accumulate", 1)
+    spoiled_steps = {2, 4}
+    finetune.main(finetuning(tmp_path / "two", "classify", *more))
     assert capsys.readouterr().out.count(": skipped") == 2
-    before, bad = (tmp_path / "metrics.json").read_bytes(), set(range(sum(calls) + 3, 10**6))
+    n_steps = sum(in_training)
+    spoiled_steps = set(range(n_steps + 3, n_steps + 1000))
     with pytest.raises(SystemExit) as ended:
-        finetune.main(flags)
-    assert ended.value.code == 1 and (tmp_path / "metrics.json").read_bytes() == before
-    assert "stopped after 5 bad steps in a row" in capsys.readouterr().out
+        finetune.main(finetuning(tmp_path / "all", "classify", *more))
+    assert ended.value.code == 1 and not (tmp_path / "all" / "metrics.json").exists()
+    output = capsys.readouterr().out
+    assert output.count(": skipped") == 5 and "stopped: too many skipped steps" in output
 
 
 # ----------------------------------------------------------------------------------------------- memory
@@ -703,31 +706,9 @@ def test_memory_stays_flat_in_pretraining(flags, tmp_path, share):
 
 
 def finetune_flags(seedling, topics, out, n_epochs):
-    given = [
-        "--model",
-        seedling,
-        "--train",
-        topics[0],
-        "--test",
-        topics[1],
-        "--out",
-        out,
-        "--rows",
-        "pretrained",
-    ]
-    return [
-        *given,
-        "--max-len",
-        "32",
-        "--epochs",
-        n_epochs,
-        "--lr",
-        "1e-4",
-        "--labels",
-        "30",
-        "--batch-size",
-        "30",
-    ]
+    run = ["--model", seedling, "--train", topics[0], "--test", topics[1], "--out", out]
+    run += ["--methods", "pretrained", "--max-len", 32, "--epochs", n_epochs, "--lr", 1e-4]
+    return [str(flag) for flag in (*run, "--labels", 30, "--batch-size", 30)]
 
 
 @pytest.mark.parametrize("share", SAMPLE_OR_ALL)

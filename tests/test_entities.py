@@ -1,4 +1,4 @@
-"""TaggedDataset files, the alignment of tags and tokens, entities and their scores, and the scripts around them."""
+"""Token labels: files, the alignment of tags and tokens, entities, their scores, the scripts."""
 
 import json
 import random
@@ -22,9 +22,9 @@ from files import entities, model_folder
 from files.disk import UserError
 from files.entities import (
     encode_words,
+    entity_f1,
     load,
-    measure,
-    most_frequent,
+    most_frequent_tags,
     predict_entities,
     read_sentences,
     token_targets,
@@ -35,7 +35,7 @@ NAMES, PLACES = WORDS[:6], WORDS[6:12]
 
 
 def tagged(n, seed):
-    """Sentences in which a name after "bal" is a person's, and alone a thing; places have two words."""
+    """Sentences: a name after "bal" is a person, alone it is a thing; places have two words."""
     rng, sentences = random.Random(seed), []
     for _ in range(n):
         words, tags = [], []
@@ -70,10 +70,10 @@ def write_jsonl(path, sentences, names=("words", "tags")):
     return path
 
 
-# --------------------------------------------------------------------------------------------------- files
+# ---------------------------------------------------------------------------- files
 
 
-def test_columns_and_jsonl_say_the_same(tmp_path):
+def test_columns_and_jsonl_hold_the_same_sentences(tmp_path):
     sentences = tagged(20, 0)
     for path in (
         write_conll(tmp_path / "a.conll", sentences),
@@ -82,12 +82,19 @@ def test_columns_and_jsonl_say_the_same(tmp_path):
     ):
         assert [(words, tags) for _, words, tags in read_sentences(path)] == sentences
         train, test = load(path, None)
-        assert (len(train), len(test)) == (16, 4) and train.names == ["O", "B-LOC", "B-PER", "I-LOC"]
-        assert [[train.names[i] for i in tags] for tags in test.tags] == [tags for _, tags in sentences[16:]]
+        assert (len(train), len(test)) == (16, 4) and train.names == [
+            "O",
+            "B-LOC",
+            "B-PER",
+            "I-LOC",
+        ]
+        assert [[train.names[i] for i in tags] for tags in test.tags] == [
+            tags for _, tags in sentences[16:]
+        ]
 
 
 @pytest.mark.parametrize(
-    "content, told",
+    ("content", "message"),
     (
         ("a B-X\nb I-Y\n", ":2: I-Y after B-X: an entity begins with B-Y"),
         ("a O\nb I-X\n", ":2: I-X after O"),
@@ -101,15 +108,15 @@ def test_columns_and_jsonl_say_the_same(tmp_path):
         ("", "no sentences"),
     ),
 )
-def test_bad_columns(tmp_path, content, told):
+def test_bad_columns(tmp_path, content, message):
     (tmp_path / "a.conll").write_text(content)
     with pytest.raises(UserError) as error:
         load(tmp_path / "a.conll", None)
-    assert str(error.value).startswith(str(tmp_path / "a.conll")) and told in str(error.value)
+    assert str(error.value).startswith(str(tmp_path / "a.conll")) and message in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "row, told",
+    ("row", "message"),
     (
         ({"words": ["a"], "tags": ["B-X", "O"]}, ":2: 1 words, but 2 tags"),
         ({"words": ["a"]}, ":2: it needs lists"),
@@ -118,10 +125,10 @@ def test_bad_columns(tmp_path, content, told):
         ({"words": ["a"], "tags": ["I-X"]}, ":2: I-X after O"),
     ),
 )
-def test_bad_rows(tmp_path, row, told):
+def test_bad_rows(tmp_path, row, message):
     good = {"words": ["a"], "tags": ["B-X"]}
     (tmp_path / "a.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(row) + "\n")
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         load(tmp_path / "a.jsonl", None)
 
 
@@ -132,7 +139,7 @@ def test_a_tag_that_training_never_saw(tmp_path):
         load(train, tmp_path / "test.conll")
 
 
-# ------------------------------------------------------------------------------------- tokens and entities
+# ---------------------------------------------------------------------------- tokens and entities
 
 
 @pytest.fixture(scope="module")
@@ -147,18 +154,23 @@ def test_tags_stand_at_first_pieces(tokenizer):
     targets = token_targets(rows, places, [np.arange(5), np.arange(30)])
     for sentence, row, target in zip(words, rows, targets, strict=True):
         at = 1
-        wanted = np.full(len(row), entities.NOT_SCORED)
+        expected = np.full(len(row), entities.NOT_SCORED)
         for i, word in enumerate(sentence):
             pieces = tokenizer.encode(word, add_special_tokens=False).ids
             if pieces and at < len(row) - 1:
-                wanted[at] = i
-            assert row[at : at + len(pieces), 0].tolist() == pieces[: len(row) - 1 - at] or at >= len(row) - 1
+                expected[at] = i
+            assert (
+                row[at : at + len(pieces), 0].tolist() == pieces[: len(row) - 1 - at]
+                or at >= len(row) - 1
+            )
             at += len(pieces)
-        assert target.tolist() == wanted.tolist()
+        assert target.tolist() == expected.tolist()
 
 
 TAGS = st.sampled_from(["O", "B-A", "I-A", "B-B", "I-B"])
-SENTENCES = st.lists(st.lists(st.tuples(TAGS, TAGS), min_size=1, max_size=9), min_size=1, max_size=4)
+SENTENCES = st.lists(
+    st.lists(st.tuples(TAGS, TAGS), min_size=1, max_size=9), min_size=1, max_size=4
+)
 
 
 @PROPERTY
@@ -166,19 +178,19 @@ SENTENCES = st.lists(st.lists(st.tuples(TAGS, TAGS), min_size=1, max_size=9), mi
 def test_entities_and_scores_are_seqevals(sentences):
     truth, predicted = ([[pair[i] for pair in s] for s in sentences] for i in (0, 1))
     for tags in (*truth, *predicted):
-        assert entities.entities(tags) == get_entities(tags)
+        assert entities.entities_of(tags) == get_entities(tags)
     expected = {"f1": f1_score, "precision": precision_score, "recall": recall_score}
-    for name, value in measure(truth, predicted).items():
+    for name, value in entity_f1(truth, predicted).items():
         assert value == pytest.approx(expected[name](truth, predicted, zero_division=0))
 
 
-def test_the_rival_is_each_words_most_frequent_tag(tmp_path):
+def test_the_baseline_is_each_words_most_frequent_tag(tmp_path):
     write_conll(tmp_path / "a.conll", [(["x", "x", "x", "y"], ["B-A", "B-A", "O", "O"])] * 4)
     train, _ = load(tmp_path / "a.conll", tmp_path / "a.conll")
-    assert most_frequent(train, [["x", "y", "z"]]) == [["B-A", "O", "O"]]
+    assert most_frequent_tags(train, [["x", "y", "z"]]) == [["B-A", "O", "O"]]
 
 
-# ---------------------------------------------------------------------------------------------- the scripts
+# ---------------------------------------------------------------------------- the scripts
 
 
 @pytest.fixture(scope="module")
@@ -187,19 +199,30 @@ def tagger(pretrained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tagger")
     train = write_conll(folder / "train.conll", tagged(150, 1))
     test = write_jsonl(folder / "test.jsonl", tagged(40, 2))
-    flags = ["--model", str(pretrained), "--task", "tokens", "--train", str(train), "--test", str(test)]
-    metrics = finetune.main([*flags, "--out", str(folder / "out"), *FAST, "--epochs", "6", "--lr", "3e-3"])
+    flags = [
+        "--model",
+        str(pretrained),
+        "--task",
+        "tokens",
+        "--train",
+        str(train),
+        "--test",
+        str(test),
+    ]
+    metrics = finetune.main(
+        [*flags, "--out", str(folder / "out"), *FAST, "--epochs", "6", "--lr", "3e-3"]
+    )
     return folder / "out", metrics, tagged(40, 2)
 
 
 def test_context_beats_the_most_frequent_tag(tagger):
     _, metrics, sentences = tagger
-    assert list(metrics["test"]) == ["most_frequent", "scratch", "pretrained"]
+    assert list(metrics["test"]) == ["most_frequent", "random_weights", "pretrained"]
     assert metrics["test"]["pretrained"]["f1"] > metrics["test"]["most_frequent"]["f1"] + 0.1
     assert metrics["n_test"] == len(sentences)
 
 
-def test_the_folder_is_read_by_transformers_and_is_the_one_that_was_measured(tagger):
+def test_transformers_reads_the_folder_and_it_is_the_model_that_was_measured(tagger):
     out, metrics, sentences = tagger
     other = load_theirs(transformers.AutoModelForTokenClassification, out)
     assert other.config.id2label == dict(enumerate(metrics["names"]))
@@ -214,11 +237,11 @@ def test_the_folder_is_read_by_transformers_and_is_the_one_that_was_measured(tag
             logits = model(ids, torch.tensor([0, len(ids)], dtype=torch.int32), len(ids))
             torch.testing.assert_close(other(ids[None]).logits[0], logits, rtol=1e-5, atol=1e-5)
         predicted.append(entities.word_tags(logits.argmax(1).numpy(), first, metrics["names"]))
-    found = measure([tags for _, tags in sentences], predicted)
-    assert found["f1"] == pytest.approx(metrics["test"]["pretrained"]["f1"])
+    metrics_again = entity_f1([tags for _, tags in sentences], predicted)
+    assert metrics_again["f1"] == pytest.approx(metrics["test"]["pretrained"]["f1"])
 
 
-def test_predict_tells_entities_and_their_places(tagger, capsys):
+def test_predict_prints_entities_and_their_places(tagger, capsys):
     out, _, sentences = tagger
     texts = [" ".join(words) for words, _ in sentences[:20]]
     predict.main(["--model", str(out), "--json", "--batch-size", "7", "--dtype", "float32", *texts])
@@ -231,8 +254,8 @@ def test_predict_tells_entities_and_their_places(tagger, capsys):
         with torch.no_grad():
             best = model(ids, torch.tensor([0, len(ids)], dtype=torch.int32), len(ids)).argmax(1)
         tags = entities.word_tags(best.numpy(), first, names)
-        wanted = [(kind, " ".join(words[a : b + 1])) for kind, a, b in entities.entities(tags)]
-        assert [(e["type"], e["text"]) for e in answer["entities"]] == wanted
+        expected = [(kind, " ".join(words[a : b + 1])) for kind, a, b in entities.entities_of(tags)]
+        assert [(e["type"], e["text"]) for e in answer["entities"]] == expected
         assert all(text[e["start"] : e["end"]] == e["text"] for e in answer["entities"])
     every = sorted({word for words, _ in sentences for word in words})
     predict.main(["--model", str(out), "--dtype", "float32", *every, texts[0]])
@@ -250,22 +273,44 @@ def test_a_tagger_of_another_family(tmp_path, name):
     torch.testing.assert_close(model(*flat), other(flat[0][None]).logits[0], rtol=1e-5, atol=1e-5)
     with torch.no_grad():
         assert len(predict_entities(model, tokenizer, ["O", "B-A", "I-A"], [WORDS[0]])[0]) == 1
-    model_folder.save_model(tmp_path / "again", model, tokenizer, {"id2label": dict(enumerate(names))})
+    model_folder.save_model(
+        tmp_path / "again", model, tokenizer, {"id2label": dict(enumerate(names))}
+    )
     again = load_theirs(transformers.AutoModelForTokenClassification, tmp_path / "again")
     assert all(torch.equal(again.state_dict()[key], w) for key, w in other.state_dict().items())
     assert names == ["LABEL_0", "LABEL_1", "LABEL_2"]
 
 
 @pytest.mark.parametrize(
-    "flags, told",
-    (
-        (["--train", "{}", "--text-column", "a"], "no columns"),
-        (["--train", "{}", "--labels", "999"], "--labels 999: there are only"),
-        (["--train", "{}", "--labels", "2"], "2 sentences to train on"),
-    ),
+    ("flags", "message"),
+    [
+        (["--text-column", "a"], "--task tokens takes no columns"),
+        (["--pooling", "mean"], "no --pooling"),
+        (["--lr", "0"], "no --lr 0"),
+        (["--labels", "999"], "--labels 999: there are only 8 sentences"),
+        (["--methods", "ngrams"], "--methods ngrams: choose from most_frequent,"),
+    ],
 )
-def test_bad_flags(pretrained, tmp_path, flags, told):
+def test_bad_flags(pretrained, tmp_path, capsys, flags, message):
     path = write_conll(tmp_path / "a.conll", tagged(10, 0))
-    given = [flag.format(path) for flag in flags]
-    with pytest.raises(UserError, match=told):
-        finetune.main(["--model", str(pretrained), "--task", "tokens", "--out", str(tmp_path / "o"), *given])
+    run = ["--model", str(pretrained), "--train", str(path), "--out", str(tmp_path / "out")]
+    with pytest.raises((UserError, SystemExit)) as error:
+        finetune.main([*run, "--task", "tokens", *flags])
+    assert message in str(error.value) + capsys.readouterr().err
+
+
+def test_token_labels_are_sampled_and_sentences_from_python_are_taken(pretrained, tmp_path):
+    path = write_conll(tmp_path / "a.conll", tagged(40, 0))
+    run = ["--model", str(pretrained), "--out", str(tmp_path / "out"), *FAST, "--epochs", "1"]
+    files = ["--train", str(path), "--task", "tokens"]
+    metrics = finetune.main([*run, *files, "--labels", "2", "--methods", "pretrained"])
+    assert (metrics["n_train"], metrics["n_test"]) == (2, 8)
+    data = load(path, None)
+    metrics = finetune.main(run, data=data)
+    assert list(metrics["test"]) == ["most_frequent", "random_weights", "pretrained"]
+    with np.load(tmp_path / "out" / "predictions.npz") as arrays:
+        for method, result in metrics["test"].items():
+            assert len(arrays[method]) == len(arrays["targets"]) == sum(map(len, data[1].words))
+            ends = np.cumsum([len(words) for words in data[1].words])[:-1]
+            predicted = [list(tags) for tags in np.split(arrays[method], ends)]
+            assert entity_f1(data[1].targets, predicted)["f1"] == result["f1"]

@@ -1,6 +1,7 @@
-"""Fine-tuning and its rivals: rows, choices inside the budget, the folder that is left."""
+"""Fine-tuning: the three methods, the training loop, the folder that is left."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,23 +10,58 @@ from conftest import FAST, sentences, write_csv
 
 import finetune
 import labels
-from analysis import baselines
+from analysis import evaluation, plots
 from files import model_folder
+from files.disk import UserError
 from model import Classifier
 
+METHODS = ("ngrams", "random_weights", "pretrained")
 
-def test_four_rows_stand_side_by_side(finetuned):
+
+def files_of(topics, model, out, *more):
+    """The flags of a short run on the three topics."""
+    train, test = map(str, topics)
+    return [
+        "--model",
+        str(model),
+        "--train",
+        train,
+        "--test",
+        test,
+        "--out",
+        str(out),
+        *FAST,
+        *more,
+    ]
+
+
+def load_classifier(folder, **extra):
+    config, weights, tokenizer, _ = model_folder.load_model(folder)
+    model = Classifier(config, 3)
+    model_folder.load_weights(model, weights, folder, **extra)
+    return model, tokenizer
+
+
+def test_three_methods_are_measured_on_the_test_set(finetuned):
     out, metrics = finetuned
-    assert metrics == json.loads((out / "metrics.json").read_text()) | {"choices": metrics["choices"]}
-    assert set(metrics["test"]) == {"bag_of_words", "lsa", "scratch", "pretrained"}
-    for row in metrics["test"].values():
-        assert set(row) == {"accuracy", "macro_f1", "seconds"} and 0 <= row["accuracy"] <= 1
-    assert metrics["test"]["bag_of_words"]["accuracy"] > metrics["majority"] == pytest.approx(1 / 3)
+    assert metrics == json.loads((out / "metrics.json").read_text())
+    assert tuple(metrics["test"]) == METHODS
+    for result in metrics["test"].values():
+        assert set(result) == {"accuracy", "macro_f1", "seconds"}
+    assert metrics["majority"]["accuracy"] == pytest.approx(1 / 3)
+    assert metrics["test"]["ngrams"]["accuracy"] > 0.5
     assert metrics["names"] == ["2", "Birds & bees", "кошки"]
-    confusion = np.array(metrics["confusion"])
-    assert confusion.sum() == 60
-    assert np.trace(confusion) / 60 == pytest.approx(metrics["test"]["pretrained"]["accuracy"])
+    assert (metrics["n_train"], metrics["n_test"], metrics["n_cut"]) == (120, 60, 0)
     assert (out / "confusion.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_line_per_method_is_printed(topics, pretrained, tmp_path, capsys):
+    finetune.main(files_of(topics, pretrained, tmp_path))
+    lines = capsys.readouterr().out.splitlines()
+    assert "cut to" not in "".join(lines)
+    assert [line.split()[0] for line in lines[-4:]] == [*METHODS, "majority"]
+    finetune.main(files_of(topics, pretrained, tmp_path, "--max-len", "8", "--methods", "ngrams"))
+    assert " examples were cut to 8 tokens" in capsys.readouterr().out
 
 
 def test_transformers_reads_the_classifier_with_equal_logits(finetuned, topics):
@@ -35,9 +71,7 @@ def test_transformers_reads_the_classifier_with_equal_logits(finetuned, topics):
     theirs, info = AutoModelForSequenceClassification.from_pretrained(out, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert theirs.config.id2label == dict(enumerate(metrics["names"]))
-    config, state, tokenizer, _ = model_folder.load_model(out)
-    ours = Classifier(config, 3)
-    model_folder.load_weights(ours, state, out)
+    ours, tokenizer = load_classifier(out)
     ours.eval()
     _, test = labels.load(None, *topics)
     rows, _ = labels.encode(test, tokenizer, 32)
@@ -45,94 +79,101 @@ def test_transformers_reads_the_classifier_with_equal_logits(finetuned, topics):
         for _, inputs in labels.batches(rows, np.arange(8), 8):
             logits = ours(*inputs)[:8]
         for row, logit in zip(rows, logits, strict=False):
-            assert torch.allclose(theirs(torch.from_numpy(row[:, 0])[None]).logits[0], logit, atol=1e-5)
+            ids = torch.from_numpy(row[:, 0])[None]
+            assert torch.allclose(theirs(ids).logits[0], logit, atol=1e-5)
 
 
 def test_the_saved_model_is_the_one_that_was_measured(finetuned, topics):
     out, metrics = finetuned
-    config, state, tokenizer, _ = model_folder.load_model(out)
-    model = Classifier(config, 3)
-    model_folder.load_weights(model, state, out)
+    model, tokenizer = load_classifier(out)
     _, test = labels.load(None, *topics)
     rows, _ = labels.encode(test, tokenizer, 32)
     autocast = torch.autocast("cpu", enabled=False)
-    logits = finetune.outputs(model, rows, np.arange(len(rows)), autocast, model)
-    assert np.mean(logits.argmax(1) == test.targets) == metrics["test"]["pretrained"]["accuracy"]
+    logits = finetune.forward_all(model, rows, np.arange(len(rows)), autocast, model)
+    accuracy = np.mean(logits.argmax(1) == test.targets)
+    assert accuracy == metrics["test"]["pretrained"]["accuracy"]
 
 
-def test_baselines_are_scikit_learn_called_by_hand(topics):
-    from sklearn.decomposition import TruncatedSVD
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.preprocessing import normalize
-
-    train, test = labels.load(None, *topics)
-    tfidf = TfidfVectorizer(sublinear_tf=True).fit(train.texts)
-    model = LogisticRegression(C=3, max_iter=2000).fit(tfidf.transform(train.texts), train.targets)
-    found = baselines.bag_of_words(train.texts, train.targets, test.texts, 3, [(3.0,)])[3.0,]
-    assert np.allclose(found, model.predict_proba(tfidf.transform(test.texts)))
-
-    texts = [s for topic in range(6) for s in sentences(100, topic, topic)]
-    tfidf, svd = baselines.fit_latent_semantics(texts)
-    vectors, test_vectors = (svd.transform(tfidf.transform(x.texts)) for x in (train, test))
-    tfidf = TfidfVectorizer(sublinear_tf=True).fit(texts)
-    svd = TruncatedSVD(vectors.shape[1], random_state=0).fit(tfidf.transform(texts))
-    a, b = (normalize(svd.transform(tfidf.transform(x.texts))[:, :100]) for x in (train, test))
-    by_hand = LogisticRegression(C=10, max_iter=2000).fit(a, train.targets).predict_proba(b)
-    found = baselines.lsa(vectors, train.targets, test_vectors, 3, [(100, 10.0)])[100, 10.0]
-    assert np.allclose(found, by_hand)
-
-
-def test_a_class_that_a_fold_lacks_has_no_probability():
-    features, targets = np.eye(6), np.array([0, 0, 0, 2, 2, 2])
-    found = baselines.linear_scores(features, targets, features, 4, 1.0)
-    assert (found[:, [1, 3]] == 0).all() and (found.argmax(1) == targets).all()
-    assert np.allclose(found.sum(1), 1)
-
-
-def test_what_each_row_said_of_each_test_text_is_kept(finetuned):
+def test_the_predictions_of_each_method_are_saved(finetuned):
     out, metrics = finetuned
-    with np.load(out / "predictions.npz") as kept:
-        assert set(kept) == {"targets", *metrics["test"]}
-        for row, result in metrics["test"].items():
-            assert kept[row].shape == (60, 3) and np.allclose(kept[row].sum(1), 1)
-            assert np.mean(kept[row].argmax(1) == kept["targets"]) == result["accuracy"]
+    with np.load(out / "predictions.npz") as arrays:
+        assert set(arrays) == {"targets", *metrics["test"]}
+        for method, result in metrics["test"].items():
+            assert arrays[method].shape == (60, 3)
+            assert np.allclose(arrays[method].sum(1), 1)
+            accuracy = np.mean(arrays[method].argmax(1) == arrays["targets"])
+            assert accuracy == result["accuracy"]
 
 
-def test_frozen_vectors_are_a_row_where_they_are_asked_for(topics, pretrained, tmp_path):
-    flags = ["--model", str(pretrained), "--train", str(topics[0]), "--test", str(topics[1]), *FAST]
-    metrics = finetune.main([*flags, "--out", str(tmp_path), "--rows", "frozen"])
-    assert metrics["test"]["frozen"]["accuracy"] > metrics["majority"]
-    assert metrics["choices"]["frozen"]["choice"] in finetune.GRIDS["frozen"]
-
-
-def test_no_row_searches_less_than_the_pretrained_one():
-    assert all(len(grid) >= len(finetune.GRIDS["pretrained"]) for grid in finetune.GRIDS.values())
-
-
-def test_no_choice_sees_the_test_set(topics, pretrained, tmp_path):
-    """With its labels turned round, the test set gives other scores and the same choices."""
+def test_the_test_labels_change_neither_model_nor_predictions(
+    finetuned, topics, pretrained, tmp_path
+):
     rows = [line.rsplit(",", 1) for line in topics[1].read_text().splitlines()[1:]]
-    turn = {"2": "кошки", "кошки": "Birds & bees", "Birds & bees": "2"}
-    turned = write_csv(tmp_path / "turned.csv", [(text.strip('"'), turn[label]) for text, label in rows])
-    found = []
-    for test in (topics[1], turned):
-        flags = ["--model", str(pretrained), "--train", str(topics[0]), "--test", str(test), *FAST]
-        found.append(
-            finetune.main([*flags, "--out", str(tmp_path / "out"), "--rows", "bag_of_words,pretrained"])
-        )
-    assert found[0]["choices"] == found[1]["choices"]
-    assert found[0]["test"]["bag_of_words"]["accuracy"] > found[1]["test"]["bag_of_words"]["accuracy"]
+    swap = {"2": "кошки", "кошки": "Birds & bees", "Birds & bees": "2"}
+    swapped = [(text.strip('"'), swap[label]) for text, label in rows]
+    test = write_csv(tmp_path / "swapped.csv", swapped)
+    out = tmp_path / "out"
+    finetune.main(files_of((topics[0], test), pretrained, out))
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (out, finetuned[0])]
+    assert weights[0] == weights[1]
+    with np.load(out / "predictions.npz") as a, np.load(finetuned[0] / "predictions.npz") as b:
+        assert (a["targets"] != b["targets"]).any()
+        for method in METHODS:
+            assert (a[method] == b[method]).all()
 
 
-def test_a_budget_is_the_whole_budget(topics, pretrained, tmp_path):
-    flags = ["--model", str(pretrained), "--train", str(topics[0]), "--test", str(topics[1]), *FAST]
-    metrics = finetune.main([*flags, "--out", str(tmp_path), "--labels", "30", "--rows", "bag_of_words"])
-    assert metrics["n_train"] == 30 and set(metrics["test"]) == {"bag_of_words"}
+def test_a_label_budget_is_sampled(topics, pretrained, tmp_path):
+    flags = files_of(topics, pretrained, tmp_path, "--labels", "30", "--methods", "ngrams")
+    metrics = finetune.main(flags)
+    assert metrics["n_train"] == 30 and set(metrics["test"]) == {"ngrams"}
 
 
-def test_numbers_are_regressed(pretrained, tmp_path):
-    """The number to predict goes with the topic; the folder predicts in the labels' own unit."""
+def test_examples_from_python_give_the_result_of_files(
+    finetuned, topics, pretrained, tmp_path, monkeypatch
+):
+    """What analyze.py calls with folds: no checkpoint is written."""
+    monkeypatch.setattr(finetune.run_folder, "save_checkpoint", None)
+    data = labels.load(None, *topics)
+    flags = ["--model", str(pretrained), "--out", str(tmp_path), *FAST]
+    metrics = finetune.main([*flags, "--methods", "pretrained"], data=data)
+    for name in ("accuracy", "macro_f1"):
+        assert metrics["test"]["pretrained"][name] == finetuned[1]["test"]["pretrained"][name]
+    a, b = ((folder / "model.safetensors").read_bytes() for folder in (tmp_path, finetuned[0]))
+    assert a == b
+
+
+def test_a_fold_may_lack_a_class(topics, pretrained, tmp_path):
+    train, test = labels.load(None, *topics)
+    fold = train[np.flatnonzero(train.targets != 1)]
+    flags = ["--model", str(pretrained), "--out", str(tmp_path), *FAST, "--lr", "0"]
+    finetune.main(flags, data=(fold, test))
+    with np.load(tmp_path / "predictions.npz") as arrays:
+        for method in METHODS:
+            assert arrays[method][:, 1].max() < 0.01
+
+
+def test_lr_0_fits_the_linear_head_alone(topics, pretrained, tmp_path):
+    metrics = finetune.main(files_of(topics, pretrained, tmp_path, "--lr", "0"))
+    assert metrics["test"]["pretrained"]["accuracy"] > metrics["majority"]["accuracy"]
+    before = model_folder.load_model(pretrained)[1]
+    after = model_folder.load_model(tmp_path)[1]
+    shared = before.keys() & after.keys() - {"decoder.bias"}
+    assert "head.dense.weight" in shared and len(shared) > 10
+    assert all(torch.equal(before[name], after[name]) for name in shared)
+
+
+def test_clip_0_disables_clipping(topics, pretrained, tmp_path):
+    weights = []
+    for clip in ("0", "1e9", "1e-6"):
+        out = tmp_path / clip
+        more = ("--methods", "pretrained", "--clip", clip, "--epochs", "1")
+        finetune.main(files_of(topics, pretrained, out, *more))
+        weights.append((out / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_numbers_are_regressed_in_their_own_unit(pretrained, tmp_path):
+    """The number to predict depends on the topic."""
     from transformers import AutoModelForSequenceClassification
 
     texts = [s for topic in (0, 1) for s in sentences(60, topic, topic)]
@@ -140,12 +181,16 @@ def test_numbers_are_regressed(pretrained, tmp_path):
     rows = [(texts[i], f"{10 + 5 * (i >= 60) + 0.01 * i:.3f}") for i in order]
     path = write_csv(tmp_path / "numbers.csv", rows)
     out = tmp_path / "out"
-    metrics = finetune.main(["--model", str(pretrained), "--train", str(path), "--out", str(out), *FAST])
-    for row in ("bag_of_words", "lsa", "scratch", "pretrained"):
-        assert set(metrics["test"][row]) == {"rmse", "pearson", "spearman", "seconds"}
-    assert metrics["test"]["bag_of_words"]["rmse"] < metrics["majority"]
+    flags = ["--model", str(pretrained), "--train", str(path), "--out", str(out), *FAST]
+    metrics = finetune.main([*flags, "--lr", "3e-3", "--epochs", "6"])
+    for method in METHODS:
+        assert set(metrics["test"][method]) == {"rmse", "pearson", "spearman", "seconds"}
+    assert metrics["test"]["ngrams"]["rmse"] < metrics["majority"]["rmse"]
+    assert metrics["test"]["pretrained"]["rmse"] < 1.1 * metrics["majority"]["rmse"]
     theirs = AutoModelForSequenceClassification.from_pretrained(out)
-    assert theirs.config.problem_type == "regression" and 5 < theirs.classifier.bias.item() < 25
+    assert theirs.config.problem_type == "regression"
+    with np.load(out / "predictions.npz") as arrays:
+        assert 10 < arrays["pretrained"].mean() < 17
 
 
 def test_pairs_are_read_and_both_sides_count(pretrained, tmp_path):
@@ -153,60 +198,108 @@ def test_pairs_are_read_and_both_sides_count(pretrained, tmp_path):
     lines = ["sentence1,sentence2,label"]
     for _ in range(60):
         a, b = rng.integers(0, 2, size=2)
-        first, second = (
-            sentences(1, int(rng.integers(1 << 30)), int(a)),
-            sentences(1, int(rng.integers(1 << 30)), 3),
-        )
+        first = sentences(1, int(rng.integers(1 << 30)), int(a))
+        second = sentences(1, int(rng.integers(1 << 30)), 3)
         lines.append(f"{first[0]},{second[0]},{'same' if b else 'other'}")
     path = tmp_path / "pairs.csv"
     path.write_text("\n".join(lines))
-    flags = ["--model", str(pretrained), "--train", str(path), "--out", str(tmp_path / "out"), *FAST]
-    metrics = finetune.main([*flags, "--rows", "pretrained,bag_of_words"])
+    flags = [
+        "--model",
+        str(pretrained),
+        "--train",
+        str(path),
+        "--out",
+        str(tmp_path / "out"),
+        *FAST,
+    ]
+    metrics = finetune.main([*flags, "--methods", "pretrained,ngrams"])
     assert metrics["names"] == ["other", "same"] and 45 < metrics["n_train"] < 52
 
 
-def test_pieces_of_a_step_sum_to_the_step(pretrained, topics):
-    train, _ = labels.load(None, *topics)
-    config, state, tokenizer, _ = model_folder.load_model(pretrained)
-    rows, _ = labels.encode(train, tokenizer, 32)
-    models = []
-    for pieces in (1, 4):
-        args = finetune.parse(["--accumulate", str(pieces), "--epochs", "1", "--dropout", "0"])
-        torch.manual_seed(0)
-        model = Classifier(config, 3)
-        model_folder.load_weights(model, state, pretrained, allow_missing=("classifier",))
-        off = torch.autocast("cpu", enabled=False)
-        finetune.fit_network(model, rows, train.targets, np.arange(64), 1e-3, args, off)
-        models.append(model.state_dict())
-    for name, tensor in models[0].items():
-        assert torch.allclose(tensor, models[1][name], atol=2e-4), name
+def test_micro_batches_sum_to_the_step(topics, pretrained, tmp_path):
+    weights = []
+    for n_micro in ("1", "4"):
+        out = tmp_path / n_micro
+        more = (
+            "--methods",
+            "pretrained",
+            "--dropout",
+            "0",
+            "--accumulate",
+            n_micro,
+            "--epochs",
+            "1",
+        )
+        finetune.main(files_of(topics, pretrained, out, *more))
+        weights.append(model_folder.load_model(out)[1])
+    for name, weight in weights[0].items():
+        assert torch.allclose(weight, weights[1][name], atol=2e-4), name
 
 
 def test_rare_words_move_a_pretrained_embedding_less(pretrained, topics, tmp_path, monkeypatch):
-    """Adam moves rare and frequent words alike; the pretrained row, and it alone, is fitted otherwise."""
-    train, _ = labels.load(None, *topics)
-    config, state, tokenizer, _ = model_folder.load_model(pretrained)
+    """Adam moves rare and frequent words alike; a pretrained embedding has a larger eps."""
+    train, test = labels.load(None, *topics)
+    config, weights, tokenizer, _ = model_folder.load_model(pretrained)
     rows, _ = labels.encode(train, tokenizer, 32)
     counts = np.bincount(np.concatenate([row[:, 0] for row in rows]), minlength=config.vocab_size)
-    once = np.flatnonzero(counts == 0)[-8:]
-    for row, token in zip(rows[:8], once, strict=True):
-        row[1, 0] = token
+    words = [i for i in np.flatnonzero(counts == 0) if tokenizer.id_to_token(int(i)).isalpha()]
+    rare = [int(i) for i in words if tokenizer.encode(tokenizer.id_to_token(int(i))).ids[1] == i][
+        -8:
+    ]
+    texts = [
+        f"{tokenizer.id_to_token(rare[i])} {t}" if i < 8 else t for i, t in enumerate(train.texts)
+    ]
+    frequent = np.argsort(counts)[-8:]
+    name = "model.embeddings.tok_embeddings.weight"
     shares = []
     for eps in (finetune.ADAM_EPS, finetune.EMBEDDING_EPS):
-        args = finetune.parse(["--epochs", "2", "--weight-decay", "0"])
-        torch.manual_seed(0)
-        model = Classifier(config, 3)
-        model_folder.load_weights(model, state, pretrained, allow_missing=("classifier",))
-        embedding = model.model.embeddings.tok_embeddings.weight
-        before, off = embedding.detach().clone(), torch.autocast("cpu", enabled=False)
-        finetune.fit_network(model, rows, train.targets, np.arange(len(rows)), 3e-4, args, off, eps)
-        moved = (embedding.detach() - before).norm(dim=1).numpy()
-        shares.append(moved[once].mean() / moved[np.argsort(counts)[-8:]].mean())
+        monkeypatch.setattr(finetune, "EMBEDDING_EPS", eps)
+        flags = ["--model", str(pretrained), "--out", str(tmp_path), *FAST, "--weight-decay", "0"]
+        data = (replace(train, texts=texts), test)
+        finetune.main([*flags, "--methods", "pretrained", "--lr", "3e-4"], data=data)
+        change = model_folder.load_model(tmp_path)[1][name] - weights[name]
+        moved = change.norm(dim=1).numpy()
+        shares.append(moved[rare].mean() / moved[frequent].mean())
     assert shares[1] < 0.7 * shares[0]
 
-    fitted, fit = [], finetune.fit_network
-    monkeypatch.setattr(finetune, "fit_network", lambda *given: (fitted.append(given[-1]), fit(*given)))
-    flags = ["--model", str(pretrained), "--train", str(topics[0]), "--test", str(topics[1]), *FAST]
-    for row, eps in (("scratch", finetune.ADAM_EPS), ("pretrained", finetune.EMBEDDING_EPS)):
-        finetune.main([*flags, "--rows", row, "--lr", "1e-3", "--out", str(tmp_path / row)])
-        assert fitted.pop() == eps and not fitted
+
+@pytest.mark.parametrize(
+    ("n_labels", "is_pretrained", "family", "lr", "eps"),
+    [
+        (3, True, "modern", finetune.LR_PRETRAINED, finetune.EMBEDDING_EPS),
+        (3, False, "modern", finetune.LR_RANDOM_WEIGHTS, finetune.ADAM_EPS),
+        (3, True, "bert", finetune.LR_PRETRAINED_BERT, finetune.ADAM_EPS),
+        (3, False, "bert", finetune.LR_RANDOM_WEIGHTS, finetune.ADAM_EPS),
+    ],
+)
+def test_rates_and_eps_depend_on_the_weights_that_training_starts_from(
+    n_labels, is_pretrained, family, lr, eps
+):
+    config = finetune.Config(50, 32, 1, 2, 48, 32, family=family)
+    model = Classifier(config, n_labels)
+    optimizer = finetune.new_optimizer(finetune.parse([]), model, is_pretrained)
+    embeddings, matrices, no_decay = optimizer.param_groups
+    assert {group["lr"] for group in optimizer.param_groups} == {lr}
+    assert (embeddings["eps"], matrices["eps"], no_decay["eps"]) == (eps, 1e-8, 1e-8)
+    assert matrices["weight_decay"] == 0.01 and no_decay["weight_decay"] == 0
+    with_flag = finetune.new_optimizer(finetune.parse(["--lr", "0.5"]), model, is_pretrained)
+    assert with_flag.param_groups[0]["lr"] == 0.5
+
+
+def test_a_figure_that_fails_costs_no_result(topics, pretrained, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise MemoryError("no room for the figure")
+
+    monkeypatch.setattr(plots, "confusion", fail)
+    metrics = finetune.main(files_of(topics, pretrained, tmp_path, "--methods", "pretrained"))
+    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
+    assert "confusion.png: not drawn: no room for the figure" in capsys.readouterr().out
+    evaluation.draw_confusion(np.arange(51), np.arange(51), list(map(str, range(51))), tmp_path)
+    assert not capsys.readouterr().out  # too many classes to be readable: not even tried
+
+
+@pytest.mark.parametrize("method", ["magic", "most_frequent", "", "frozen"])
+def test_unknown_methods_are_refused(topics, pretrained, tmp_path, method):
+    flags = files_of(topics, pretrained, tmp_path, "--methods", f"pretrained,{method}")
+    with pytest.raises(UserError, match=f"--methods {method}: choose from ngrams,random_weights"):
+        finetune.main(flags)

@@ -118,15 +118,15 @@ def test_any_file_is_read_or_told_in_one_line(tmp_path, n_cases, capsys):
         path = tmp_path / name
         raw = gzip.compress(content, 1) if name.endswith(".gz") else content
         path.write_bytes(raw[: len(raw) - n_cut] if n_cut < 20 else raw)
-        readers = (
+        calls = (
             lambda: [document.encode() for document in readers.read_documents(path)],
-            lambda: labels.draw(labels.load(None, path)[0], None, 0),
+            lambda: labels.subsample(labels.load(None, path)[0], None, 0),
             lambda: entities.load(path, None),
             lambda: list(predict.read_items(predict.parse(["--file", str(path)]), one_line)),
         )
-        for reader in readers:
+        for call in calls:
             try:
-                reader()
+                call()
             except UserError as error:
                 one_line(error)
                 assert str(path) in str(error) or "label" in str(error) or "held-out" in str(error)

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from data import SPECIAL_TOKENS
 from files.disk import UserError
+from files.tokenizer import SPECIAL_TOKENS
 from labels import (
     HOLD_OUT,
     N_FOLDS,
@@ -28,7 +28,9 @@ PROPERTY = settings(
     deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 WORD = st.text(
-    st.characters(exclude_categories=["Cs"], exclude_characters="\0\ufeff\t\n\r"), min_size=1, max_size=8
+    st.characters(exclude_categories=["Cs"], exclude_characters="\0\ufeff\t\n\r"),
+    min_size=1,
+    max_size=8,
 ).filter(str.strip)
 NAME = WORD.map(str.strip)
 
@@ -36,7 +38,9 @@ NAME = WORD.map(str.strip)
 def write(path: Path, columns: list[str], rows: list[tuple]) -> Path:
     """A table in the format of the suffix."""
     if path.suffix == ".jsonl":
-        lines = [json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False) for row in rows]
+        lines = [
+            json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False) for row in rows
+        ]
     elif path.suffix == ".tsv":
         lines = ["\t".join(map(str, row)) for row in [columns, *rows]]
     else:
@@ -57,16 +61,20 @@ def places(part: LabeledDataset) -> list[int]:
     return [int(text) for text in part.texts]
 
 
-# --------------------------------------------------------------------------------------------------- files
+# ---------------------------------------------------------------------------- files
 
 
 @PROPERTY
 @given(data=st.data(), suffix=st.sampled_from([".csv", ".tsv", ".jsonl"]), paired=st.booleans())
 def test_texts_pairs_and_names_of_classes_are_kept(tmp_path, data, suffix, paired):
     names = data.draw(st.lists(NAME, min_size=2, max_size=5, unique=True))
-    labels = data.draw(st.permutations(names * 2)) + data.draw(st.lists(st.sampled_from(names), max_size=5))
+    labels = data.draw(st.permutations(names * 2)) + data.draw(
+        st.lists(st.sampled_from(names), max_size=5)
+    )
     rows = [(data.draw(WORD), data.draw(WORD), label) for label in labels]
-    path = write(tmp_path / f"a{suffix}", ["text", "text_pair" if paired else "other", "label"], rows)
+    path = write(
+        tmp_path / f"a{suffix}", ["text", "text_pair" if paired else "other", "label"], rows
+    )
     train, test = load(None, path, path, task="classify")
     for part in (train, test):
         assert part.texts == [row[0] for row in rows]
@@ -90,7 +98,14 @@ COLUMNS = {  # columns, what is asked for -> text, pair, label
     ("id", "Review", "Sentiment"): (None, None, None, "Review", None, "Sentiment"),
     ("label", "id", "a longer column"): (None, None, None, "a longer column", None, "label"),
     ("stars", "title", "review"): (None, None, None, "review", None, "stars"),
-    ("idx", "sentence1", "sentence2", "label"): (None, None, None, "sentence1", "sentence2", "label"),
+    ("idx", "sentence1", "sentence2", "label"): (
+        None,
+        None,
+        None,
+        "sentence1",
+        "sentence2",
+        "label",
+    ),
     ("label", "Premise", "Hypothesis"): (None, None, None, "Premise", "Hypothesis", "label"),
     ("question", "answer", "score", "label"): (None, None, None, "question", "answer", "label"),
     ("text", "text_pair", "label", "why"): ("why", None, None, "why", None, "label"),
@@ -141,7 +156,8 @@ def test_few_integers_are_classes_and_numbers_are_targets(tmp_path, labels, task
 
 
 CLASSES = "text,label\na,x\nb,y\nc,x\nd,y\ne,x\nf,y\n"
-ERRORS = {  # train file, test file or None, keywords of load -> how the message goes on after the file
+# train file, test file or None, keywords of load: how the message continues after the file
+ERRORS = {
     "no label column": ("text,mood\na,x\n", None, {}, ": no label column .*--label-column"),
     "no such column": (
         CLASSES,
@@ -158,8 +174,18 @@ ERRORS = {  # train file, test file or None, keywords of load -> how the message
     "empty text": (CLASSES + ",x\n", None, {}, ":8: no text in field 'text'"),
     "empty label in test": (CLASSES, "text,label\na,x\nb,\n", {}, ":3: no label"),
     "no label in test": (CLASSES, "text,mood\na,x\n", {}, ":2: no label in field 'label'"),
-    "no number": ("text,label\na,1.5\nb,2.5\nc,x\n", None, {"task": "regress"}, ":4: label 'x' is no number"),
-    "beyond float32": ("text,label\na,1.5\nb,1e39\n", None, {"task": "regress"}, ":3: label '1e39'"),
+    "no number": (
+        "text,label\na,1.5\nb,2.5\nc,x\n",
+        None,
+        {"task": "regress"},
+        ":4: label 'x' is no number",
+    ),
+    "beyond float32": (
+        "text,label\na,1.5\nb,1e39\n",
+        None,
+        {"task": "regress"},
+        ":3: label '1e39'",
+    ),
     "no number in test": (
         "text,label\na,1.5\nb,2.5\n",
         "text,label\na,x\n",
@@ -168,7 +194,12 @@ ERRORS = {  # train file, test file or None, keywords of load -> how the message
     ),
     "no examples": ("text,label\n", None, {}, ": no examples"),
     "empty file": ("", None, {}, ":1: the first line must name the columns"),
-    "all held out again": ("text,label\n" + "a,x\na,y\n" * 3, None, {}, "every example of the held-out"),
+    "all held out again": (
+        "text,label\n" + "a,x\na,y\n" * 3,
+        None,
+        {},
+        "every example of the held-out",
+    ),
 }
 
 
@@ -213,7 +244,8 @@ NOISE = st.lists(
 
 @settings(PROPERTY, max_examples=300)
 @given(
-    content=st.lists(RECORD.map(json.dumps), max_size=8).map("\n".join).map(str.encode) | NOISE.map(b"".join),
+    content=st.lists(RECORD.map(json.dumps), max_size=8).map("\n".join).map(str.encode)
+    | NOISE.map(b"".join),
     suffix=st.sampled_from([".jsonl", ".csv", ".tsv"]),
 )
 def test_any_file_gives_examples_or_one_line_that_names_it(tmp_path, content, suffix):
@@ -233,14 +265,16 @@ def test_other_files_are_no_labelled_examples(tmp_path):
         load(None, tmp_path / "a.txt")
 
 
-# -------------------------------------------------------------------------------------- splits and budgets
+# ---------------------------------------------------------------------------- splits and budgets
 
 TEXTS = st.lists(st.tuples(st.integers(0, 30), st.sampled_from("xyz")), min_size=8, max_size=60)
 
 
 @PROPERTY
 @given(rows=TEXTS)
-def test_without_a_test_file_the_last_fifth_of_each_class_is_held_out_and_nothing_leaks(tmp_path, rows):
+def test_without_a_test_file_the_last_fifth_of_each_class_is_held_out_and_nothing_leaks(
+    tmp_path, rows
+):
     of_class = defaultdict(list)
     for text, label in rows:
         of_class[label].append(str(text))
@@ -248,7 +282,9 @@ def test_without_a_test_file_the_last_fifth_of_each_class_is_held_out_and_nothin
     held_out = {label: texts[-max(1, len(texts) // 5) :] for label, texts in of_class.items()}
     kept = {label: texts[: -max(1, len(texts) // 5)] for label, texts in of_class.items()}
     seen = {text for texts in kept.values() for text in texts}
-    fresh = {label: [text for text in texts if text not in seen] for label, texts in held_out.items()}
+    fresh = {
+        label: [text for text in texts if text not in seen] for label, texts in held_out.items()
+    }
     path = write(tmp_path / "a.csv", ["text", "label"], rows)
     if not any(fresh.values()):
         with pytest.raises(UserError, match="--test"):
@@ -269,8 +305,14 @@ def test_a_budget_is_exact_stratified_and_in_the_order_of_the_file(counts, data,
     n = data.draw(st.integers(2 * len(counts), sum(counts)))
     drawn = subsample(whole, n, seed)
     assert places(drawn) == sorted(set(places(drawn))) and len(drawn) == n
-    assert drawn.targets.tolist() == whole.targets[places(drawn)].tolist() and drawn.names == whole.names
-    sizes, shares = np.bincount(drawn.targets, minlength=len(counts)), n * np.array(counts) / sum(counts)
+    assert (
+        drawn.targets.tolist() == whole.targets[places(drawn)].tolist()
+        and drawn.names == whole.names
+    )
+    sizes, shares = (
+        np.bincount(drawn.targets, minlength=len(counts)),
+        n * np.array(counts) / sum(counts),
+    )
     assert (sizes >= 2).all()
     if (shares >= 2).all():
         assert (np.abs(sizes - shares) < 1).all()
@@ -278,11 +320,18 @@ def test_a_budget_is_exact_stratified_and_in_the_order_of_the_file(counts, data,
 
 
 def test_seeds_draw_different_budgets_and_all_is_all():
-    for whole in (examples([100, 100]), LabeledDataset([str(i) for i in range(99)], None, np.ones(99), None)):
+    for whole in (
+        examples([100, 100]),
+        LabeledDataset([str(i) for i in range(99)], None, np.ones(99), None),
+    ):
         draws = [places(subsample(whole, 20, seed)) for seed in range(4)]
         assert all(len(set(drawn)) == 20 and drawn == sorted(drawn) for drawn in draws)
         assert len(set(map(tuple, draws))) == 4
-        assert places(subsample(whole, None, 1)) == places(subsample(whole, len(whole), 1)) == list(range(len(whole)))
+        assert (
+            places(subsample(whole, None, 1))
+            == places(subsample(whole, len(whole), 1))
+            == list(range(len(whole)))
+        )
 
 
 def test_budgets_that_cannot_be_had_are_refused():
@@ -322,14 +371,16 @@ def test_no_fold_of_the_smallest_budgets_is_empty(counts):
         assert len(held) > 0 and len(set(whole.targets[train].tolist())) == len(counts)
 
 
-# -------------------------------------------------------------------------------------- tokens and batches
+# ---------------------------------------------------------------------------- tokens and batches
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     """Of words "0" to "99", each one token."""
     words = [*SPECIAL_TOKENS.values(), *map(str, range(100))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return tokenizer
 
@@ -362,7 +413,9 @@ def test_a_long_text_keeps_its_head_and_its_tail(tokenizer, texts, max_len):
 @given(pairs=st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=4), max_len=st.integers(8, 40))
 def test_of_a_pair_the_longer_text_is_cut_first(tokenizer, pairs, max_len):
     first, second = ([joined(words) for words in side] for side in zip(*pairs, strict=True))
-    rows, n_cut = encode(LabeledDataset(first, second, np.zeros(len(pairs)), None), tokenizer, max_len)
+    rows, n_cut = encode(
+        LabeledDataset(first, second, np.zeros(len(pairs)), None), tokenizer, max_len
+    )
     cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
     assert n_cut == sum(len(a) + len(b) + 3 > max_len for a, b in pairs)
     for (a, b), row in zip(pairs, rows, strict=True):
@@ -372,7 +425,9 @@ def test_of_a_pair_the_longer_text_is_cut_first(tokenizer, pairs, max_len):
         kept = (cut - 1, len(row) - cut - 2)
         for words, mine, other in ((a, *kept), (b, *kept[::-1])):
             assert mine == len(words) or mine >= other - 1  # cut only down to the other's length
-        parts = [head_and_tail([w + 5 for w in words], n) for words, n in zip((a, b), kept, strict=True)]
+        parts = [
+            head_and_tail([w + 5 for w in words], n) for words, n in zip((a, b), kept, strict=True)
+        ]
         assert row[:, 0].tolist() == [cls, *parts[0], sep, *parts[1], sep]
 
 

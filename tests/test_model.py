@@ -1,4 +1,4 @@
-"""The model against `transformers`, through a folder and in memory, and its losses against dense ones."""
+"""The model against `transformers`, in memory and through a folder; its loss against dense ones."""
 
 import dataclasses
 import json
@@ -16,10 +16,11 @@ from transformers import (
     ModernBertForSequenceClassification,
 )
 
+import model as model_module
 from data import Batch
 from files import hub_names, model_folder
 from files.tokenizer import train_tokenizer
-from model import Classifier, Config, Dropout, MaskedLM
+from model import Classifier, Config, MaskedLM, init_weights
 
 SMALL = Config(vocab_size=97, d_model=32, n_layers=3, n_heads=2, d_ff=48, max_len=64)
 # a window of 4 to each side; sizes, thetas and eps that are nobody's default
@@ -43,7 +44,7 @@ each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
 def randomize(model, seed=0):
-    """Weights so large that every part matters; norms and biases are not what they are at the start."""
+    """Weights so large that every part matters, norms and biases included."""
     torch.manual_seed(seed)
     for parameter in model.parameters():
         if parameter.dim() == 2:
@@ -54,7 +55,7 @@ def randomize(model, seed=0):
 
 
 def sequences(config, lengths=(1, 37, 64, 2, 1, 11, 10, 9), seed=0):
-    """ids (T,), cu_seqlens, max_seqlen; and the same padded: ids and mask (S, max_seqlen). 0 is the pad."""
+    """(ids (T,), cu_seqlens, max_seqlen); and padded with 0: (ids, mask), each (S, max_seqlen)."""
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.randint(1, config.vocab_size, (n,), generator=generator) for n in lengths]
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
@@ -86,11 +87,11 @@ def theirs(kind, model, **extra):
         **extra,
     )
     other = kind(config).eval()
-    other.load_state_dict({k: v for k, v in model.state_dict().items() if k != "bag_bias"})
+    other.load_state_dict(model.state_dict())
     return other
 
 
-# --------------------------------------------------------------------------------------- as in transformers
+# ------------------------------------------------------------------------------- as in transformers
 
 
 @each_config
@@ -98,21 +99,23 @@ def test_logits_and_gradients_are_those_of_padded_transformers(config):
     ours = randomize(MaskedLM(config))
     other = theirs(ModernBertForMaskedLM, ours)
     flat, (padded, mask) = sequences(config)
-    found = ours.logits(*flat)
+    logits = ours.logits(*flat)
     expected = other(padded, attention_mask=mask).logits[mask.bool()]
-    assert found.std() > 0.5
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert logits.std() > 0.5
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
-    direction = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)) / found.numel() ** 0.5
-    (found * direction).sum().backward()
+    direction = (
+        torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
+        / logits.numel() ** 0.5
+    )
+    (logits * direction).sum().backward()
     (expected * direction).sum().backward()
     gradients = dict(other.named_parameters())
     for name, parameter in ours.named_parameters():
-        if name == "bag_bias":
-            assert parameter.grad is None
-            continue
         scale = float(gradients[name].grad.abs().max())
-        torch.testing.assert_close(parameter.grad, gradients[name].grad, rtol=1e-5, atol=1e-5 * max(1, scale))
+        torch.testing.assert_close(
+            parameter.grad, gradients[name].grad, rtol=1e-5, atol=1e-5 * max(1, scale)
+        )
         assert scale > 1e-3
 
 
@@ -126,13 +129,13 @@ def test_logits_and_gradients_are_those_of_padded_transformers(config):
     ids=("global", "local", "swapped"),
 )
 def test_each_theta_has_its_own_layers(change):
-    """The equality above would notice a wrong theta: a small change of one is far beyond its tolerance."""
+    """The equality above would notice a wrong theta: its tolerance is far smaller."""
     flat, (padded, mask) = sequences(LOCAL)
     model = randomize(MaskedLM(dataclasses.replace(LOCAL, **change)))
-    found = model.logits(*flat)
+    logits = model.logits(*flat)
     expected = theirs(ModernBertForMaskedLM, model)(padded, attention_mask=mask).logits[mask.bool()]
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert (found - randomize(MaskedLM(LOCAL)).logits(*flat)).abs().max() > 0.05
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    assert (logits - randomize(MaskedLM(LOCAL)).logits(*flat)).abs().max() > 0.05
 
 
 @each_config
@@ -142,12 +145,14 @@ def test_classifier_is_that_of_transformers(config, pooling):
     kind = ModernBertForSequenceClassification
     other = theirs(kind, ours, num_labels=3, classifier_pooling=pooling)
     flat, (padded, mask) = sequences(config)
-    found = ours(*flat)
-    assert found.std() > 0.5
-    torch.testing.assert_close(found, other(padded, attention_mask=mask).logits, rtol=1e-5, atol=1e-5)
+    logits = ours(*flat)
+    assert logits.std() > 0.5
+    torch.testing.assert_close(
+        logits, other(padded, attention_mask=mask).logits, rtol=1e-5, atol=1e-5
+    )
 
 
-# ------------------------------------------------------------------------------------- folder and tokenizer
+# ----------------------------------------------------------------------------- folder and tokenizer
 
 # letters of each script, with combining marks where it has them
 SCRIPTS = {
@@ -155,17 +160,22 @@ SCRIPTS = {
     "Cyrillic": [*range(0x400, 0x460), *range(0x48A, 0x530)],
     "Devanagari": [*range(0x900, 0x970)],
     "Arabic": [*range(0x620, 0x66A), 0x200C, 0x200D],
-    "Chinese and Japanese": [*range(0x4E00, 0x4E80), *range(0x3041, 0x3097), *range(0x30A1, 0x30FB)],
+    "Chinese and Japanese": [
+        *range(0x4E00, 0x4E80),
+        *range(0x3041, 0x3097),
+        *range(0x30A1, 0x30FB),
+    ],
 }
 SPACES = (" ", " ", " ", " ", "  ", "\t", "\n", "\r\n", "\u00a0", "\u3000", "\u200b")
 PUNCTUATION = ".,;:!?'\"()-\u2013…«»।،؟。、/@#$%&*_[]{}<>|~`^+=\\"
 
 
 def generated_lines(n, seed):
-    """Lines of one script each, of words from a small stock and of words never seen, digits, punctuation."""
+    """Lines of one script each: words, frequent and new ones, digits and punctuation."""
     rng, lines = random.Random(seed), []
     letters = [
-        [chr(x) for x in points if unicodedata.category(chr(x)) != "Cn"] for points in SCRIPTS.values()
+        [chr(x) for x in points if unicodedata.category(chr(x)) != "Cn"]
+        for points in SCRIPTS.values()
     ]
 
     def word(alphabet, rng):
@@ -198,7 +208,9 @@ def saved(folder, tokenizer, kind=MaskedLM, *args, extra=None, config=LOCAL):
 
 
 def load_theirs(auto, folder):
-    other, info = auto.from_pretrained(folder, output_loading_info=True, attn_implementation="eager")
+    other, info = auto.from_pretrained(
+        folder, output_loading_info=True, attn_implementation="eager"
+    )
     assert not any(info.values()), info
     return other.eval()
 
@@ -248,7 +260,7 @@ def test_pooling_that_config_json_does_not_name_is_the_default_of_transformers(t
 
 @each_config
 def test_folder_survives_a_round_trip(tmp_path, tokenizer, config):
-    """Ours, read and written by transformers, read by us: all parts and the logits are equal."""
+    """Ours, read and written by transformers, read by us: everything is equal."""
     model = saved(tmp_path / "ours", tokenizer, config=config)
     load_theirs(AutoModelForMaskedLM, tmp_path / "ours").save_pretrained(tmp_path / "theirs")
     AutoTokenizer.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
@@ -273,18 +285,21 @@ def test_tokenizer_is_read_by_transformers(tmp_path, tokenizer):
     for line in generated_lines(1000, seed=2):
         ids = tokenizer.encode(line).ids
         assert other(line)["input_ids"] == ids, line
-        n_tokens, n_unknown = n_tokens + len(ids), n_unknown + ids.count(tokenizer.token_to_id("[UNK]"))
-    assert 0 < n_unknown < 0.1 * n_tokens  # equal, and not because nothing is known
+        n_tokens, n_unknown = (
+            n_tokens + len(ids),
+            n_unknown + ids.count(tokenizer.token_to_id("[UNK]")),
+        )
+    assert 0 < n_unknown < 0.1 * n_tokens  # equal, and not because all tokens are [UNK]
     assert other.mask_token_id == tokenizer.token_to_id("[MASK]") and other.pad_token_id == 0
     assert other.model_max_length == LOCAL.max_len
 
 
-# ----------------------------------------------------------------------------------- batches and the losses
+# --------------------------------------------------------------------------- batches and the losses
 
 
 @each_config
 def test_neighbours_do_not_matter(config):
-    """Other words in one document, not its length: the logits of its neighbours stay equal to the bit."""
+    """Other words in one document leave the logits of its neighbours equal to the bit."""
     model = randomize(MaskedLM(config))
     (ids, cu_seqlens, longest), _ = sequences(config)
     other = sequences(config, seed=1)[0][0]
@@ -292,51 +307,39 @@ def test_neighbours_do_not_matter(config):
     for first, last in cu_seqlens.unfold(0, 2, 1).tolist():
         changed = torch.cat((ids[:first], other[first:last], ids[last:]))
         after = model.logits(changed, cu_seqlens, longest)
-        assert torch.equal(after[:first], before[:first]) and torch.equal(after[last:], before[last:])
+        assert torch.equal(after[:first], before[:first]) and torch.equal(
+            after[last:], before[last:]
+        )
         assert last - first < 9 or not torch.equal(after[first:last], before[first:last])
 
 
-def test_losses_are_the_dense_ones():
-    """Sums over masked tokens and windows, from all logits and dense targets; with their gradients."""
-    model = randomize(MaskedLM(LOCAL)).double()
+@pytest.mark.parametrize("family", ("modern", "bert"))
+def test_the_loss_is_the_dense_one(family):
+    """A sum over masked tokens, from all logits; with its gradients."""
+    model = randomize(MaskedLM(dataclasses.replace(LOCAL, family=family))).double()
     (ids, cu_seqlens, longest), _ = sequences(LOCAL, (5, 30, 3))
-    bags = [{7: 0.25, 8: 0.75}, {96: 1.0}, {1: 0.5, 2: 0.125, 3: 0.375}]
-    words = [[(7, 0.25), (8, 0.5), (8, 0.25)], [(96, 1.0)], [(2, 0.125), (1, 0.5), (3, 0.375)]]
-    batch = Batch(
-        ids=ids,
-        cu_seqlens=cu_seqlens,
-        max_seqlen=longest,
-        masked=torch.tensor([36, 1, 20, 3]),
-        targets=torch.tensor([9, 9, 0, 50]),
-        bag_ids=torch.tensor([word for row in words for word, _ in row]),
-        bag_weights=torch.tensor([weight for row in words for _, weight in row]),
-        cu_bags=torch.tensor([0, 3, 4, 7]),
-    )
+    masked, targets = [36, 1, 20, 3], [9, 9, 0, 50]
+    batch = Batch(ids, cu_seqlens, longest, torch.tensor(masked), torch.tensor(targets))
 
     def gradients(loss):
         model.zero_grad()
-        loss.backward(retain_graph=True)
+        loss.backward()
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
-    token_loss, bag_loss = model(batch)
+    losses = model(batch)
+    counts = {name: count for name, (_, count) in losses.items()}
+    assert counts == MaskedLM.loss_counts(batch) == {"masked_lm": 4}
+    loss, _ = losses["masked_lm"]
     log_p = model.logits(ids, cu_seqlens, longest).log_softmax(-1)
-    dense_token_loss = -sum(log_p[i, t] for i, t in zip([36, 1, 20, 3], [9, 9, 0, 50], strict=True))
-    means = [part.mean(0) for part in model.model(ids, cu_seqlens, longest).split([5, 30, 3])]
-    logits = model.head(torch.stack(means)) @ model.decoder.weight.T + model.bag_bias
-    target = torch.zeros(3, LOCAL.vocab_size, dtype=torch.float64)
-    for row, bag in enumerate(bags):
-        target[row, list(bag)] = torch.tensor(list(bag.values()), dtype=torch.float64)
-    dense_bag_loss = -(logits.log_softmax(-1) * target).sum()
-
-    for loss, dense in ((token_loss, dense_token_loss), (bag_loss, dense_bag_loss)):
-        torch.testing.assert_close(loss, dense, rtol=1e-10, atol=1e-10)
-        found, expected = gradients(loss), gradients(dense)
-        assert found.keys() == expected.keys()
-        for name in found:
-            torch.testing.assert_close(found[name], expected[name], rtol=1e-10, atol=1e-10)
+    dense = -sum(log_p[i, target] for i, target in zip(masked, targets, strict=True))
+    torch.testing.assert_close(loss.double(), dense, rtol=1e-6, atol=1e-6)
+    result, expected = gradients(loss), gradients(dense)
+    assert result.keys() == expected.keys()
+    for name in result:
+        torch.testing.assert_close(result[name], expected[name], rtol=1e-10, atol=1e-10)
 
 
-# ------------------------------------------------------------------------------- sizes and the first weights
+# ---------------------------------------------------------------------- sizes and the first weights
 
 
 @pytest.mark.parametrize(
@@ -362,14 +365,18 @@ def test_config_refuses_what_does_not_fit(wrong):
 
 @pytest.mark.parametrize("make", (MaskedLM, lambda config: Classifier(config, 50)))
 def test_first_weights(make):
-    """Reproducible; normal, cut at 2 standard deviations, those of each kind of matrix; biases 0, norms 1."""
-    config = Config(vocab_size=300, d_model=128, n_layers=8, n_heads=2, d_ff=160, max_len=64, init_std=0.05)
+    """Normal, cut at 2 standard deviations by kind of matrix; biases are 0 and norms 1."""
+    config = Config(
+        vocab_size=300, d_model=128, n_layers=8, n_heads=2, d_ff=160, max_len=64, init_std=0.05
+    )
     first, again, other = [], [], []
-    for found, seed in ((first, 5), (again, 5), (other, 6)):
+    for weights, seed in ((first, 5), (again, 5), (other, 6)):
         torch.manual_seed(seed)
-        found += make(config).state_dict().items()
+        weights += make(config).state_dict().items()
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(first, again, strict=True))
-    assert not any(torch.equal(a, b) for (_, a), (_, b) in zip(first, other, strict=True) if a.dim() == 2)
+    assert not any(
+        torch.equal(a, b) for (_, a), (_, b) in zip(first, other, strict=True) if a.dim() == 2
+    )
     uncut = {"Wo": 0.05 / 4, "dense": 0.05 / 4, "Wqkv": 0.05, "Wi": 0.05, "tok_embeddings": 0.05}
     uncut["classifier"] = 128**-0.5
     cut = 0.8796  # the deviation of a standard normal that is cut at 2
@@ -382,23 +389,52 @@ def test_first_weights(make):
         assert 1.95 * std < float(weight.abs().max()) <= 2 * std * 1.000001, name
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dropout_drops_the_share_that_it_says(p, dtype):
-    def near(found: torch.Tensor, share: float) -> bool:
-        return abs(found.double().mean() - share) < 4 * (share / found.numel()) ** 0.5
+def test_a_module_that_only_pretraining_needs_changes_no_other_weight(monkeypatch):
+    """Wherever it is created: it is initialized last, and constructors draw from elsewhere."""
 
+    class WithExtra(MaskedLM):
+        pretraining_only = ("extra",)
+
+    def extended():
+        model = WithExtra(SMALL)
+        model.extra = torch.nn.Linear(32, 32)
+        model._modules = {"extra": model.extra, **model._modules}  # as if it were created first
+        return model
+
+    plain, other = MaskedLM(SMALL), extended()
+    for model in (plain, other):
+        init_weights(model, SMALL, seed=5)
+    for name, weight in plain.state_dict().items():
+        assert torch.equal(other.state_dict()[name], weight), name
+    assert other.extra.weight.abs().max() <= 2 * SMALL.init_std
+    monkeypatch.setattr(WithExtra, "pretraining_only", ())  # the order matters
+    init_weights(other, SMALL, seed=5)
+    assert not torch.equal(other.head.dense.weight, plain.head.dense.weight)
+
+
+def test_constructors_that_draw_random_numbers_change_no_other_weight(monkeypatch):
     torch.manual_seed(0)
-    x, dropout = torch.full((333, 777), 2.0, dtype=dtype, requires_grad=True), Dropout(p)
-    y = dropout(x)
-    dropped = (y == 0).flatten()
-    assert all(near(dropped[i::4], p) for i in range(4))  # the four that share a draw
-    assert all(near(dropped[i:] & dropped[:-i], p * p) for i in (1, 2, 3, 4))
-    rounding = 1e-4 if dtype == torch.float32 else 1e-2
-    torch.testing.assert_close(y[y != 0], torch.full_like(y[y != 0], 2 / (1 - p)), rtol=rounding, atol=0)
-    y.sum().backward()
-    torch.testing.assert_close(x.grad, y.detach() / 2)
-    assert not torch.equal(dropout(x), y)
+    plain = MaskedLM(SMALL)
+
+    class Encoder(model_module.Encoder):
+        def __init__(self, config):
+            torch.randn(7)
+            super().__init__(config)
+
+    monkeypatch.setattr(model_module, "Encoder", Encoder)
     torch.manual_seed(0)
-    assert torch.equal(dropout(x), y)
-    assert dropout.eval()(x) is x
+    for name, weight in MaskedLM(SMALL).state_dict().items():
+        assert torch.equal(weight, plain.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("family", ("modern", "bert"))
+def test_dropout_is_on_while_training_only(family):
+    config = dataclasses.replace(SMALL, family=family)
+    torch.manual_seed(0)
+    model = Classifier(config, 3)
+    assert model.dropout is model.model.dropout and model.dropout.p == 0
+    flat, _ = sequences(config)
+    without = model(*flat)
+    model.dropout.p = 0.3
+    assert not torch.equal(model.train()(*flat), model(*flat))
+    assert torch.equal(model.eval()(*flat), without)

@@ -1,5 +1,6 @@
 """Muon against singular value decompositions in float64, the parameter groups, the schedule."""
 
+import dataclasses
 from itertools import pairwise
 
 import pytest
@@ -7,14 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import Classifier, Config, MaskedLM
-from optim import Muon, make_optimizers, orthogonalize, set_learning_rates
+from model import Classifier, Config, MaskedLM, Tagger
+from optim import Muon, make_optimizers, orthogonalize, parameter_groups, set_learning_rates
 
 CONFIG = Config(vocab_size=60, d_model=16, n_layers=3, n_heads=2, d_ff=24, max_len=32)
 
 
 def plain_orthogonalize(matrix):
-    """The quintic polynomial, five times, on the singular values of the matrix divided by its norm."""
+    """The quintic polynomial, five times, on the normalized singular values of the matrix."""
     u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
     s = s / s.norm()
     for _ in range(5):
@@ -27,37 +28,53 @@ def plain_orthogonalize(matrix):
 def test_orthogonalize_brings_singular_values_near_1(dtype, shape):
     torch.manual_seed(0)
     u, s, v = torch.linalg.svd(torch.randn(6, *shape, dtype=torch.float64), full_matrices=False)
-    s = s.clamp(min=0.05 * s.amax())  # square ones have values near 0, which no iteration brings to 1
-    found = orthogonalize(u * s[:, None] @ v * 1000, dtype)
-    assert found.dtype == dtype
-    values = torch.linalg.svdvals(found.double())
+    s = s.clamp(min=0.05 * s.amax())  # no iteration brings the values near 0 of square ones to 1
+    result = orthogonalize(u * s[:, None] @ v * 1000, dtype)
+    assert result.dtype == dtype
+    values = torch.linalg.svdvals(result.double())
     assert values.min() > 0.5 and values.max() < 1.5
 
 
-def test_without_a_rate_of_muon_adamw_takes_every_weight():
-    model = MaskedLM(CONFIG)
-    (adamw,) = make_optimizers(model, (0.0, 1e-3, 1e-3), 0.1, torch.float32)
-    taken = [p for group in adamw.param_groups for p in group["params"]]
-    assert len(taken) == len(set(taken)) and set(taken) == set(model.parameters())
-
-
-def test_muon_updates_each_block_apart():
-    """Two steps by hand: Nesterov's momentum, then Q, K and V, or the halves of Wi, each orthogonalised."""
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("size", (1e-9, 1.0, 1e4))
+def test_muon_moves_by_the_learning_rate_whatever_the_size_of_the_gradients(dtype, size):
+    """Gradients of 1e-9 are zero in float16, and their squares are zero in float32."""
     torch.manual_seed(0)
-    shapes = {(24, 8): 3, (16, 8): 2, (8, 20): 1, (40, 10): 2, (8, 8): 1}  # blocks: square, wide, tall
+    parameter = torch.nn.Parameter(torch.zeros(16, 24))
+    muon = Muon([{"params": [parameter]}], lr=0.1, dtype=dtype)
+    parameter.grad = size * torch.randn(16, 24)
+    muon.step()
+    assert torch.isfinite(parameter).all()
+    largest = float(torch.linalg.svdvals(parameter.detach())[0])
+    assert largest == pytest.approx(0.1, rel=0.3)
+
+
+def test_with_a_learning_rate_of_zero_for_muon_adamw_gets_every_parameter():
+    model = MaskedLM(CONFIG)
+    (adamw,) = make_optimizers(model, 0.0, 1e-3, 1e-3, torch.float32)
+    parameters = [p for group in adamw.param_groups for p in group["params"]]
+    assert len(parameters) == len(set(parameters)) and set(parameters) == set(model.parameters())
+
+
+def test_muon_orthogonalizes_each_map_of_a_matrix_by_itself():
+    """Two steps by hand: Nesterov's momentum, then Q, K and V, or both halves of Wi."""
+    torch.manual_seed(0)
+    n_maps = {(24, 8): 3, (16, 8): 2, (8, 20): 1, (40, 10): 2, (8, 8): 1}  # square, wide and tall
     parameters = {
-        n: [torch.nn.Parameter(torch.randn(s)) for s, m in shapes.items() if m == n] for n in (1, 2, 3)
+        n: [torch.nn.Parameter(torch.randn(shape)) for shape, m in n_maps.items() if m == n]
+        for n in (1, 2, 3)
     }
-    muon = Muon([{"params": p, "n_blocks": n} for n, p in parameters.items()], lr=0.1, dtype=torch.float32)
+    groups = [{"params": p, "n_maps": n} for n, p in parameters.items()]
+    muon = Muon(groups, lr=0.1, dtype=torch.float32)
     every = [(p, n) for n, group in parameters.items() for p in group]
     expected = [p.detach().double() for p, _ in every]
     momenta = [torch.zeros_like(x) for x in expected]
     for _ in range(2):
-        for i, (parameter, n_blocks) in enumerate(every):
+        for i, (parameter, n) in enumerate(every):
             parameter.grad = torch.randn_like(parameter)
             momenta[i] = 0.95 * momenta[i] + 0.05 * parameter.grad
             nesterov = 0.05 * parameter.grad + 0.95 * momenta[i]
-            rows, columns = len(parameter) // n_blocks, parameter.shape[1]
+            rows, columns = len(parameter) // n, parameter.shape[1]
             step = torch.cat([plain_orthogonalize(block) for block in nesterov.split(rows)])
             expected[i] = expected[i] - 0.1 * max(1, rows / columns) ** 0.5 * step
         muon.step()
@@ -65,13 +82,25 @@ def test_muon_updates_each_block_apart():
         torch.testing.assert_close(parameter.detach().double(), value, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("make", (MaskedLM, lambda config: Classifier(config, 3)))
-def test_groups_part_all_parameters(make):
-    """Each parameter in exactly one group; Q, K and V are three blocks, Wi two; only the embedding decays."""
-    model = make(CONFIG)
-    muon, adamw = make_optimizers(model, (0.02, 3e-3, 1e-3), 0.1, torch.float32)
+MODELS = {
+    "masked_lm": MaskedLM,
+    "classifier": lambda config: Classifier(config, 3),
+    "tagger": lambda config: Tagger(config, 3),
+}
+MATRICES = ("Wqkv.weight", "Wi.weight", "Wo.weight", "dense.weight", "classifier.weight")
+
+
+@pytest.mark.parametrize("family", ("modern", "bert"))
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_each_parameter_is_in_one_group(make, family):
+    """Q, K and V are three maps, the two halves of a GeGLU's Wi are two."""
+    model = make(dataclasses.replace(CONFIG, family=family))
+    names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    groups = parameter_groups(model)
+    assert sorted(names[id(p)] for group in groups for p in group) == sorted(names.values())
+
+    muon, adamw = make_optimizers(model, 0.02, 3e-3, 1e-3, torch.float32)
     assert isinstance(muon, Muon) and isinstance(adamw, torch.optim.AdamW)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
     grouped = [
         (names[id(parameter)], optimizer, group)
         for optimizer in (muon, adamw)
@@ -79,24 +108,33 @@ def test_groups_part_all_parameters(make):
         for parameter in group["params"]
     ]
     assert sorted(name for name, _, _ in grouped) == sorted(names.values())
+    n_maps = {"Wqkv": 3, "Wi": 2 if family == "modern" else 1}
     for name, optimizer, group in grouped:
-        is_matrix = name.endswith(
-            ("Wqkv.weight", "Wi.weight", "Wo.weight", "dense.weight", "classifier.weight")
-        )
+        is_matrix = name.endswith(MATRICES)
         assert optimizer is (muon if is_matrix else adamw), name
         if is_matrix:
             assert group["lr"] == 0.02
-            assert group["n_blocks"] == (3 if "Wqkv" in name else 2 if "Wi" in name else 1), name
+            assert group["n_maps"] == n_maps.get(name.split(".")[-2], 1), name
         else:
-            found = group["lr"], group["weight_decay"]
-            assert found == ((1e-3, 0.1) if "tok_embeddings" in name else (3e-3, 0.0)), name
+            assert group["lr"] == (1e-3 if "_embeddings" in name else 3e-3), name
+            assert group["weight_decay"] == 0.0
+
+
+def test_a_parameter_without_a_rule_is_refused():
+    model = MaskedLM(CONFIG)
+    model.convolution = torch.nn.Conv1d(2, 2, 3)
+    with pytest.raises(ValueError, match=r"convolution\.weight: .* 3 axes"):
+        parameter_groups(model)
 
 
 @settings(deadline=None)
 @given(n_steps=st.integers(1, 400), warmup=st.floats(0, 0.9))
 def test_schedule_rises_to_1_and_falls_near_0(n_steps, warmup):
     parameters = [torch.nn.Parameter(torch.zeros(2, 2)) for _ in range(2)]
-    optimizers = [torch.optim.SGD([parameters[0]], lr=2.0), torch.optim.SGD([parameters[1]], lr=0.5)]
+    optimizers = [
+        torch.optim.SGD([parameters[0]], lr=2.0),
+        torch.optim.SGD([parameters[1]], lr=0.5),
+    ]
     factors = []
     for step in range(n_steps):
         factors.append(set_learning_rates(optimizers, step, n_steps, warmup))

@@ -1,7 +1,7 @@
-"""What run_folder.py promises: checkpoints are whole or not there, damage is seen, bad steps are counted.
+"""What run_folder.py promises: checkpoints are whole, damage is detected, runs do not mix.
 
-Here the damage is done within the process, or in a child that ends in the middle; tests/test_damage.py does
-it to real runs.
+Here the damage is done within the process, or in a child that ends in the middle;
+tests/test_damage.py does it to real runs.
 """
 
 import json
@@ -15,25 +15,45 @@ import numpy as np
 import pytest
 import torch
 
-import optim
-from data import train_tokenizer
-from files import model_folder, run_folder
+from files import disk, model_folder, run_folder
 from files.disk import UserError
+from files.step_monitor import StepMonitor
+from files.tokenizer import train_tokenizer
 from model import Config, MaskedLM
 
 TOKENIZER = train_tokenizer(["ab abc abcd"] * 3, 40)
 CONFIG = Config(TOKENIZER.get_vocab_size(), d_model=8, n_layers=2, n_heads=2, d_ff=12, max_len=16)
 FLAGS = {"steps": 9, "seed": 1, "mask_rate": 0.3, "corpus": [], "out": "a", "device": "cpu"}
 FLAGS |= {"resume": False, "keep": 2}
-FOUND = {"torch": "2.13", "threads": 2}
+ENVIRONMENT = {"torch": "2.13", "threads": 2}
+RECORD = {"flags": FLAGS, "environment": ENVIRONMENT, "data": "tokens-1"}
 
 
-def save(out, step, keep=1, losses=None):
-    """A checkpoint that depends on the step alone."""
+def scaler():
+    return torch.amp.GradScaler(enabled=False)
+
+
+def model_of(step):
     torch.manual_seed(step)
+    return MaskedLM(CONFIG)
+
+
+def same_weights(one, other):
+    weights = other.state_dict()
+    return all(torch.equal(weight, weights[name]) for name, weight in one.state_dict().items())
+
+
+def save(out, step, keep=1, losses=None, record=RECORD):
+    """A checkpoint that depends on the step alone."""
+    model = model_of(step)
     points = [{"step": s, "validation_loss": loss} for s, loss in (losses or {}).items()]
-    state = {"step": step, "points": points, "momentum": torch.randn(3), "flags": FLAGS, "environment": FOUND}
-    run_folder.save_checkpoint(out, MaskedLM(CONFIG), [], torch.amp.GradScaler(enabled=False), TOKENIZER, state, keep)
+    state = record | {"step": step, "momentum": torch.full((3,), step / 7)}
+    run_folder.save_checkpoint(out, model, [], scaler(), TOKENIZER, state, keep, points)
+
+
+def load_state(folder, log=pytest.fail, flags=FLAGS, environment=ENVIRONMENT, defaults=FLAGS):
+    record = {"flags": flags, "environment": environment}
+    return run_folder.load_state(folder, record, defaults, log)
 
 
 def steps(out):
@@ -41,96 +61,228 @@ def steps(out):
 
 
 def content(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def last(out):
-    """(step of the newest whole checkpoint, what was said on the way to it)."""
-    said = []
-    folder = run_folder.latest_checkpoint(out, said.append)
-    return folder and run_folder.load_state(folder, FLAGS, FOUND, said.append)["step"], said
+def latest(out):
+    """(step of the newest whole checkpoint, the messages on the way to it)."""
+    messages = []
+    folder = run_folder.latest_checkpoint(out, messages.append)
+    return folder and load_state(folder, messages.append)["step"], messages
 
 
 @pytest.fixture
-def begun(tmp_path):
-    run_folder.start_run(tmp_path, FLAGS, FOUND)
+def started(tmp_path):
+    """The folder of a run that was just started."""
+    run_folder.start_run(tmp_path, RECORD)
     return tmp_path
 
 
-# -------------------------------------------------------------------------------------------- what is kept
+# -------------------------------------------------------------------------------------- checkpoints
 
 
-def test_a_run_without_checkpoints_says_so(begun):
-    step, said = last(begun)
-    assert step is None and len(said) == 1 and "starting afresh" in said[0]
+def test_a_run_without_checkpoints_says_so(started):
+    step, messages = latest(started)
+    assert step is None and len(messages) == 1 and "starting afresh" in messages[0]
 
 
-def test_the_last_checkpoint_is_what_was_saved(begun):
+def test_the_last_checkpoint_is_what_was_saved(started):
     for step in (2, 9, 10):
-        save(begun, step)
-        assert steps(begun) == [f"step-{step}"]
-        folder = run_folder.latest_checkpoint(begun, pytest.fail)
-        state = run_folder.load_state(folder, FLAGS, FOUND, pytest.fail)
-        torch.manual_seed(step)
-        assert state["step"] == step and torch.equal(state["momentum"], torch.randn(3))
+        save(started, step)
+        assert steps(started) == [f"step-{step}"]
+        folder = run_folder.latest_checkpoint(started, pytest.fail)
+        state = load_state(folder)
+        assert state["step"] == step
+        assert torch.equal(state["momentum"], torch.full((3,), step / 7))
+        assert state["data"] == "tokens-1"
         assert model_folder.load_model(folder)[0] == CONFIG
 
 
-def test_the_last_and_the_best_stay(begun):
+def test_the_last_and_the_best_checkpoints_stay(started):
     losses = {1: 5.0, 2: 3.0, 3: 4.0, 4: math.nan, 5: 3.5, 6: 3.6, 7: 2.0}
     left = []
     for step in losses:
-        save(begun, step, keep=2, losses={s: losses[s] for s in losses if s <= step})
-        left.append([int(name[5:]) for name in steps(begun)])
+        save(started, step, keep=2, losses={s: losses[s] for s in losses if s <= step})
+        left.append([int(name[5:]) for name in steps(started)])
     assert left == [[1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5], [2, 5, 6], [6, 7]]
 
 
-def test_a_new_run_does_not_go_on_from_an_earlier_one(begun):
-    save(begun, 3)
-    run_folder.start_run(begun, FLAGS, FOUND)
-    assert last(begun)[0] is None and json.loads((begun / "environment.json").read_text()) == FOUND
+def test_the_best_checkpoint_is_loaded(started):
+    points = [{"step": s, "validation_loss": loss} for s, loss in ((1, 3.0), (2, 2.5), (3, 4.0))]
+    model = MaskedLM(CONFIG)
+    with pytest.raises(UserError, match=r"--keep-best: no checkpoint in .* was validated"):
+        run_folder.load_best(started, model, points)
+    for step in (1, 2, 3):
+        save(started, step, keep=1, losses={p["step"]: p["validation_loss"] for p in points})
+    best = run_folder.load_best(started, model, [*points, {"step": 2, "loss": 9.0}])
+    assert best["best_step"] == 2 and best["validation_loss"] == 2.5
+    assert same_weights(model, model_of(2))
 
 
-@pytest.mark.parametrize("change", ({"steps": 10}, {"mask_rate": 0.15}, {"corpus": ["a.txt"]}), ids=str)
-def test_resuming_with_other_flags_is_refused(begun, change):
-    save(begun, 1)
-    folder = run_folder.latest_checkpoint(begun, pytest.fail)
+@pytest.mark.parametrize(
+    "change", ({"steps": 10}, {"mask_rate": 0.15}, {"corpus": ["a.txt"]}), ids=str
+)
+def test_resuming_with_other_flags_is_refused(started, change):
+    save(started, 1)
+    folder = run_folder.latest_checkpoint(started, pytest.fail)
     name, value = next(iter(change.items()))
     with pytest.raises(UserError) as error:
-        run_folder.load_state(folder, FLAGS | change, FOUND, pytest.fail)
+        load_state(folder, flags=FLAGS | change)
     message = str(error.value)
     assert f"--{name.replace('_', '-')} {value}" in message and str(FLAGS[name]) in message
-    may_change = {"resume": True, "device": "cuda", "out": "b", "keep": 7}
-    assert run_folder.load_state(folder, FLAGS | may_change, FOUND, pytest.fail)
+    may_change = {"resume": True, "device": "cuda", "out": "b", "keep": 7, "keep_best": True}
+    assert load_state(folder, flags=FLAGS | may_change)
 
 
-def test_another_environment_is_named(begun):
-    save(begun, 1)
-    said = []
-    run_folder.load_state(begun / "checkpoints" / "step-1", FLAGS, FOUND | {"threads": 64}, said.append)
-    assert len(said) == 1 and "threads 2, now 64" in said[0] and "torch" not in said[0]
+def test_a_flag_that_an_older_run_did_not_have_counts_as_its_default(started):
+    older = {name: value for name, value in FLAGS.items() if name != "mask_rate"}
+    save(started, 1, record=RECORD | {"flags": older | {"removed_since": 1}})
+    folder = run_folder.latest_checkpoint(started, pytest.fail)
+    assert load_state(folder, defaults={"mask_rate": 0.3})
+    with pytest.raises(UserError, match=r"--resume with --mask-rate 0\.3, but .* has 0\.2"):
+        load_state(folder, defaults={"mask_rate": 0.2})
 
 
-def test_the_environment_is_told(monkeypatch):
-    found = run_folder.environment(torch.device("cpu"), 2)
-    assert found["torch"] == torch.__version__ and found["ranks"] == 2 and found["numpy"] == np.__version__
+def test_another_environment_is_logged(started):
+    save(started, 1)
+    messages = []
+    folder = started / "checkpoints" / "step-1"
+    load_state(folder, messages.append, environment=ENVIRONMENT | {"threads": 64})
+    assert len(messages) == 1 and "threads 2, now 64" in messages[0]
+    assert "torch" not in messages[0]
+
+
+def test_other_data_are_refused(started):
+    save(started, 1)
+    folder = started / "checkpoints" / "step-1"
+    state = load_state(folder)
+    model = model_of(8)
+    other = RECORD | {"data": "tokens-2"}
+    with pytest.raises(UserError, match="started with another model or other data"):
+        run_folder.restore(folder, state, other, model, [], scaler())
+    assert same_weights(model, model_of(8))
+    assert run_folder.restore(folder, state, RECORD, model, [], scaler()) == 1
+    assert same_weights(model, model_of(1))
+
+
+def test_weights_that_only_pretraining_needs_are_in_checkpoints_and_not_in_models(started):
+    class WithExtra(MaskedLM):
+        pretraining_only = ("extra",)
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.extra = torch.nn.Linear(8, 3)
+
+    model = WithExtra(CONFIG)
+    state = RECORD | {"step": 1}
+    run_folder.save_checkpoint(started, model, [], scaler(), TOKENIZER, state, 1)
+    folder = started / "checkpoints" / "step-1"
+    assert not any("extra" in name for name in model_folder.load_model(folder)[1])
+    state = load_state(folder)
+    assert state["pretraining_only"].keys() == {"extra.weight", "extra.bias"}
+    other = WithExtra(CONFIG)
+    run_folder.restore(folder, state, RECORD, other, [], scaler())
+    assert same_weights(other, model)
+
+
+def test_the_environment_names_libraries_and_commit(monkeypatch):
+    environment = run_folder.environment(torch.device("cpu"), 2)
+    assert environment["torch"] == torch.__version__ and environment["numpy"] == np.__version__
+    assert environment["ranks"] == 2
     monkeypatch.setenv("PATH", "")
     assert run_folder.environment(torch.device("cpu"), 1)["commit"] is None
 
 
-def test_too_small_a_disk_is_told_before_training(begun, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, 13 * 10**6))
-    run_folder.check_space(begun, 10**6, keep=2, n_saves=9, n_snapshots=0)
-    run_folder.check_space(begun, 10**6, keep=1000, n_saves=1, n_snapshots=0)
-    for more in ({"keep": 3, "n_saves": 9, "n_snapshots": 0}, {"keep": 2, "n_saves": 9, "n_snapshots": 1}):
+def test_too_small_a_disk_is_an_error_before_training(started, monkeypatch):
+    usage = shutil._ntuple_diskusage(10**9, 0, 13 * 10**6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+
+    def check(keep, n_saves, n_snapshots):
+        run_folder.check_space(started, 10**6, keep, n_saves, n_snapshots)
+
+    check(keep=2, n_saves=9, n_snapshots=0)
+    check(keep=1000, n_saves=1, n_snapshots=0)
+    for keep, n_snapshots in ((3, 0), (2, 1)):
         with pytest.raises(UserError, match="MB, and 13 MB are free"):
-            run_folder.check_space(begun, 10**6, **more)
-    (begun / "checkpoints" / "step-1").mkdir()
-    (begun / "checkpoints" / "step-1" / "weights").write_bytes(bytes(10**6))  # makes way
-    run_folder.check_space(begun, 10**6, keep=2, n_saves=9, n_snapshots=1)
+            check(keep, 9, n_snapshots)
+    (started / "checkpoints" / "step-1").mkdir()
+    (started / "checkpoints" / "step-1" / "weights").write_bytes(bytes(10**6))  # to be removed
+    check(keep=2, n_saves=9, n_snapshots=1)
 
 
-# ------------------------------------------------------------------------------- written whole or not at all
+# ----------------------------------------------------------------------- a new run in an old folder
+
+
+def test_a_new_run_removes_what_an_earlier_one_left(started):
+    save(started, 3)
+    torch.manual_seed(0)
+    model_folder.save_model(started, MaskedLM(CONFIG), TOKENIZER)
+    model_folder.save_model(started / "snapshots" / "step-3", MaskedLM(CONFIG), TOKENIZER)
+    run_folder.append_metrics(started, [{"step": 3, "loss": 1.0}])
+    for name in ("metrics.json", "curve.png", "predictions.npz"):
+        (started / name).write_text("old")
+    (started / "notes.txt").write_text("of the user")
+    environment = ENVIRONMENT | {"threads": 5}
+    run_folder.start_run(started, RECORD | {"environment": environment})
+    left = {path.name for path in started.iterdir()}
+    assert left == {"flags.json", "environment.json", "checkpoints", "notes.txt"}
+    assert latest(started)[0] is None
+    assert json.loads((started / "environment.json").read_text()) == environment
+    with pytest.raises(UserError, match="no checkpoint"):
+        model_folder.load_model(started)
+
+
+def test_what_is_removed_first_is_what_makes_a_folder_a_model(started, monkeypatch):
+    model_folder.save_model(started, MaskedLM(CONFIG), TOKENIZER)
+
+    def fail(path):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(run_folder, "remove_folder", fail)
+    with pytest.raises(UserError, match="cannot be cleared: Input/output error"):
+        run_folder.start_run(started, RECORD)
+    assert not (started / "config.json").exists()
+
+
+# ------------------------------------------------------------------------------------ metrics.jsonl
+
+
+def test_metrics_are_appended_and_cut(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    run_folder.append_metrics(tmp_path, [{"step": 1, "loss": 3.0}])
+    inode = path.stat().st_ino
+    path.write_text('{"step": 1, "loss": 3.5}\n')  # another process cannot tell: it only appends
+    points = [{"step": 2, "loss": 2.0}, {"step": 2, "validation_loss": 2.5}, {"step": 3}]
+    run_folder.append_metrics(tmp_path, points)
+    assert path.stat().st_ino == inode
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1, "loss": 3.5},
+        *points,
+    ]
+    run_folder.append_metrics(tmp_path, [])
+    assert run_folder.cut_metrics(tmp_path, 2) == [{"step": 1, "loss": 3.5}, *points[:2]]
+    assert len(path.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    "torn", ['{"step": 3, "lo', '{"step": 3', "\x00\x00\x00", '"text"\n', '{"loss": 1}\n']
+)
+def test_a_torn_last_line_is_cut_off(tmp_path, torn):
+    run_folder.append_metrics(tmp_path, [{"step": 1}, {"step": 2}])
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write(torn)
+    assert run_folder.cut_metrics(tmp_path, 5) == [{"step": 1}, {"step": 2}]
+    run_folder.append_metrics(tmp_path, [{"step": 3}])
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
+def test_a_missing_curve_is_an_empty_one(tmp_path):
+    assert run_folder.cut_metrics(tmp_path, 5) == []
+
+
+# ----------------------------------------------------------------- written as a whole or not at all
 
 
 class Dropped(Exception):
@@ -138,7 +290,7 @@ class Dropped(Exception):
 
 
 def intercept(monkeypatch, at):
-    """Counts the writes, syncs and renames of a save; `at(kind, number)` comes before each."""
+    """Count the writes, syncs and renames of a save; `at(kind, number)` comes before each."""
     counts = {"write": 0, "fsync": 0, "rename": 0}
 
     def before(kind):
@@ -146,7 +298,7 @@ def intercept(monkeypatch, at):
         at(kind, counts[kind])
 
     def call(kind, real):
-        return lambda *given: (before(kind), real(*given))[1]
+        return lambda *arguments: (before(kind), real(*arguments))[1]
 
     class Half:
         """A file of which half is written before a fault."""
@@ -172,7 +324,7 @@ def intercept(monkeypatch, at):
         def __exit__(self, *_):
             self.file.close()
 
-    monkeypatch.setattr(model_folder, "open", lambda *given: Half(open(*given)), raising=False)  # noqa: SIM115
+    monkeypatch.setattr(disk, "open", lambda *a: Half(open(*a)), raising=False)  # noqa: SIM115
     monkeypatch.setattr(os, "fsync", call("fsync", os.fsync))
     monkeypatch.setattr(os, "replace", call("rename", os.replace))
     return counts
@@ -183,18 +335,19 @@ def faults(monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         counts = intercept(patch, lambda *_: None)
         save(tmp_path / "count", 2)
+    # six files: each is written, synced and renamed, and its folder synced; then the checkpoint
     assert counts == {"write": 6, "fsync": 13, "rename": 7}
     return [(kind, number) for kind, most in counts.items() for number in range(1, most + 1)]
 
 
 def check_previous(out, before):
-    """The step before is what it was, unless the new one is there and whole; and saving works again."""
-    step, said = last(out)
-    assert step in (1, 2) and not said
+    """The step before is unchanged, unless the new one is whole; and saving works again."""
+    step, messages = latest(out)
+    assert step in (1, 2) and not messages
     if step == 1:
         assert content(out / "checkpoints" / "step-1") == before
     save(out, 2)
-    assert steps(out) == ["step-2"] and last(out) == (2, [])
+    assert steps(out) == ["step-2"] and latest(out) == (2, [])
     return step
 
 
@@ -208,8 +361,8 @@ def test_a_fault_at_any_call_leaves_the_checkpoint_before(tmp_path, monkeypatch,
         save(out, 1)
         before = content(out / "checkpoints" / "step-1")
 
-        def at(*call, wanted=(kind, number)):
-            if call == wanted:
+        def at(*call, fault=(kind, number)):
+            if call == fault:
                 raise error
 
         with monkeypatch.context() as patch, pytest.raises((UserError, Dropped)) as caught:
@@ -219,7 +372,7 @@ def test_a_fault_at_any_call_leaves_the_checkpoint_before(tmp_path, monkeypatch,
             assert caught.type is UserError and len(str(caught.value).splitlines()) == 1
             assert "cannot be written: No space left" in str(caught.value)
         after.append(check_previous(out, before))
-    assert after.count(2) == 1  # only a fault in the sync after the last renaming finds the new one in place
+    assert after.count(2) == 1  # a fault in the sync after the last rename: the new one is there
 
 
 def test_a_kill_at_any_call_leaves_the_checkpoint_before(tmp_path, monkeypatch):
@@ -230,7 +383,9 @@ def test_a_kill_at_any_call_leaves_the_checkpoint_before(tmp_path, monkeypatch):
         save(out, 1)
         before = content(out / "checkpoints" / "step-1")
         if not (child := os.fork()):
-            intercept(monkeypatch, lambda *call, wanted=(kind, number): call == wanted and os._exit(9))
+            intercept(
+                monkeypatch, lambda *call, fault=(kind, number): call == fault and os._exit(9)
+            )
             save(out, 2)
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
@@ -239,50 +394,55 @@ def test_a_kill_at_any_call_leaves_the_checkpoint_before(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("call", ["rename", "rmtree"])
-def test_a_kill_while_old_checkpoints_are_removed(begun, monkeypatch, call):
-    """What is half removed is no checkpoint, and does not count as one that is kept."""
+def test_a_kill_while_old_checkpoints_are_removed(started, monkeypatch, call):
+    """A half removed one is no checkpoint, and does not count among the last ones."""
     for step in (1, 2, 3):
-        save(begun, step, keep=3)
+        save(started, step, keep=3)
     if not (child := os.fork()):
         real = shutil.rmtree
 
-        def half(folder, **given):
+        def half(folder, **options):
             if folder.name == ".old" and folder.exists():
                 next(folder.glob("*.json")).unlink()
                 os._exit(9)
-            real(folder, **given)
+            real(folder, **options)
 
         monkeypatch.setattr(shutil, "rmtree", half)
         if call == "rename":
             monkeypatch.setattr(os, "rename", lambda *_: os._exit(9))
-        save(begun, 4, keep=2)
+        save(started, 4, keep=2)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    assert last(begun) == (4, [])
-    save(begun, 5, keep=2)
-    assert steps(begun) == ["step-4", "step-5"]
+    assert latest(started) == (4, [])
+    save(started, 5, keep=2)
+    assert steps(started) == ["step-4", "step-5"]
 
 
 def test_everything_is_on_the_disk_before_it_is_renamed(tmp_path, monkeypatch):
-    """In the order of the calls: a file is synced, renamed, and its folder synced, before the folder of the
-    checkpoint gets its name; then the folder around that is synced."""
+    """In the order of the calls: the curve is synced first. Then each file is synced, renamed, and
+    its folder synced, before the checkpoint gets its name and the folder around it is synced.
+    """
+    run_folder.append_metrics(tmp_path, [{"step": 1}])
     log = []
     fsync, replace = os.fsync, os.replace
     name = lambda descriptor: os.readlink(f"/proc/self/fd/{descriptor}")  # noqa: E731
     monkeypatch.setattr(os, "fsync", lambda d: (log.append(("sync", name(d))), fsync(d)))
-    monkeypatch.setattr(os, "replace", lambda a, b: (log.append(("rename", str(a), str(b))), replace(a, b)))
+    monkeypatch.setattr(
+        os, "replace", lambda a, b: (log.append(("rename", str(a), str(b))), replace(a, b))
+    )
     save(tmp_path, 1)
     folder = tmp_path / "checkpoints"
     files = ["model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json"]
-    expected = []
+    expected = [("sync", str(tmp_path / "metrics.jsonl"))]
     for file in (*files, "training.pt", "manifest.json"):
         temporary, final = str(folder / ".new" / f".{file}.tmp"), str(folder / ".new" / file)
-        expected += [("sync", temporary), ("rename", temporary, final), ("sync", str(folder / ".new"))]
+        expected += [("sync", temporary), ("rename", temporary, final)]
+        expected += [("sync", str(folder / ".new"))]
     expected += [("rename", str(folder / ".new"), str(folder / "step-1")), ("sync", str(folder))]
     assert log == expected
 
 
-# ---------------------------------------------------------------------------------------------------- damage
+# ------------------------------------------------------------------------------------------- damage
 
 
 def corrupt(rng, folder, other):
@@ -305,9 +465,8 @@ def corrupt(rng, folder, other):
         if bytes(raw) == path.read_bytes():
             raw[-1] ^= 1
     elif kind == "foreign":
-        path = rng.choice(
-            [path for path in files if path.name in ("model.safetensors", "training.pt", "manifest.json")]
-        )
+        names = ("model.safetensors", "training.pt", "manifest.json")
+        path = rng.choice([path for path in files if path.name in names])
         raw = (other / path.name).read_bytes()
     elif kind == "more":
         path, raw = folder / "pytorch_model.bin", rng.randbytes(9)
@@ -327,7 +486,7 @@ def corrupt(rng, folder, other):
     return kind, "" if path.name == "manifest.json" or kind == "foreign" else path.name
 
 
-def test_every_one_of_200_damages_is_found_and_stepped_over(tmp_path):
+def test_every_one_of_200_damages_is_detected_and_stepped_over(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path / "whole", step, keep=3)
     rng, kinds = random.Random(0), set()
@@ -337,81 +496,105 @@ def test_every_one_of_200_damages_is_found_and_stepped_over(tmp_path):
         newest = [3, 2][: rng.randint(1, 2)]
         names = []
         for step in newest:
-            kind, name = corrupt(rng, out / "checkpoints" / f"step-{step}", out / "checkpoints" / "step-1")
+            checkpoints = out / "checkpoints"
+            kind, name = corrupt(rng, checkpoints / f"step-{step}", checkpoints / "step-1")
             kinds.add(kind)
             names.append(name)
-        found, said = last(out)
-        assert found == 3 - len(newest), (i, kind)
-        assert len(said) == len(newest)
-        for step, line, name in zip(newest, said, names, strict=True):
-            assert f"step-{step}: damaged, " in line and name in line and len(line.splitlines()) == 1
+        latest_step, messages = latest(out)
+        assert latest_step == 3 - len(newest), (i, kind)
+        assert len(messages) == len(newest)
+        for step, line, name in zip(newest, messages, names, strict=True):
+            assert f"step-{step}: damaged, " in line and name in line
+            assert len(line.splitlines()) == 1
         shutil.rmtree(out)
     assert len(kinds) == 9
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(begun):
-    save(begun, 1)
-    (begun / "checkpoints" / "step-1" / "config.json").unlink()
-    said = []
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_anew(started):
+    save(started, 1)
+    (started / "checkpoints" / "step-1" / "config.json").unlink()
+    messages = []
     with pytest.raises(UserError, match="none of its checkpoints is whole"):
-        run_folder.latest_checkpoint(begun, said.append)
-    assert len(said) == 1 and "config.json" in said[0] and steps(begun) == ["step-1"]
+        run_folder.latest_checkpoint(started, messages.append)
+    assert len(messages) == 1 and "config.json" in messages[0] and steps(started) == ["step-1"]
 
 
-def test_damage_is_neither_counted_nor_kept_in_the_place_of_a_whole_one(begun):
+def test_a_damaged_checkpoint_is_replaced_and_a_stray_folder_ignored(started):
     for step in (1, 2, 3):
-        save(begun, step, keep=3)
-    (begun / "checkpoints" / "step-3" / "config.json").unlink()
-    (begun / "checkpoints" / "step-x").mkdir()
-    assert last(begun)[0] == 2
-    save(begun, 3, keep=2)
-    assert last(begun) == (3, []) and steps(begun) == ["step-2", "step-3", "step-x"]
+        save(started, step, keep=3)
+    (started / "checkpoints" / "step-3" / "config.json").unlink()
+    (started / "checkpoints" / "step-x").mkdir()
+    assert latest(started)[0] == 2
+    save(started, 3, keep=2)
+    assert latest(started) == (3, []) and steps(started) == ["step-2", "step-3", "step-x"]
 
 
-def test_a_damaged_later_one_does_not_make_the_newest_go(begun):
+def test_a_damaged_later_checkpoint_does_not_remove_the_newest(started):
     for step in (1, 2, 9):
-        save(begun, step, keep=3)
-    (begun / "checkpoints" / "step-9" / "config.json").unlink()
-    assert last(begun)[0] == 2
-    save(begun, 3, keep=1)
-    assert last(begun)[0] == 3 and steps(begun) == ["step-3", "step-9"]
+        save(started, step, keep=3)
+    (started / "checkpoints" / "step-9" / "config.json").unlink()
+    assert latest(started)[0] == 2
+    save(started, 3, keep=1)
+    assert latest(started)[0] == 3 and steps(started) == ["step-3", "step-9"]
 
 
-# ------------------------------------------------------------------------------------------ one at a time
+# --------------------------------------------------------------------------------------------- lock
+
+HAS_FCNTL = pytest.mark.parametrize("has_fcntl", (True, False), ids=("fcntl", "no fcntl"))
 
 
-def test_a_folder_is_of_one_run_at_a_time(tmp_path):
-    with run_folder.lock_folder(tmp_path):
-        told = pytest.raises(UserError, match=f"^--out {tmp_path}: another run is writing into it$")
-        with told, run_folder.lock_folder(tmp_path):
+@HAS_FCNTL
+def test_a_folder_is_of_one_run_at_a_time(tmp_path, monkeypatch, has_fcntl):
+    if not has_fcntl:  # Windows
+        monkeypatch.setattr(run_folder, "fcntl", None)
+    with run_folder.lock(tmp_path):
+        is_locked = pytest.raises(
+            UserError, match=f"^--out {tmp_path}: another run is writing into it"
+        )
+        with is_locked, run_folder.lock(tmp_path):
             pytest.fail("two runs in one folder")
-        with run_folder.lock_folder(tmp_path / "other"):
+        with run_folder.lock(tmp_path / "other"):
             pass
-    with pytest.raises(Dropped), run_folder.lock_folder(tmp_path):
+    with pytest.raises(Dropped), run_folder.lock(tmp_path):
         raise Dropped
-    with run_folder.lock_folder(tmp_path):  # which the end of the one before has left free
+    with run_folder.lock(tmp_path):  # which the end of the run before has unlocked
         pass
 
 
-def test_of_many_that_begin_at_once_one_gets_the_folder(tmp_path):
-    got, gate = [], threading.Barrier(8)
+@HAS_FCNTL
+def test_of_many_that_start_at_once_one_gets_the_folder(tmp_path, monkeypatch, has_fcntl):
+    if not has_fcntl:
+        monkeypatch.setattr(run_folder, "fcntl", None)
+    got_lock, barrier = [], threading.Barrier(8)
 
-    def begin():
-        gate.wait()
+    def start():
+        barrier.wait()
         try:
-            with run_folder.lock_folder(tmp_path):
-                got.append(1)
-                gate.wait()
+            with run_folder.lock(tmp_path):
+                got_lock.append(1)
+                barrier.wait()
         except UserError:
-            got.append(0)
-            gate.wait()
+            got_lock.append(0)
+            barrier.wait()
 
-    threads = [threading.Thread(target=begin) for _ in range(8)]
+    threads = [threading.Thread(target=start) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(got) == [0] * 7 + [1]
+    assert sorted(got_lock) == [0] * 7 + [1]
+
+
+def test_without_fcntl_the_lock_of_a_killed_run_says_what_to_delete(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "fcntl", None)
+    (tmp_path / ".lock").touch()
+    with pytest.raises(UserError) as error, run_folder.lock(tmp_path):
+        pass
+    assert f"delete {tmp_path / '.lock'}" in str(error.value)
+    (tmp_path / ".lock").unlink()
+    with run_folder.lock(tmp_path):
+        assert (tmp_path / ".lock").exists()
+    assert not (tmp_path / ".lock").exists()
 
 
 def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, capsys):
@@ -419,37 +602,57 @@ def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatc
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(run_folder.fcntl, "flock", refuse)
-    with run_folder.lock_folder(tmp_path):
+    with run_folder.lock(tmp_path):
         assert "cannot be locked (Function not implemented)" in capsys.readouterr().out
 
 
-def test_a_run_where_a_file_stands(tmp_path):
+def test_a_file_in_the_place_of_the_folder_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"), run_folder.lock_folder(tmp_path / "file"):
+    with pytest.raises(UserError, match="cannot be written"), run_folder.lock(tmp_path / "file"):
         pass
 
 
-# --------------------------------------------------------------------------------------- does it go well?
+def test_the_folder_of_the_model_is_not_overwritten(tmp_path):
+    message = f"^--out {tmp_path}: this is the folder of --model"
+    with pytest.raises(UserError, match=message), run_folder.lock(tmp_path, tmp_path / "a" / ".."):
+        pass
 
 
-def test_noise_is_no_spike_and_a_leap_is_one():
-    rng, health = np.random.default_rng(0), optim.new_health(False)
+# -------------------------------------------------------------------------------------- StepMonitor
+
+
+def test_noise_is_no_spike_and_a_jump_is_one():
+    rng, monitor = np.random.default_rng(0), StepMonitor()
     losses = 3 + 4 * np.exp(-np.arange(5000) / 300) + 0.05 * rng.standard_normal(5000)
-    assert not any(optim.judge(health, loss, 1.0) for loss in losses)
-    assert optim.judge(health, 3.2, 1.0) == "" and "leapt to 5.0" in optim.judge(health, 5.0, 1.0)
-    assert health["spikes"] == 1 and health["skipped"] == 0 and len(health["losses"]) == optim.RECENT
+    assert not any(monitor.check(loss, 1.0) for loss in losses)
+    assert monitor.check(3.2, 1.0) == "" and "loss spike: 5.0" in monitor.check(5.0, 1.0)
+    assert monitor.n_spikes == 1 and monitor.n_skipped == 0
+    assert len(monitor.recent_losses) == monitor.N_RECENT
 
 
-def test_losses_that_hardly_vary_leap_by_a_tenth_at_least():
-    health = optim.new_health(False)
-    assert not any(optim.judge(health, 1.0, 1.0) for _ in range(200))
-    assert not optim.judge(health, 1.05, 1.0) and optim.judge(health, 1.2, 1.0)
+def test_losses_that_hardly_vary_spike_by_a_tenth_at_least():
+    monitor = StepMonitor()
+    assert not any(monitor.check(1.0, 1.0) for _ in range(200))
+    assert not monitor.check(1.05, 1.0) and monitor.check(1.2, 1.0)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_bad_steps_are_counted_in_a_row(bad):
-    health = optim.new_health(False)
+def test_skipped_steps_are_counted_in_a_row(bad):
+    monitor = StepMonitor()
     for loss, norm, in_row in ((bad, 1, 1), (1, bad, 2), (bad, bad, 3), (1, 1, 0), (1, bad, 1)):
-        said = optim.judge(health, float(loss), float(norm))
-        assert health["in_row"] == in_row and ("skipped" in said) == (in_row > 0)
-    assert health["skipped"] == 4 and health["patience"] == 5 < optim.new_health(True)["patience"]
+        message = monitor.check(float(loss), float(norm))
+        assert monitor.n_skipped_in_a_row == in_row
+        assert monitor.skip == ("skipped" in message) == (in_row > 0)
+    assert monitor.n_skipped == 4
+    assert monitor.patience == 5 < StepMonitor(has_scaler=True).patience
+
+
+def test_a_run_gives_up_after_its_patience_and_can_be_resumed_behind_it():
+    monitor = StepMonitor()
+    gave_up = [bool(monitor.check(math.nan, 1.0)) and monitor.gave_up for _ in range(5)]
+    assert gave_up == [False] * 4 + [True]
+    monitor.reset()
+    assert not monitor.gave_up and not monitor.skip and monitor.n_skipped == 5
+    other = StepMonitor()
+    other.load_state_dict(json.loads(json.dumps(monitor.state_dict())))
+    assert other.state_dict() == monitor.state_dict()

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,32 +19,67 @@ import train
 from data import Batch, Corpus
 from files import model_folder, run_folder
 from files.disk import CACHE, UserError
-from model import Config, MaskedLM
+from files.machine import Ranks
+from model import Config, MaskedLM, mean_pool
 from optim import make_optimizers
 
+ROOT = Path(train.__file__).parent
 SIZES = {"d_model": 64, "n_layers": 2, "n_heads": 2, "d_ff": 96}
+TINY = ["--layers", "1", "--d-model", "64"]
 
 
 def run(corpus_file, out, *more, steps=12):
-    flags = ["--corpus", str(corpus_file), "--out", str(out), "--steps", str(steps), "--dtype", "float32"]
-    return [*flags, *SMALL, *more]
+    flags = ["--corpus", str(corpus_file), "--out", str(out), "--steps", str(steps)]
+    return [*flags, "--dtype", "float32", *SMALL, *more]
 
 
 def weights(folder):
     return safetensors.torch.load_file(folder / "model.safetensors")
 
 
-def open_corpus(pretrained, **changes) -> Corpus:
-    name = json.loads((pretrained / "metrics.json").read_text())["tokens_folder"]
-    return Corpus(CACHE / name, **{"max_len": 32, "row_tokens": 512, "seed": 0, "with_bags": True} | changes)
+def curve(out):
+    """The points of metrics.jsonl without the speed, which differs between runs."""
+    points = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in point.items() if k != "tokens_per_second"} for point in points]
+
+
+def open_corpus(out) -> Corpus:
+    name = json.loads((out / "metrics.json").read_text())["tokens_folder"]
+    return Corpus(CACHE / name, max_len=32, micro_batch_tokens=512, seed=0)
+
+
+def build_model(corpus, *more) -> MaskedLM:
+    """The model that a run starts with."""
+    args = train.parse_args(["--max-len", "32", *more])
+    return train.build_model(args, train.build_config(args, None), corpus, None, Ranks(0, 1))
+
+
+class PowerFailureError(Exception):
+    """A process that ends in the middle."""
+
+
+def stop_after_first_checkpoint(monkeypatch, argv):
+    """A run that ends right after it has written its first checkpoint."""
+    save_checkpoint = run_folder.save_checkpoint
+
+    def save_and_stop(*arguments):
+        save_checkpoint(*arguments)
+        raise PowerFailureError
+
+    with monkeypatch.context() as patch, pytest.raises(PowerFailureError):
+        patch.setattr(run_folder, "save_checkpoint", save_and_stop)
+        train.main(argv)
+
+
+# -------------------------------------------------------------------------------- what a run leaves
 
 
 def test_a_run_learns_and_leaves_its_files(pretrained):
-    points = [json.loads(line) for line in (pretrained / "metrics.jsonl").read_text().splitlines()]
-    losses = [point["loss"] for point in points if "loss" in point]
+    losses = [point["loss"] for point in curve(pretrained) if "loss" in point]
     assert len(losses) == 20 and losses[-1] < losses[0] - 0.3
     metrics = json.loads((pretrained / "metrics.json").read_text())
     assert metrics["steps"] == 20 and metrics["validation_loss"] < losses[0]
+    assert metrics["validation_masked_lm"] == metrics["validation_loss"]
     assert json.loads((pretrained / "flags.json").read_text())["micro_batch_tokens"] == 512
     assert (pretrained / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert [folder.name for folder in (pretrained / "checkpoints").iterdir()] == ["step-20"]
@@ -60,8 +97,74 @@ def test_transformers_reads_what_a_run_leaves(pretrained):
     ids = AutoTokenizer.from_pretrained(pretrained)(text, return_tensors="pt").input_ids
     assert ids[0].tolist() == tokenizer.encode(text).ids
     with torch.no_grad():
-        logits = ours.logits(ids[0], torch.tensor([0, len(ids[0])], dtype=torch.int32), len(ids[0]))
+        cu_seqlens = torch.tensor([0, len(ids[0])], dtype=torch.int32)
+        logits = ours.logits(ids[0], cu_seqlens, len(ids[0]))
         assert torch.allclose(theirs.eval()(ids).logits[0], logits, atol=1e-5)
+
+
+def test_snapshots_are_models_along_the_way(corpus_file, tmp_path):
+    train.main(run(corpus_file, tmp_path, "--snapshots", "4", *TINY, steps=6))
+    folders = {folder.name: weights(folder) for folder in (tmp_path / "snapshots").iterdir()}
+    assert folders.keys() == {"step-2", "step-3", "step-5", "step-6"}
+    last, before = folders["step-6"], folders["step-5"]
+    assert all(torch.equal(weight, weights(tmp_path)[name]) for name, weight in last.items())
+    assert not all(torch.equal(weight, before[name]) for name, weight in last.items())
+    model_folder.load_model(tmp_path / "snapshots" / "step-2")
+    train.main(run(corpus_file, tmp_path, *TINY, steps=1))
+    assert not (tmp_path / "snapshots").exists()
+
+
+def test_zero_steps_save_the_initialization(corpus_file, tmp_path):
+    metrics = train.main(run(corpus_file, tmp_path, *TINY, steps=0))
+    assert metrics["step"] == 0 and metrics["validation_loss"] > 0
+    expected = build_model(open_corpus(tmp_path), "--steps", "0", *TINY).state_dict()
+    assert all(torch.equal(weight, expected[n]) for n, weight in weights(tmp_path).items())
+
+
+def test_the_best_checkpoint_is_exported(corpus_file, tmp_path, monkeypatch):
+    losses = {}
+
+    def validate(*_):
+        loss = losses.pop(min(losses))
+        return {"validation_loss": loss, "validation_masked_lm": loss}
+
+    monkeypatch.setattr(train, "validate", validate)
+    often = ["--validate-every", "2", "--save-every", "2", "--keep", "1", *TINY]
+    for out, more, exported in (("best", ["--keep-best"], 4), ("last", [], 6)):
+        losses.update({2: 3.0, 4: 2.0, 6: 4.0})
+        out = tmp_path / out
+        metrics = train.main(run(corpus_file, out, *often, *more, steps=6))
+        assert sorted(run_folder.checkpoint_folders(out)) == [4, 6]
+        expected = weights(out / "checkpoints" / f"step-{exported}")
+        assert all(torch.equal(weight, expected[n]) for n, weight in weights(out).items())
+        assert metrics["validation_loss"] == (2.0 if more else 4.0)
+        assert metrics.get("best_step") == (4 if more else None)
+
+
+def test_a_new_run_removes_the_model_of_an_earlier_one_before_its_first_step(
+    corpus_file, pretrained, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    shutil.copytree(pretrained, out)
+    model_folder.load_model(out)
+    start_run = run_folder.start_run
+
+    def start_and_stop(*arguments):
+        start_run(*arguments)
+        raise PowerFailureError
+
+    monkeypatch.setattr(run_folder, "start_run", start_and_stop)
+    with pytest.raises(PowerFailureError):
+        train.main(run(corpus_file, out, "--seed", "7", steps=3))
+    with pytest.raises(UserError, match="no checkpoint"):
+        model_folder.load_model(out)
+    left = {path.name for path in out.iterdir()}
+    assert left == {".lock", "flags.json", "environment.json", "checkpoints"}
+    assert json.loads((out / "flags.json").read_text())["seed"] == 7
+    assert not list((out / "checkpoints").iterdir())
+
+
+# -------------------------------------------------------------------------------------------- flags
 
 
 @pytest.mark.parametrize(
@@ -70,103 +173,111 @@ def test_transformers_reads_what_a_run_leaves(pretrained):
         ("cpu", {"amx_bf16": True, "avx512_bf16": True}, "bfloat16", 1500, 8192),
         ("cpu", {"amx_bf16": False, "avx512_bf16": True}, "bfloat16", 900, 8192),
         ("cpu", {"avx512_vp2intersect": True, "avx512_bf16": True}, "bfloat16", 1800, 8192),
-        ("cpu", {"avx512_f": True, "amx_bf16": True, "avx512_bf16": True}, "float32", 840, 4096),
+        ("cpu", {"avx512_f": True, "amx_bf16": True}, "float32", 840, 4096),
         ("cpu", {"avx2": True, "avx512_f": False}, "float32", 420, 4096),
         ("cpu", {"avx2": True, "avx512_f": False}, "bfloat16", 420, 4096),
         ("cpu", {}, "float32", 420, 4096),
         ("cuda", {}, "float32", 1500, 8192),
     ),
 )
-def test_slower_machines_compute_fewer_tokens_and_say_why(
+def test_slower_machines_train_on_fewer_tokens_and_say_why(
     monkeypatch, name, capabilities, dtype, steps, tokens
 ):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    n_steps, row_tokens, why = train.default_steps("tiny", torch.device(name), dtype)
-    assert (n_steps, row_tokens) == (steps, tokens) and why.startswith(f"{steps} steps")
-    assert (" x " in why) == (steps != 1500) and ("4,096" in why) == (tokens == 4096)
-    asked_for = train.default_steps("tiny", torch.device(name), dtype, row_tokens=2048)
-    assert asked_for[0] * 2048 <= steps * tokens and asked_for[1] == 2048
+    device = torch.device(name)
+    n_steps, micro_batch_tokens, reason = train.default_steps("tiny", device, dtype)
+    assert (n_steps, micro_batch_tokens) == (steps, tokens)
+    assert reason.startswith(f"{steps} steps")
+    assert (" x " in reason) == (steps != 1500) and ("4,096" in reason) == (tokens == 4096)
+    n_steps, micro_batch_tokens, _ = train.default_steps("tiny", device, dtype, 2048)
+    assert n_steps * 2048 <= steps * tokens and micro_batch_tokens == 2048
 
 
-@pytest.mark.parametrize("bag_weight", ("0", "0.5"))
-def test_resume_equals_a_straight_run(corpus_file, tmp_path, monkeypatch, bag_weight):
+def test_a_preset_without_a_default_number_of_steps_is_one_clear_line(monkeypatch, capsys):
+    monkeypatch.setitem(train.PRESETS, "mine", train.PRESETS["tiny"])
+    with pytest.raises(SystemExit) as ended:
+        train.main(["--preset", "mine"])
+    [line] = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    assert line.endswith("--preset mine has no default number of steps: give --steps")
+    assert train.parse_args(["--preset", "mine", "--steps", "3"]).steps == 3
+
+
+def test_learning_rates_have_no_cliff_and_are_lower_for_a_trained_model(tmp_path):
+    def rates(*more):
+        args = train.parse_args([*more])
+        train.set_defaults(args, torch.device("cpu"), torch.float32, Ranks(0, 1))
+        return np.array([args.lr_muon, args.lr_adamw, args.lr_embedding])
+
+    for steps in (498, 499, 500, 1499, 1500, 20_000):
+        ratio = rates("--steps", str(steps + 1)) / rates("--steps", str(steps))
+        assert np.all((ratio >= 1) & (ratio < 1.01))
+    continued = rates("--steps", "2000", "--model", str(tmp_path))
+    assert np.all(continued <= 0.1 * rates("--steps", "2000"))
+    flags = ["--lr-muon", "0", "--lr-adamw", "1", "--lr-embedding", "2"]
+    for more in ([], ["--model", str(tmp_path)]):
+        assert rates("--steps", "9", *flags, *more).tolist() == [0, 1, 2]
+
+
+def test_a_maximum_gradient_norm_of_zero_is_no_clipping(corpus_file, tmp_path):
+    for clip in ("0", "1e30", "0.5"):
+        train.main(run(corpus_file, tmp_path / clip, "--clip", clip, *TINY, steps=3))
+    assert all(point["grad_norm"] > 1 for point in curve(tmp_path / "0") if "loss" in point)
+    content = {
+        clip: (tmp_path / clip / "model.safetensors").read_bytes() for clip in ("0", "1e30", "0.5")
+    }
+    assert content["0"] == content["1e30"] != content["0.5"]
+
+
+# ------------------------------------------------------------------------------------------- resume
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(corpus_file, tmp_path, monkeypatch):
+    """Lines of the curve beyond the checkpoint, and a torn last one, are cut off."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    often = ["--save-every", "5", "--bag-weight", bag_weight]
+    often = ["--save-every", "5", "--validate-every", "4"]
     train.main(run(corpus_file, straight, *often))
-    save_checkpoint = run_folder.save_checkpoint
-
-    def stop_after_five(out, *rest):
-        save_checkpoint(out, *rest)
-        raise RuntimeError("the power went")
-
-    monkeypatch.setattr(run_folder, "save_step", stop_after_five)
-    with pytest.raises(RuntimeError):
-        train.main(run(corpus_file, broken, *often))
-    monkeypatch.undo()
+    stop_after_first_checkpoint(monkeypatch, run(corpus_file, broken, *often))
+    assert curve(broken) == [point for point in curve(straight) if point["step"] <= 5]
+    with open(broken / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "loss": 9.0}\n{"step": 7, "loss": 9')
     train.main(run(corpus_file, broken, *often, "--resume"))
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (straight / name).read_bytes() == (broken / name).read_bytes()
-    timeless = [
-        [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines]
-        for lines in ((f / "metrics.jsonl").read_text().splitlines() for f in (straight, broken))
-    ]
-    assert timeless[0] == timeless[1]
+    assert curve(broken) == curve(straight)
 
 
-@pytest.mark.parametrize("family", ("modern", "bert"))
-def test_the_pooled_loss_trains_what_it_alone_reads(corpus_file, tmp_path, family):
-    """And without it that is left as it began, and no figure of it is told."""
-    found = {}
-    for weight in ("0", "0.5"):
-        out = tmp_path / weight
-        metrics = train.main(run(corpus_file, out, "--bag-weight", weight, "--family", family, steps=2))
-        points = (out / "metrics.jsonl").read_text()
-        assert ("bag_loss" in points) == ("validation_bag_loss" in metrics) == (weight != "0")
-        step = next((out / "checkpoints").iterdir())
-        found[weight] = [torch.load(step / "training.pt", weights_only=True)["bag_bias"]]
-        found[weight] += [x for name, x in sorted(weights(out).items()) if "pooler" in name]
-    corpus = open_corpus(out)
-    config = Config(**train.preset("tiny", family) | {"vocab_size": corpus.vocab_size, "max_len": 32})
-    begun = train.build_model(config, corpus, "spectral", 0)
-    expected = [
-        begun.bag_bias,
-        *((begun.pooler.dense.bias, begun.pooler.dense.weight) if family == "bert" else ()),
-    ]
-    for one, other, first in zip(*found.values(), expected, strict=True):
-        assert torch.equal(one, first) and not torch.equal(other, first)
+def test_a_run_appends_to_its_curve(corpus_file, tmp_path, monkeypatch):
+    """The lines before are not written again."""
+    sizes = []
+    append = run_folder.append_metrics
+
+    def append_and_measure(out, points):
+        append(out, points)
+        sizes.append(((out / "metrics.jsonl").stat().st_ino, points))
+
+    monkeypatch.setattr(run_folder, "append_metrics", append_and_measure)
+    train.main(run(corpus_file, tmp_path, *TINY, "--log-every", "2", steps=4))
+    assert len({inode for inode, _ in sizes}) == 1
+    assert [[p["step"] for p in points] for _, points in sizes] == [[], [2], [], [4, 4]]
 
 
-def test_snapshots_are_models_along_the_way(corpus_file, tmp_path):
-    train.main(run(corpus_file, tmp_path, "--snapshots", "4", steps=6))
-    folders = {folder.name: weights(folder) for folder in (tmp_path / "snapshots").iterdir()}
-    assert folders.keys() == {"step-2", "step-3", "step-5", "step-6"}
-    last, before = folders["step-6"], folders["step-5"]
-    assert all(torch.equal(weight, weights(tmp_path)[name]) for name, weight in last.items())
-    assert not all(torch.equal(weight, before[name]) for name, weight in last.items())
-    model_folder.load_model(tmp_path / "snapshots" / "step-2")
-    train.main(run(corpus_file, tmp_path, steps=1))
-    assert not (tmp_path / "snapshots").exists()
-
-
-def test_a_model_goes_on_on_new_text_with_its_own_words(pretrained, finetuned, tmp_path):
-    new = tmp_path / "new.txt"
-    new.write_text("\n".join(s + " zzz" for topic in (1, 4) for s in sentences(200, 50 + topic, topic)))
-    reached = json.loads((pretrained / "metrics.json").read_text())["validation_loss"]
-    for model in (pretrained, finetuned[0]):  # a classifier's folder lacks the bias of the decoder
-        train.main(run(new, tmp_path / "out", "--model", str(model), "--micro-batch-tokens", "500", steps=2))
-        for name in ("tokenizer.json", "config.json"):
-            raw = json.loads((tmp_path / "out" / name).read_text())
-            before = json.loads((model / name).read_text())
-            changed = {"architectures", "id2label", "label2id", "problem_type"}
-            assert {k: v for k, v in before.items() if k not in changed} == {
-                k: v for k, v in raw.items() if k not in changed
-            }
-        point = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])
-        assert point["loss"] == pytest.approx(reached, abs=0.3) and point["loss"] < GOLDEN[0] - 0.5
+def test_a_run_from_before_a_flag_is_resumed_with_its_default(corpus_file, tmp_path, monkeypatch):
+    flags = run(corpus_file, tmp_path, *TINY, "--save-every", "2", steps=4)
+    stop_after_first_checkpoint(monkeypatch, flags)
+    folder = tmp_path / "checkpoints" / "step-2"
+    state = torch.load(folder / "training.pt", weights_only=True)
+    for name in ("mask", "warmup", "clip"):
+        del state["flags"][name]
+    torch.save(state, folder / "training.pt")
+    (folder / "manifest.json").write_bytes(run_folder.manifest(folder, 2))
+    with pytest.raises(UserError, match=r"--resume with --mask even, but .* has rare"):
+        train.main([*flags, "--resume", "--mask", "even"])
+    assert train.main([*flags, "--resume"])["steps"] == 4
 
 
 def test_resume_without_a_checkpoint_starts_afresh_and_says_so(corpus_file, tmp_path, capsys):
-    train.main(run(corpus_file, tmp_path, "--resume", steps=2))
+    train.main(run(corpus_file, tmp_path, "--resume", *TINY, steps=2))
     assert "starting afresh" in capsys.readouterr().out
 
 
@@ -176,8 +287,9 @@ def test_resume_with_other_flags_is_refused(pretrained, corpus_file):
 
 
 def test_an_interrupt_saves_and_says_how_to_go_on(corpus_file, tmp_path):
-    command = [sys.executable, "train.py", *run(corpus_file, tmp_path, steps=100_000)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [sys.executable, "train.py", *run(corpus_file, tmp_path, *TINY, steps=100_000)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, **pipes)
     while not (tmp_path / "metrics.jsonl").exists() and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
@@ -186,13 +298,123 @@ def test_an_interrupt_saves_and_says_how_to_go_on(corpus_file, tmp_path):
     assert len(list((tmp_path / "checkpoints").glob("step-*"))) == 1
 
 
+# ------------------------------------------------------------------------------- continuing a model
+
+
+def continue_model(model, tmp_path):
+    """Train an earlier model two steps on new text; returns the loss of the first step."""
+    text = tmp_path / "new.txt"
+    lines = [s + " zzz" for topic in (1, 4) for s in sentences(200, 50 + topic, topic)]
+    text.write_text("\n".join(lines))
+    out = tmp_path / "out"
+    train.main(run(text, out, "--model", str(model), "--micro-batch-tokens", "500", steps=2))
+    changed = {"architectures", "id2label", "label2id", "problem_type"}
+    for name in ("tokenizer.json", "config.json"):
+        before, after = (json.loads((folder / name).read_text()) for folder in (model, out))
+        for raw in (before, after):
+            for key in changed & raw.keys():
+                del raw[key]
+        assert before == after
+    return curve(out)[0]["loss"]
+
+
+def test_a_model_continues_on_new_text_with_its_own_tokenizer(pretrained, tmp_path):
+    reached = json.loads((pretrained / "metrics.json").read_text())["validation_loss"]
+    loss = continue_model(pretrained, tmp_path)
+    assert loss == pytest.approx(reached, abs=0.3) and loss < GOLDEN[0] - 0.3
+
+
+def test_a_classifier_continues_as_a_masked_lm(pretrained, finetuned, tmp_path):
+    """Its folder lacks the bias of the decoder."""
+    reached = json.loads((pretrained / "metrics.json").read_text())["validation_loss"]
+    loss = continue_model(finetuned[0], tmp_path)
+    assert loss == pytest.approx(reached, abs=0.3) and loss < GOLDEN[0] - 0.3
+
+
+# --------------------------------------------------------------------- several losses, many batches
+
+
+class TwoLosses(MaskedLM):
+    """Each window's mean state also predicts a random number: a second objective, with a module
+    that only pretraining needs and randomness from the batch."""
+
+    pretraining_only = ("guess",)
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.guess = torch.nn.Linear(config.d_model, 3)
+
+    @staticmethod
+    def loss_counts(batch):
+        return MaskedLM.loss_counts(batch) | {"guess": len(batch.cu_seqlens) - 1}
+
+    def forward(self, batch):
+        states = self.model(batch.ids, batch.cu_seqlens, batch.max_seqlen)
+        guesses = self.guess(mean_pool(states, batch.cu_seqlens))
+        numbers = torch.rand(guesses.shape, generator=batch.generator(guesses.device))
+        counts = self.loss_counts(batch)
+        return {
+            "masked_lm": (self.masked_lm_loss(states, batch), counts["masked_lm"]),
+            "guess": (((guesses - numbers) ** 2).sum(), counts["guess"]),
+        }
+
+
+def add_loss(monkeypatch, weight):
+    monkeypatch.setattr(train, "MaskedLM", TwoLosses)
+    monkeypatch.setitem(train.LOSS_WEIGHTS, "guess", weight)
+
+
+def test_a_second_loss_of_weight_zero_leaves_the_run_bit_identical(
+    corpus_file, tmp_path, monkeypatch
+):
+    plain, extended = tmp_path / "plain", tmp_path / "extended"
+    train.main(run(corpus_file, plain, steps=3))
+    add_loss(monkeypatch, 0.0)
+    metrics = train.main(run(corpus_file, extended, steps=3))
+    assert (plain / "model.safetensors").read_bytes() == (
+        extended / "model.safetensors"
+    ).read_bytes()
+    assert metrics["validation_guess"] > 0
+    assert metrics["validation_loss"] == metrics["validation_masked_lm"]
+    assert all("guess" in point for point in curve(extended) if "loss" in point)
+
+
+def test_a_second_loss_is_trained_saved_and_resumed(corpus_file, tmp_path, monkeypatch):
+    add_loss(monkeypatch, 0.1)
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    flags = [*TINY, "--save-every", "3", "--keep", "9"]
+    metrics = train.main(run(corpus_file, straight, *flags, steps=6))
+    assert metrics["validation_loss"] == pytest.approx(
+        metrics["validation_masked_lm"] + 0.1 * metrics["validation_guess"]
+    )
+    stop_after_first_checkpoint(monkeypatch, run(corpus_file, broken, *flags, steps=6))
+    train.main(run(corpus_file, broken, *flags, "--resume", steps=6))
+    assert curve(broken) == curve(straight)
+    for name in ("model.safetensors", "config.json"):
+        assert (straight / name).read_bytes() == (broken / name).read_bytes()
+
+    states = []
+    for out, step in ((straight, 3), (straight, 6), (broken, 6)):
+        folder = out / "checkpoints" / f"step-{step}"
+        assert not any("guess" in name for name in weights(folder))
+        training = torch.load(folder / "training.pt", weights_only=True)
+        states.append(training["pretraining_only"])
+        assert states[-1].keys() == {"guess.weight", "guess.bias"}
+    for name in states[0]:
+        assert not torch.equal(states[0][name], states[1][name])
+        assert torch.equal(states[1][name], states[2][name])
+    model_folder.load_model(straight)
+
+
 def test_two_ranks_equal_one(corpus_file, tmp_path):
-    """With one thread each, as torchrun sets it: two add up in another order, and Muon widens that."""
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
-    for ranks, launcher in (("1", []), ("2", launch)):
-        flags = run(corpus_file, tmp_path / ranks, "--accumulate", "2", "--bag-weight", "0.5", steps=20)
+    """With one thread each, as torchrun sets it: two add up in another order."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
+    for ranks, launcher in (("1", []), ("2", torchrun)):
+        small = ["--layers", "2", "--d-model", "64", "--accumulate", "2"]
+        flags = run(corpus_file, tmp_path / ranks, *small, steps=20)
         command = [sys.executable, *launcher, "train.py", *flags]
-        done = subprocess.run(command, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, env=environment)
         assert done.returncode == 0, done.stderr.decode()[-2000:]
     first, second = weights(tmp_path / "1"), weights(tmp_path / "2")
     for name, tensor in first.items():
@@ -208,19 +430,37 @@ def test_micro_batches_sum_to_their_union(pretrained):
         max_seqlen=32,
         masked=torch.cat((parts[0].masked, parts[1].masked + 512)),
         targets=torch.cat([part.targets for part in parts]),
-        bag_ids=torch.cat([part.bag_ids for part in parts]),
-        bag_weights=torch.cat([part.bag_weights for part in parts]),
-        cu_bags=torch.cat((parts[0].cu_bags, parts[1].cu_bags[1:] + len(parts[0].bag_ids))),
     )
     gradients = []
     for batches in (parts, [joined]):
         torch.manual_seed(0)
         model = MaskedLM(Config(vocab_size=corpus.vocab_size, max_len=32, **SIZES)).double()
         for batch in batches:
-            sum(model(batch)).backward()
+            model(batch)["masked_lm"][0].backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     for one, other in zip(*gradients, strict=True):
         assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_the_loss_divides_by_the_masked_tokens_of_all_micro_batches(
+    corpus_file, tmp_path, monkeypatch
+):
+    """Of two micro-batches with unlike numbers of masks the mean over both, no mean of means."""
+    batch = Corpus.batch
+
+    def uneven(corpus, step, micro, n_micro, mask_rate):
+        return batch(corpus, step, micro, n_micro, mask_rate / (1 + 9 * micro))
+
+    monkeypatch.setattr(Corpus, "batch", uneven)
+    train.main(run(corpus_file, tmp_path, "--accumulate", "2", steps=1))
+    corpus = open_corpus(tmp_path)
+    model = build_model(corpus, "--steps", "1")
+    batches = [corpus.batch(0, micro, 2, 0.3) for micro in (0, 1)]
+    sums = [float(model(batch)["masked_lm"][0].detach()) for batch in batches]
+    counts = [len(batch.targets) for batch in batches]
+    assert counts == [153, 15] and train.total_counts(batches) == {"masked_lm": 168}
+    assert curve(tmp_path)[0]["loss"] == pytest.approx(sum(sums) / 168, rel=1e-5)
+    assert abs(sum(sums) / 168 - sums[0] / 306 - sums[1] / 30) > 1e-3
 
 
 def test_one_batch_can_be_overfitted(pretrained):
@@ -228,112 +468,97 @@ def test_one_batch_can_be_overfitted(pretrained):
     batch = corpus.batch(0, 0, 1, 0.15)
     torch.manual_seed(0)
     model = MaskedLM(Config(vocab_size=corpus.vocab_size, max_len=32, **SIZES))
-    optimizers = make_optimizers(model, (0.02, 3e-3, 3e-3), 0.0, torch.float32)
+    optimizers = make_optimizers(model, 0.02, 3e-3, 3e-3, torch.float32)
     for _ in range(150):
-        token_loss, bag_loss = model(batch)
-        (token_loss / len(batch.targets) + 0.1 * bag_loss / (len(batch.cu_seqlens) - 1)).backward()
+        total, count = model(batch)["masked_lm"]
+        (total / count).backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-    assert token_loss / len(batch.targets) < 0.05
+    assert total / count < 0.05
 
 
-def test_the_loss_divides_by_what_all_micro_batches_mask(corpus_file, tmp_path):
-    """The logged loss of a step with two micro-batches is the mean over both, not a mean of means."""
-    train.main(run(corpus_file, tmp_path, "--accumulate", "2", steps=1))
-    point = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
-    corpus = open_corpus(tmp_path)
-    config = Config(vocab_size=corpus.vocab_size, max_len=32, **{k: train.PRESETS["tiny"][k] for k in SIZES})
-    model = train.build_model(config, corpus, "spectral", 0)
-    batches = [corpus.batch(0, micro, 2, 0.3) for micro in (0, 1)]
-    total = sum(float(model(batch)[0].detach()) for batch in batches)
-    assert point["loss"] == pytest.approx(total / sum(len(batch.targets) for batch in batches), rel=1e-5)
+# -------------------------------------------------------------------------------------- the machine
 
 
 def test_compiled_blocks_learn_the_same(corpus_file, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(train.PRESETS, "tiny", train.PRESETS["tiny"] | {"n_layers": 1})
     torch._dynamo.utils.counters.clear()
-    pooled = ["--bag-weight", "0.5"]
-    eager = train.main(run(corpus_file, tmp_path / "eager", *pooled, steps=4))
+    eager = train.main(run(corpus_file, tmp_path / "eager", steps=4))
     assert not torch._dynamo.utils.counters["stats"]
-    compiled = train.main(run(corpus_file, tmp_path / "compiled", *pooled, "--compile", steps=4))
-    assert torch._dynamo.utils.counters["stats"] or "going on without" in capsys.readouterr().out
-    for name in ("validation_loss", "validation_bag_loss"):
-        assert compiled[name] == pytest.approx(eager[name], rel=1e-5)
+    compiled = train.main(run(corpus_file, tmp_path / "compiled", "--compile", steps=4))
+    log = capsys.readouterr().out
+    assert torch._dynamo.utils.counters["stats"] or "going on without" in log
+    assert compiled["validation_loss"] == pytest.approx(eager["validation_loss"], rel=1e-5)
     assert weights(tmp_path / "compiled").keys() == weights(tmp_path / "eager").keys()
 
 
-def test_a_run_does_not_wait_for_the_compiler_to_be_imported(corpus_file, tmp_path):
-    code = "import sys, train; train.main(sys.argv[1:]); sys.exit('torch._dynamo' in sys.modules)"
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.path.dirname(train.__file__)
-    command = [sys.executable, "-c", code, *run(corpus_file, tmp_path, steps=2)]
-    subprocess.run(command, env=environment, check=True, capture_output=True)
-
-
-def test_without_a_compiler_it_goes_on_and_says_so(corpus_file, tmp_path, monkeypatch, capsys):
+def test_without_a_compiler_a_run_goes_on_and_says_so(corpus_file, tmp_path, monkeypatch, capsys):
     def refuse(function):
         raise RuntimeError("No working C++ compiler found\nhere is a list of them")
 
     monkeypatch.setattr(torch, "compile", refuse)
-    train.main(run(corpus_file, tmp_path, "--compile", steps=2))
-    assert "--compile: No working C++ compiler found: going on without\n" in capsys.readouterr().out
+    train.main(run(corpus_file, tmp_path, "--compile", *TINY, steps=2))
+    message = "--compile: No working C++ compiler found: going on without\n"
+    assert message in capsys.readouterr().out
+
+
+WITHOUT_UNIX = """
+import os, sys
+sys.modules["fcntl"] = None
+del os.sysconf
+import train
+from files import run_folder
+assert run_folder.fcntl is None
+train.main(sys.argv[1:])
+"""
+
+
+def test_a_run_needs_neither_fcntl_nor_sysconf(corpus_file, tmp_path):
+    """Windows has neither."""
+    command = [sys.executable, "-c", WITHOUT_UNIX, *run(corpus_file, tmp_path, *TINY, steps=2)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    model_folder.load_model(tmp_path)
+    assert not (tmp_path / ".lock").exists()
 
 
 def test_standard_input_is_a_corpus(corpus_file, tmp_path):
-    command = [sys.executable, "train.py", *run("-", tmp_path, steps=1)]
+    command = [sys.executable, "train.py", *run("-", tmp_path, *TINY, steps=1)]
     with open(corpus_file) as text:
-        done = subprocess.run(command, stdin=text, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=ROOT, stdin=text, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "model.safetensors").exists()
 
 
-def test_the_spectral_start_keeps_the_usual_size_and_the_geometry(pretrained):
+def test_the_spectral_embedding_starts_with_the_usual_size_and_its_geometry(pretrained):
     corpus = open_corpus(pretrained)
-    config = Config(vocab_size=corpus.vocab_size, max_len=32, **SIZES)
     spectral = corpus.spectral_embedding(64)
-    start = train.build_model(config, corpus, "spectral", 0).decoder.weight.detach().numpy()
-    seen = np.linalg.norm(spectral, axis=1) > 0
-    assert start[seen].std() == pytest.approx(config.init_std, rel=1e-3) and not seen[:5].all()
-    scale = config.init_std / spectral[seen].std()
-    assert np.allclose(
-        start[seen] @ start[seen].T, spectral[seen] @ spectral[seen].T * scale**2, rtol=1e-3, atol=1e-6
-    )
+    start = build_model(corpus, *TINY).decoder.weight.detach().numpy()
+    occurs = np.linalg.norm(spectral, axis=1) > 0
+    init_std = Config.init_std
+    assert start[occurs].std() == pytest.approx(init_std, rel=1e-3) and not occurs[:5].all()
+    scale = init_std / spectral[occurs].std()
+    expected = spectral[occurs] @ spectral[occurs].T * scale**2
+    assert np.allclose(start[occurs] @ start[occurs].T, expected, rtol=1e-3, atol=1e-6)
+    other = build_model(corpus, *TINY, "--start", "random").decoder.weight.detach().numpy()
+    assert np.array_equal(other[~occurs], start[~occurs])
+    assert not np.allclose(other[occurs], start[occurs])
 
 
-def test_a_run_that_diverges_ends_with_1(corpus_file, tmp_path):
+def test_a_run_that_diverges_ends_with_exit_code_1(corpus_file, tmp_path):
     with pytest.raises(SystemExit) as ended:
         train.main(run(corpus_file, tmp_path, "--lr-adamw", "1e30", "--lr-muon", "1e30"))
     assert ended.value.code == 1
 
 
-# The loss of each of 20 steps in float32, as it was when this test was written: a change means that the
-# arithmetic, the order, the masks or the recipe changed, and has to be meant.
-GOLDEN = [
-    4.5385,
-    4.3593,
-    4.2292,
-    4.0716,
-    4.0033,
-    3.9279,
-    3.8466,
-    3.7925,
-    3.8287,
-    3.7185,
-    3.7585,
-    3.7217,
-    3.8104,
-    3.8129,
-    3.7212,
-    3.7190,
-    3.7022,
-    3.8008,
-    3.7165,
-    3.6880,
-]
+# The loss of each of 20 steps in float32, measured after the rewrite of issue 34. A change means
+# that the arithmetic, the order, the masks or the recipe changed, and must be intended.
+GOLDEN = [4.4495, 4.4143, 4.2989, 4.1608, 4.1412, 4.0804, 4.0046, 3.9498, 4.0036, 3.8862]
+GOLDEN += [3.8624, 3.8732, 3.8985, 3.9126, 3.8374, 3.8133, 3.8038, 3.8698, 3.8172, 3.7803]
 
 
 def test_the_golden_curve(pretrained):
-    points = [json.loads(line) for line in (pretrained / "metrics.jsonl").read_text().splitlines()]
-    losses = [point["loss"] for point in points if "loss" in point]
+    losses = [point["loss"] for point in curve(pretrained) if "loss" in point]
     assert losses == pytest.approx(GOLDEN, rel=2e-3)

@@ -1,0 +1,192 @@
+"""Baselines equal scikit-learn called by hand, and choose inside the training labels."""
+
+import numpy as np
+import pytest
+from conftest import sentences
+from sklearn.decomposition import TruncatedSVD
+from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.preprocessing import normalize
+
+import labels
+from analysis import baselines
+from labels import LabeledDataset, cross_validation_splits
+
+NGRAMS = {"ngram_range": (1, 2), "token_pattern": r"(?u)\b\w+\b"}
+SOLVER = {"solver": "liblinear", "dual": True, "random_state": 0, "max_iter": 1000}
+
+
+def texts_of(n_classes, n_each, seed):
+    """Texts and their classes, mixed."""
+    texts = [s for k in range(n_classes) for s in sentences(n_each, seed + k, k)]
+    targets = np.repeat(np.arange(n_classes), n_each)
+    order = np.random.default_rng(seed).permutation(len(texts))
+    return [texts[i] for i in order], targets[order]
+
+
+def tfidf_by_hand(texts, targets, eval_texts, n_classes, c):
+    vectorizer = TfidfVectorizer(sublinear_tf=True, **NGRAMS)
+    features = vectorizer.fit_transform(texts)
+    eval_features = vectorizer.transform(eval_texts)
+    if n_classes == 2:
+        model = LogisticRegression(C=c, **SOLVER).fit(features, targets)
+        return model.predict_proba(eval_features)
+    scores = np.zeros((len(eval_texts), n_classes))
+    for k in np.unique(targets):
+        model = LogisticRegression(C=c, **SOLVER).fit(features, targets == k)
+        scores[:, k] = model.predict_proba(eval_features)[:, 1]
+    return scores / scores.sum(1, keepdims=True)
+
+
+def nbsvm_by_hand(texts, targets, eval_texts, n_classes, c):
+    """Wang & Manning 2012, section 2: r = log((p / |p|_1) / (q / |q|_1)) of binarized counts."""
+    vectorizer = CountVectorizer(binary=True, **NGRAMS)
+    features = vectorizer.fit_transform(texts).toarray()
+    eval_features = vectorizer.transform(eval_texts).toarray()
+    scores = np.zeros((len(eval_texts), n_classes))
+    for k in [1] if n_classes == 2 else range(n_classes):
+        p = 1 + features[targets == k].sum(0)
+        q = 1 + features[targets != k].sum(0)
+        r = np.log((p / np.abs(p).sum()) / (q / np.abs(q).sum()))
+        model = LogisticRegression(C=c, **SOLVER).fit(features * r, targets == k)
+        scores[:, k] = model.predict_proba(eval_features * r)[:, 1]
+    if n_classes == 2:
+        scores[:, 0] = 1 - scores[:, 1]
+    return scores / scores.sum(1, keepdims=True)
+
+
+BY_HAND = {"tfidf": tfidf_by_hand, "nbsvm": nbsvm_by_hand}
+
+
+@pytest.mark.parametrize("n_classes", [2, 3])
+@pytest.mark.parametrize("choice", [("tfidf", 3.0), ("nbsvm", 0.3)])
+def test_each_variant_of_ngrams_is_scikit_learn_called_by_hand(monkeypatch, n_classes, choice):
+    monkeypatch.setattr(baselines, "NGRAM_GRID", (choice,))
+    texts, targets = texts_of(n_classes, 40, 0)
+    eval_texts, _ = texts_of(n_classes, 20, 50)
+    variant, c = choice
+    scores = baselines.ngrams(texts, targets, eval_texts, n_classes, 0)
+    expected = BY_HAND[variant](texts, targets, eval_texts, n_classes, c)
+    assert np.allclose(scores, expected, atol=1e-3)
+    assert np.allclose(scores.sum(1), 1)
+
+
+@pytest.mark.parametrize("n_each", [30, 520])
+def test_ngrams_chooses_variant_and_c_by_splits_of_the_training_labels(monkeypatch, n_each):
+    """Three contiguous folds of few labels, the last tenth of many."""
+    grid = (("tfidf", 1.0), ("tfidf", 100.0), ("nbsvm", 0.01), ("nbsvm", 1.0))
+    monkeypatch.setattr(baselines, "NGRAM_GRID", grid)
+    texts, targets = texts_of(2, n_each, 7)
+    noise = np.random.default_rng(0).random(len(targets)) < 0.3
+    targets = np.where(noise, 1 - targets, targets)
+    examples = LabeledDataset(texts, None, targets, ["a", "b"])
+    splits = cross_validation_splits(examples, 3 if n_each == 30 else 1, 0.1)
+    accuracies = {}
+    for variant, c in grid:
+        correct = []
+        for train_idx, eval_idx in splits:
+            train_texts = [texts[i] for i in train_idx]
+            eval_texts = [texts[i] for i in eval_idx]
+            scores = BY_HAND[variant](train_texts, targets[train_idx], eval_texts, 2, c)
+            correct.append(np.mean(scores.argmax(1) == targets[eval_idx]))
+        accuracies[variant, c] = np.mean(correct)
+    assert len(set(accuracies.values())) > 1
+    variant, c = max(accuracies, key=accuracies.get)
+    eval_texts, _ = texts_of(2, 20, 90)
+    expected = BY_HAND[variant](texts, targets, eval_texts, 2, c)
+    scores = baselines.ngrams(texts, targets, eval_texts, 2, 0)
+    assert np.allclose(scores, expected, atol=1e-3)
+
+
+def test_a_text_is_scored_alike_whatever_stands_beside_it():
+    """The texts to score take no part in the vocabulary, the weights or the choice."""
+    texts, targets = texts_of(3, 30, 0)
+    eval_texts, _ = texts_of(3, 10, 50)
+    together = baselines.ngrams(texts, targets, eval_texts, 3, 0)
+    alone = baselines.ngrams(texts, targets, eval_texts[:1], 3, 0)
+    assert np.allclose(together[:1], alone)
+
+
+def test_ngrams_of_numbers_is_ridge_regression_on_tfidf(monkeypatch):
+    monkeypatch.setattr(baselines, "RIDGE_GRID", (("ridge", 2.0),))
+    texts, targets = texts_of(2, 40, 0)
+    eval_texts, _ = texts_of(2, 20, 50)
+    numbers = 100 + 5 * targets + np.linspace(0, 1, len(targets))
+    vectorizer = TfidfVectorizer(sublinear_tf=True, **NGRAMS)
+    model = Ridge(alpha=0.5).fit(vectorizer.fit_transform(texts), numbers)
+    expected = model.predict(vectorizer.transform(eval_texts))
+    scores = baselines.ngrams(texts, numbers, eval_texts, None, 0)
+    assert np.allclose(scores, expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("texts", [["!", "?", "...", "!!"], ["", " ", "\n", "\t"]])
+def test_without_words_ngrams_predicts_the_majority_class(texts, capsys):
+    targets = np.array([1, 1, 0, 1])
+    scores = baselines.ngrams(texts, targets, ["a text", "!"], 2, 0)
+    assert np.allclose(scores, [[0.25, 0.75]] * 2)
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith("ngrams: no word in the training texts")
+    scores = baselines.ngrams(texts, targets.astype(np.float32), ["a text"], None, 0)
+    assert np.allclose(scores, [0.75])
+
+
+ODD = {
+    "one letter": (["a", "b", "a", "b"], [0, 1, 0, 1], ["a", "b", "c"]),
+    "one class": (["a b", "c d", "e"], [1, 1, 1], ["a", ""]),
+    "no word in a class": (["!", "?", "a b", "a"], [0, 0, 1, 1], ["a", "!"]),
+    "no word in a fold": (["!", "!", "a b", "!", "!", "b"], [0, 1, 0, 1, 0, 1], ["a", "b"]),
+    "two of each class": (["a", "b", "c", "d"], [0, 1, 1, 0], ["a"]),
+    "class 2 is absent": (["a b", "c d", "a", "c"], [0, 1, 0, 1], ["a"]),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_texts_have_probabilities(name):
+    texts, targets, eval_texts = ODD[name]
+    scores = baselines.ngrams(texts, np.array(targets), eval_texts, 3, 0)
+    assert scores.shape == (len(eval_texts), 3)
+    assert np.isfinite(scores).all() and np.allclose(scores.sum(1), 1)
+    assert (scores[:, 2] == 0).all()
+    if name == "one letter":
+        assert scores[:2].argmax(1).tolist() == [0, 1]
+    numbers = baselines.ngrams(texts, np.array(targets, dtype=np.float32), eval_texts, None, 0)
+    assert numbers.shape == (len(eval_texts),) and np.isfinite(numbers).all()
+
+
+def test_bag_of_words_is_scikit_learn_called_by_hand(topics):
+    train, test = labels.load(None, *topics)
+    tfidf = TfidfVectorizer(sublinear_tf=True).fit(train.texts)
+    model = LogisticRegression(C=3, max_iter=2000).fit(tfidf.transform(train.texts), train.targets)
+    scores = baselines.bag_of_words(train.texts, train.targets, test.texts, 3, [(3.0,)])[3.0,]
+    assert np.allclose(scores, model.predict_proba(tfidf.transform(test.texts)))
+
+
+def test_lsa_is_scikit_learn_called_by_hand(topics):
+    train, test = labels.load(None, *topics)
+    texts = [s for topic in range(6) for s in sentences(100, topic, topic)]
+    tfidf, svd = baselines.fit_latent_semantics(tuple(texts))
+    vectors = svd.transform(tfidf.transform(train.texts))
+    eval_vectors = svd.transform(tfidf.transform(test.texts))
+    scores = baselines.lsa(vectors, train.targets, eval_vectors, 3, [(100, 10.0)])[100, 10.0]
+
+    tfidf = TfidfVectorizer(sublinear_tf=True).fit(texts)
+    svd = TruncatedSVD(vectors.shape[1], random_state=0).fit(tfidf.transform(texts))
+    features = normalize(svd.transform(tfidf.transform(train.texts))[:, :100])
+    eval_features = normalize(svd.transform(tfidf.transform(test.texts))[:, :100])
+    model = LogisticRegression(C=10, max_iter=2000).fit(features, train.targets)
+    assert np.allclose(scores, model.predict_proba(eval_features))
+
+
+def test_a_class_that_the_targets_lack_has_no_probability():
+    features, targets = np.eye(6), np.array([0, 0, 0, 2, 2, 2])
+    scores = baselines.linear_scores(features, targets, features, 4, 1.0)
+    assert (scores[:, [1, 3]] == 0).all() and (scores.argmax(1) == targets).all()
+    assert np.allclose(scores.sum(1), 1)
+
+
+def test_document_vectors_name_the_text_that_they_were_fitted_on(pretrained, tmp_path):
+    texts = sentences(30, 3)
+    vectors, name = baselines.document_vectors(texts, texts, pretrained, 0)
+    assert name == "the unlabelled text of pretraining" and len(vectors) == 30
+    vectors, name = baselines.document_vectors(texts, texts, tmp_path, 0)
+    assert name == "the training texts" and len(vectors) == 30
