@@ -1,14 +1,14 @@
-"""Why it said so: python explain.py "A film to remember." Attributions of a classifier's answer to the words.
+"""Explain a classifier's answer by its words: python explain.py "A film to remember."
 
-Integrated gradients (Sundararajan et al. 2017, arXiv 1703.01365) from a text of [MASK]s to the text: what a
-token adds is the mean gradient along the way times its way; all sum to the difference of the two answers.
-`--html` draws them beside the attention of each head; `--check` removes the words that they name.
+Integrated gradients (Sundararajan et al. 2017, arXiv 1703.01365) on the straight path from a text
+of [MASK] tokens to the text: the attribution of a token is its change of embedding times the mean
+gradient along the path. The attributions add up to the difference between the scores of the two
+texts; a score is the log-odds of a class, or the predicted number.
 
-Axes: L tokens of a text, P points of the path, H heads.
+Axes: L tokens of a text, S texts, P points of the path, C classes.
 """
 
 import argparse
-import itertools
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,233 +20,241 @@ from torch import Tensor
 from tqdm import tqdm
 
 import labels
-from analysis.html_page import AGAINST, FOR, attention_maps, page, section
-from files import disk, model_folder
+from analysis.html_page import attention_maps, html_report, section
+from analysis.removal import compare_removals
 from files.cli import Parser, choose_hardware, number, run_script
-from files.disk import UserError
+from files.disk import UserError, write_file
+from files.model_folder import open_model
 from files.readers import read_lines
 from files.tokenizer import special_ids
 from model import Classifier
 
-FEWEST_POINTS, MOST_POINTS = 32, 512
-LARGEST_GAP = 0.02  # of the sum to the difference that it should be, in the summed absolute attributions
-POINT_TOKENS = 8192  # computed at a time
-REMOVED = (0.1, 0.2, 0.3, 0.4, 0.5)  # shares of a sentence's words
-RANDOM_ORDERS = 5
-RESAMPLES = 10_000
+# The number of points is doubled until the attributions miss their exact sum by less than MAX_GAP,
+# as a share of the sum of their absolute values.
+MIN_POINTS, MAX_POINTS = 32, 512
+MAX_GAP = 0.02
+TOKENS_PER_BATCH = 8192
+
+
+class Explanation(NamedTuple):
+    """The attributions of the words of a text."""
+
+    text: str
+    row: np.ndarray  # (L, 2) token ids and types, as `labels.encode` returns them
+    spans: list[tuple[int, int]]  # of each word: its first character, and the one after its last
+    tokens: list[np.ndarray]  # of each word: the positions of its tokens in `row`
+    attributions: np.ndarray  # (words,)
+    class_index: int | None  # the class that is explained; None for a number
+    answer: str  # that class and its probability, or the number
+    gap: float  # how far the sum of the attributions is from its exact value, see MAX_GAP
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    flags = Parser("Tell which words made a classifier say what it said.")
-    add = flags.add_argument
+    parser = Parser("Show how much each word contributes to a classifier's answer.")
+    add = parser.add_argument
     add("texts", nargs="*", metavar="TEXT", help="a text to explain")
     add("--model", type=Path, default=Path("runs/finetune"), help="folder of finetune.py")
-    add("--class", dest="wanted", metavar="NAME", help="explain this class; by default the likeliest")
+    add("--class", dest="class_name", metavar="NAME", help="by default the most probable class")
     add("--html", type=Path, metavar="FILE", help="write a page, with the attention of each head")
-    add("--check", action="store_true", help="remove words by their attribution, and others at random")
-    add("--data", choices=("mr", "imdb"), default="mr", help="whose test texts --check takes")
+    add("--check", action="store_true", help="test whether the attributions find important words")
+    add("--data", choices=("mr", "imdb"), default="mr", help="test texts for --check")
     add("--file", type=Path, help="lines of your own for --check")
-    add("--sentences", type=number(int, 2), default=200, help="texts that --check draws: enough to tell")
-    add("--seed", type=number(int, 0), default=0, help="of that draw, and of the random orders")
-    flags.add_device()
-    args = flags.parse_args(argv)
+    add("--sentences", type=number(int, 2), default=200, help="texts that --check samples")
+    add("--seed", type=number(int, 0), default=0, help="of this sample and of the random words")
+    parser.add_device()
+    args = parser.parse_args(argv)
     if args.check == bool(args.texts):
-        flags.error("give texts, or --check")
+        parser.error("give texts, or --check")
     return args
 
 
-# -------------------------------------------------------------------------------------------- attributions
+# -------------------------------------------------------------------------------- attributions
 
 
-class Explained(NamedTuple):
-    """A text's words with what each added to the log-odds of the class (or to the number); `spans` are their
-    places in the text. `gap` is how far the sum is from what it should be, as a share."""
-
-    text: str
-    row: np.ndarray  # (L, 2) ids and types, as labels.encode gives them
-    spans: list[tuple[int, int]]
-    values: np.ndarray
-    tokens: list[np.ndarray]  # which of the row each word is
-    wanted: int | None  # the class; None explains a number
-    answer: str  # the class and its probability, or the number
-    gap: float
-
-
-def words_of(text: str, tokenizer: Tokenizer, n_kept: int) -> tuple[list[tuple[int, int]], list[np.ndarray]]:
-    """(where each word stands in the text, which tokens of the row it is) of the tokens that were kept."""
+def find_words(text: str, tokenizer: Tokenizer, n_tokens: int) -> tuple[list, list[np.ndarray]]:
+    """The `spans` and `tokens` of an Explanation, where `labels.encode` left `n_tokens` tokens."""
     encoding = tokenizer.encode(text, add_special_tokens=False)
-    places = np.arange(len(encoding))
-    places = np.concatenate((places[: n_kept - n_kept // 2], places[len(places) - n_kept // 2 :]))
+    positions = np.arange(len(encoding))  # a long text loses its middle
+    n_head, n_tail = n_tokens - n_tokens // 2, n_tokens // 2
+    positions = np.concatenate((positions[:n_head], positions[len(positions) - n_tail :]))
     words: dict[int, list[int]] = {}
-    for token, place in enumerate(places, 1):  # token 0 is [CLS]
-        word = encoding.word_ids[place]  # None for a special token that stands in the text
-        words.setdefault(-token if word is None else word, []).append(token)
-    spans = [[encoding.offsets[places[token - 1]] for token in tokens] for tokens in words.values()]
-    return [(parts[0][0], parts[-1][1]) for parts in spans], [np.array(t) for t in words.values()]
+    for i, position in enumerate(positions, 1):  # token 0 is [CLS]
+        word = encoding.word_ids[position]  # None of a special token that is written in the text
+        words.setdefault(-i if word is None else word, []).append(i)
+    spans = []
+    for tokens in words.values():
+        first, last = positions[tokens[0] - 1], positions[tokens[-1] - 1]
+        spans.append((encoding.offsets[first][0], encoding.offsets[last][1]))
+    return spans, [np.array(tokens) for tokens in words.values()]
 
 
-def score(logits: Tensor, wanted: int | None) -> Tensor:
-    """The log-odds of a class, (S, n_labels) to (S,); or the number that was predicted."""
-    if wanted is None:
+def score(logits: Tensor, class_index: int | None) -> Tensor:
+    """The log-odds of a class, or the predicted number: (S, C) to (S,)."""
+    if class_index is None:
         return logits[:, 0]
-    others = [i for i in range(logits.shape[1]) if i != wanted]
-    return logits[:, wanted] - logits[:, others].logsumexp(1)
+    others = [i for i in range(logits.shape[1]) if i != class_index]
+    return logits[:, class_index] - logits[:, others].logsumexp(1)
 
 
-def path_gradient(model: Classifier, row: Tensor, base: Tensor, wanted: int | None, n_points: int) -> Tensor:
-    """The mean gradient of the score to the embeddings, at the midpoints of n_points pieces of the straight
-    way from base (L, d_model) to the row's own: (L, d_model)."""
-    embed, length = model.model.embeddings.tok_embeddings, len(row)
-    end, total = embed(row[:, 0]).detach(), torch.zeros_like(base)
-    at_once = max(1, POINT_TOKENS // length)
-    for alphas in ((torch.arange(n_points, device=row.device) + 0.5) / n_points).split(at_once):
-        points = base + alphas[:, None, None] * (end - base)  # (P, L, d_model)
-        points = points.flatten(0, 1).requires_grad_()
-        handle = embed.register_forward_hook(lambda *_, points=points: points)
-        starts = torch.arange(len(alphas) + 1, dtype=torch.int32, device=row.device) * length
-        ids, types = row.repeat(len(alphas), 1).T
-        logits = model(ids, starts, length, types)
-        handle.remove()
-        (gradient,) = torch.autograd.grad(score(logits, wanted).sum(), points)
-        total += gradient.view(len(alphas), length, -1).sum(0)
+def mean_gradient(
+    model: Classifier, row: Tensor, baseline: Tensor, class_index: int | None, n_points: int
+) -> Tensor:
+    """The mean gradient of the score along the path, in the middles of `n_points` pieces of it.
+
+    The path leads from `baseline` (L, d_model) to the embeddings of `row`; so is the result.
+    """
+    embedding = model.model.embeddings.tok_embeddings
+    length = len(row)
+    end = embedding(row[:, 0]).detach()  # (L, d_model)
+    total = torch.zeros_like(baseline)
+    alphas = (torch.arange(n_points, device=row.device) + 0.5) / n_points
+    for alpha in alphas.split(max(1, TOKENS_PER_BATCH // length)):
+        points = baseline + alpha[:, None, None] * (end - baseline)  # (P, L, d_model)
+        points = points.flatten(0, 1).requires_grad_()  # (P * L, d_model)
+        hook = embedding.register_forward_hook(lambda *_, points=points: points)
+        cu_seqlens = torch.arange(len(alpha) + 1, dtype=torch.int32, device=row.device) * length
+        ids, types = row.repeat(len(alpha), 1).T
+        logits = model(ids, cu_seqlens, length, types)  # (P, C)
+        hook.remove()
+        (gradient,) = torch.autograd.grad(score(logits, class_index).sum(), points)
+        total += gradient.view(len(alpha), length, -1).sum(0)
     return total / n_points
 
 
 def explain(
-    model: Classifier, tokenizer: Tokenizer, names: list[str] | None, text: str, wanted: int | None = None
-) -> Explained:
-    """Attributions of one text, by ever more points until they sum up."""
-    device, embed = next(model.parameters()).device, model.model.embeddings.tok_embeddings
-    example = labels.LabeledDataset([text], None, np.zeros(1), names)
-    (coded,), _ = labels.encode(example, tokenizer, model.config.max_len)
-    row, ends = torch.from_numpy(coded).to(device), torch.tensor([0, len(coded)], dtype=torch.int32)
+    model: Classifier,
+    tokenizer: Tokenizer,
+    names: list[str] | None,
+    text: str,
+    class_index: int | None = None,
+) -> Explanation:
+    """Compute the attributions of a text's words.
+
+    Args:
+        model, tokenizer, names: As `open_model` returns them.
+        text: The text.
+        class_index: The class to explain; None is the most probable one.
+    """
+    device = next(model.parameters()).device
+    embedding = model.model.embeddings.tok_embeddings
+    dataset = labels.LabeledDataset([text], None, np.zeros(1), names)
+    (encoded,), _ = labels.encode(dataset, tokenizer, model.config.max_len)
+    row = torch.from_numpy(encoded).to(device)
     masked = row.clone()
     masked[1:-1, 0] = special_ids(tokenizer)["mask"]
+
     with torch.no_grad():
-        logits, blank = (model(x[:, 0], ends.to(device), len(x), x[:, 1]) for x in (row, masked))
-    if names and wanted is None:
-        wanted = int(logits.argmax())
-    base, difference = embed(masked[:, 0]).detach(), float(score(logits, wanted) - score(blank, wanted))
-    n_points, gap = FEWEST_POINTS // 2, np.inf
-    while gap > LARGEST_GAP and n_points < MOST_POINTS:
+        ids, types = torch.cat((row, masked)).T
+        cu_seqlens = torch.tensor([0, 1, 2], dtype=torch.int32, device=device) * len(row)
+        logits = model(ids, cu_seqlens, len(row), types)  # (2, C)
+        if names and class_index is None:
+            class_index = int(logits[0].argmax())
+        score_of_text, score_of_masked = score(logits, class_index).tolist()
+        end, baseline = embedding(row[:, 0]), embedding(masked[:, 0])  # (L, d_model) each
+
+    n_points, gap = MIN_POINTS // 2, np.inf
+    while gap > MAX_GAP and n_points < MAX_POINTS:
         n_points *= 2
-        gradient = path_gradient(model, row, base, wanted, n_points)
-        of_tokens = ((embed(row[:, 0]).detach() - base) * gradient).sum(1).cpu().numpy()  # (L,)
-        gap = abs(of_tokens.sum() - difference) / max(1e-9, np.abs(of_tokens).sum())
-    spans, members = words_of(text, tokenizer, len(coded) - 2)
-    values = np.array([of_tokens[m].sum() for m in members])
-    number = f"{logits[0, 0]:.4g}"
-    answer = f"{names[wanted]} {logits.softmax(-1)[0, wanted]:.3f}" if names else number
-    return Explained(text, coded, spans, values, members, wanted, answer, float(gap))
+        gradient = mean_gradient(model, row, baseline, class_index, n_points)
+        of_tokens = ((end - baseline) * gradient).sum(1).cpu().numpy()  # (L,)
+        error = abs(of_tokens.sum() - (score_of_text - score_of_masked))
+        gap = float(error / max(1e-9, np.abs(of_tokens).sum()))
+
+    spans, tokens = find_words(text, tokenizer, len(encoded) - 2)
+    attributions = np.array([of_tokens[members].sum() for members in tokens])
+    answer = f"{logits[0, 0]:.4g}"
+    if names:
+        answer = f"{names[class_index]} {logits[0].softmax(-1)[class_index]:.3f}"
+    return Explanation(text, encoded, spans, tokens, attributions, class_index, answer, gap)
 
 
-# --------------------------------------------------------------------------------------------------- shown
+# -------------------------------------------------------------------------------------- output
 
 
-def pieces(found: Explained) -> list[tuple[str, float]]:
-    """The whole text in pieces with their strength, from -1 to 1; 0 between words."""
-    strongest, shown, end = max(1e-9, float(np.abs(found.values).max(initial=0))), [], 0
-    for (first, last), value in zip(found.spans, found.values, strict=True):
-        shown += [(found.text[end:first], 0.0), (found.text[first:last], float(value) / strongest)]
-        end = last
-    return [*shown, (found.text[end:], 0.0)]
+def pieces(explanation: Explanation) -> list[tuple[str, float]]:
+    """The whole text in pieces with their strengths: -1 to 1 of a word, 0 between words."""
+    text, attributions = explanation.text, explanation.attributions
+    largest = max(1e-9, float(np.abs(attributions).max(initial=0)))
+    parts = []
+    end = 0
+    for (start, stop), attribution in zip(explanation.spans, attributions, strict=True):
+        parts.append((text[end:start], 0.0))
+        parts.append((text[start:stop], float(attribution) / largest))
+        end = stop
+    return [*parts, (text[end:], 0.0)]
 
 
-def as_text(found: Explained, coloured: bool) -> str:
-    """The coloured text, or where there are no colours its words with their attributions."""
-    if not coloured:
-        words = zip(found.spans, found.values, strict=True)
-        shown = "  ".join(f"{found.text[first:last]} {value:+.2f}" for (first, last), value in words)
-        return f"{found.answer}\t{shown}"
-    out = ""
-    for text, strength in pieces(found):
-        shade = [round(c * abs(strength)) for c in (FOR if strength > 0 else AGAINST)]
-        painted = f"\x1b[48;2;{shade[0]};{shade[1]};{shade[2]};38;2;255;255;255m{text}\x1b[0m"
-        out += painted if abs(strength) > 0.05 else text
-    return f"{found.answer}\t{out}"
+def to_line(explanation: Explanation) -> str:
+    words = zip(explanation.spans, explanation.attributions, strict=True)
+    columns = [f"{explanation.text[start:stop]} {value:+.2f}" for (start, stop), value in words]
+    return f"{explanation.answer}\t{'  '.join(columns)}"
 
 
-# --------------------------------------------------------------------------------------------------- check
-
-
-def check(
-    model: Classifier, tokenizer: Tokenizer, names: list[str], texts: list[str], seed: int
-) -> dict[str, Any]:
-    """Remove the words with the highest attributions, or as many at random, and see what becomes of the
-    probability: {shares, named, random: its mean at each; difference, interval: of the mean over the shares,
-    random less named, paired, with the 95% of it by a bootstrap over the texts}."""
-    rng, rows, classes = np.random.default_rng([seed, 7]), [], []
-    for text in tqdm(texts, "explaining", disable=None, leave=False):
-        found = explain(model, tokenizer, names, text)
-        orders = [np.argsort(-found.values, kind="stable")]
-        orders += [rng.permutation(len(found.values)) for _ in range(RANDOM_ORDERS)]
-        classes.append(found.wanted)
-        for order, share in itertools.product(orders, (0, *REMOVED)):
-            gone = [found.tokens[i] for i in order[: round(share * len(order))]]
-            rows.append(np.delete(found.row, np.concatenate(gone) if gone else [], axis=0))
-    logits, device = [], next(model.parameters()).device
-    for which, inputs in labels.batches(rows, np.arange(len(rows)), 64, device):
-        with torch.no_grad():
-            logits.append(model(*inputs)[: len(which)].softmax(-1).cpu())
-    probabilities = torch.cat(logits).view(len(texts), 1 + RANDOM_ORDERS, 1 + len(REMOVED), -1)
-    of_class = torch.stack([p[..., c] for p, c in zip(probabilities, classes, strict=True)]).numpy()
-    named, at_random = of_class[:, 0], of_class[:, 1:].mean(1)  # (texts, shares)
-    differences = (at_random - named)[:, 1:].mean(1)
-    resampled = differences[rng.integers(len(texts), size=(RESAMPLES, len(texts)))].mean(1)
-    curves = {"named": named.mean(0).tolist(), "random": at_random.mean(0).tolist()}
-    interval = np.quantile(resampled, (0.025, 0.975)).tolist()
-    return {"shares": [0, *REMOVED], **curves, "difference": float(differences.mean()), "interval": interval}
-
-
-def texts_to_check(args: argparse.Namespace) -> list[str]:
-    """Texts of at least two words, drawn with the seed."""
-    texts = [text for _, text in read_lines(args.file)] if args.file else labels.load(args.data)[1].texts
+def sample_texts(args: argparse.Namespace) -> list[str]:
+    """The texts for --check, of at least two words each."""
+    if args.file:
+        texts = [text for _, text in read_lines(args.file)]
+    else:
+        texts = labels.load(args.data)[1].texts
     texts = [text for text in texts if len(text.split()) > 1]
     if len(texts) < 2:
-        raise UserError(f"{args.file}: too few texts of two words and more to compare on")
-    chosen = np.random.default_rng([args.seed, 8]).permutation(len(texts))[: args.sentences]
-    return [texts[i] for i in np.sort(chosen)]
+        raise UserError(f"{args.file}: at least 2 texts of at least two words are needed")
+    sample = np.random.default_rng([args.seed, 8]).permutation(len(texts))[: args.sentences]
+    return [texts[i] for i in np.sort(sample)]
+
+
+def print_check(results: dict[str, Any]) -> None:
+    print("probability of the answer without a share of the words")
+    print("removed     " + "".join(f"{share:7.0%}" for share in results["shares"]))
+    for method in ("attributed", "random"):
+        print(f"{method:12}" + "".join(f"{p:7.3f}" for p in results[method]))
+    low, high = results["interval"]
+    difference = f"by {results['difference']:.3f} more than removing random words"
+    print(
+        f"Removing attributed words lowers the probability {difference} "
+        f"(95% CI {low:.3f} to {high:.3f})."
+    )
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Print explanations, or the check of them, and return them."""
+    """Print explanations, or a check of them, and return them."""
     args = parse(argv)
     device, _ = choose_hardware(args.device, "float32")
-    model, tokenizer, names = model_folder.open_model(args.model, device)
+    model, tokenizer, names = open_model(args.model, device)
     if not isinstance(model, Classifier):
-        raise UserError(f"{args.model}: it fills masks; a classifier, of finetune.py, is wanted")
-    if names is None and (args.check or args.wanted):
-        raise UserError(f"{args.model}: it predicts a number; --check and --class are for classes")
-    if args.wanted and args.wanted not in names:
-        raise UserError(f"--class {args.wanted}: the classes are {', '.join(names)}")
+        raise UserError(f"{args.model}: not a classifier; finetune.py makes one")
+    if names is None and (args.check or args.class_name):
+        raise UserError(f"{args.model}: it predicts a number; --check and --class need classes")
+    if args.class_name and args.class_name not in names:
+        raise UserError(f"--class {args.class_name}: the classes are {', '.join(names)}")
+
     if args.check:
-        texts = texts_to_check(args)
-        found = check(model, tokenizer, names, texts, args.seed)
-        print(f"probability of the answer to {len(texts)} texts without a share of their words")
-        print("removed   " + "".join(f"{share:7.0%}" for share in found["shares"]))
-        for kind in ("named", "random"):
-            print(f"{kind:10}" + "".join(f"{p:7.3f}" for p in found[kind]))
-        low, high = found["interval"]
-        told = "they name the words that count" if low > 0 else "no better than chance can be shown"
-        print(f"random less named {found['difference']:.3f}, 95% of it {low:.3f} to {high:.3f}: {told}")
-        return found
-    wanted = names.index(args.wanted) if args.wanted else None
-    answers, sections = [], []
+        texts = tqdm(sample_texts(args), "explaining", disable=None, leave=False)
+        explanations = [explain(model, tokenizer, names, text) for text in texts]
+        results = compare_removals(model, explanations, args.seed)
+        print_check(results)
+        return results
+
+    class_index = names.index(args.class_name) if args.class_name else None
+    explanations = []
+    sections = []
     for i, text in enumerate(args.texts, 1):
         if not text.strip():
             raise UserError(f"text {i}: no text")
-        answers.append(found := explain(model, tokenizer, names, text, wanted))
-        if found.gap > LARGEST_GAP:
-            wrong = f"after {MOST_POINTS} points the attributions miss their sum by {found.gap:.1%}"
-            print(f"explain.py: text {i}: {wrong}", file=sys.stderr)
-        print(as_text(found, sys.stdout.isatty()), flush=True)
+        explanation = explain(model, tokenizer, names, text, class_index)
+        explanations.append(explanation)
+        print(to_line(explanation), flush=True)
+        if explanation.gap > MAX_GAP:
+            problem = f"attributions miss their exact sum by {explanation.gap:.1%}"
+            print(f"explain.py: text {i}: {problem}", file=sys.stderr)
         if args.html:
-            tokens = [tokenizer.id_to_token(i) for i in found.row[:, 0]]
-            shown = (found.answer, pieces(found), found.gap, tokens)
-            sections.append(section(*shown, attention_maps(model, found.row)))
+            tokens = [tokenizer.id_to_token(token) for token in explanation.row[:, 0]]
+            maps = attention_maps(model, explanation.row)
+            words = pieces(explanation)
+            sections.append(section(explanation.answer, words, explanation.gap, tokens, maps))
     if args.html:
-        disk.write_file(args.html, page(sections).encode())
-    return {"answers": answers}
+        write_file(args.html, html_report(sections).encode())
+    return {"explanations": explanations}
 
 
 if __name__ == "__main__":

@@ -1,89 +1,104 @@
-"""What explain.py found, as one HTML file: words in the colour of what they added, and the attention of each
-head.
+"""The HTML report of explain.py: words coloured by their attribution, and the attention maps.
 
-Axes: L tokens of a text, H heads.
+Axes: L tokens of a text, H heads, D head size.
 """
 
 import base64
-import functools
 import html
 import io
-import itertools
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.attention import rotate
+from kernels.attention import attention
 from model import Attention, Classifier
 
-FOR, AGAINST = (0, 114, 178), (213, 94, 0)  # blue and orange, which the colour-blind tell apart (Okabe & Ito)
-
-
-@torch.no_grad()
-def attention_maps(model: Classifier, row: np.ndarray) -> list[Tensor]:
-    """The probabilities of each layer's attention, (H, L, L): which token (row) looks at which (column)."""
-    device, maps, handles = next(model.parameters()).device, [], []
-    ropes = model.model.ropes(len(row), device)
-
-    def keep(attn: Attention, _, __, projected: Tensor) -> None:
-        q, k, _ = projected.unflatten(-1, attn.heads).permute(1, 2, 0, 3)  # (H, L, D) each
-        q, k = (rotate(x, ropes[attn.window]) for x in (q, k))
-        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-        position = torch.arange(len(row), device=q.device)
-        if attn.window is not None:
-            scores.masked_fill_((position[:, None] - position).abs() > attn.window, -torch.inf)
-        maps.append(scores.softmax(-1).cpu())
-
-    for layer in model.model.layers:
-        handles.append(layer.attn.Wqkv.register_forward_hook(functools.partial(keep, layer.attn)))
-    ids, types = torch.from_numpy(row).T.to(device)
-    model(ids, torch.tensor([0, len(row)], dtype=torch.int32, device=device), len(row), types)
-    for handle in handles:
-        handle.remove()
-    return maps
-
-
-def as_png(weights: Tensor) -> str:
-    """A map as a picture in a data: address; strength is opacity, so that it reads on light and on dark."""
-    from matplotlib import image
-
-    alpha = (weights / weights.max()).numpy()[..., None]
-    painted = np.concatenate((np.broadcast_to(np.array(FOR) / 255, (*weights.shape, 3)), alpha), axis=2)
-    image.imsave(buffer := io.BytesIO(), painted, format="png")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
+# Blue and orange, which people with any colour vision can tell apart (Okabe & Ito).
+FOR = (0, 114, 178)
+AGAINST = (213, 94, 0)
 
 STYLE = """
 :root { color-scheme: light dark; font: 16px/1.6 system-ui, sans-serif }
 body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-p.text { font-size: 1.2rem; white-space: pre-wrap } p.text span { border-radius: .2em; padding: .1em 0 }
+p.text { font-size: 1.2rem; white-space: pre-wrap }
+p.text span { border-radius: .2em; padding: .1em 0 }
 figure { display: inline-block; margin: .5rem } figcaption { font-size: .8rem }
 img { width: 11rem; height: 11rem; image-rendering: pixelated; border: 1px solid gray }
 summary { cursor: pointer }
 """
 
 
+@torch.no_grad()
+def attention_maps(model: Classifier, row: np.ndarray) -> list[Tensor]:
+    """Compute the attention probabilities of each layer.
+
+    The kernel does not return them. But attention is linear in the values, so the columns of an
+    identity matrix, given as values, come out as columns of the probabilities.
+
+    Args:
+        model: The classifier.
+        row: (L, 2) token ids and types of a text, as `labels.encode` returns them.
+
+    Returns:
+        (H, L, L) of each layer: how much each token (row) attends to each token (column).
+    """
+    maps = []
+
+    def record(layer: Attention, inputs: tuple, _: Tensor) -> None:
+        x, cu_seqlens, max_seqlen, rope = inputs
+        q, k, _ = layer.Wqkv(x).unflatten(-1, (3, layer.n_heads, -1)).unbind(1)  # (L, H, D) each
+        columns = []
+        for unit_vectors in torch.eye(len(x), device=x.device).split(q.shape[-1], dim=1):
+            padding = (0, q.shape[-1] - unit_vectors.shape[1])
+            values = F.pad(unit_vectors, padding)[:, None].expand_as(q)
+            qkv = torch.stack((q, k, values), dim=1)  # (L, 3, H, D)
+            columns.append(attention(qkv, cu_seqlens, max_seqlen, rope, layer.window))
+        maps.append(torch.cat(columns, dim=-1)[..., : len(x)].transpose(0, 1).cpu())
+
+    hooks = [layer.attn.register_forward_hook(record) for layer in model.model.layers]
+    device = next(model.parameters()).device
+    ids, types = torch.from_numpy(row).T.to(device)
+    model(ids, torch.tensor([0, len(row)], dtype=torch.int32, device=device), len(row), types)
+    for hook in hooks:
+        hook.remove()
+    return maps
+
+
+def to_png(weights: Tensor) -> str:
+    """An (L, L) map as a data: URL; weight is opacity, for light and dark backgrounds alike."""
+    from matplotlib import image
+
+    colour = np.broadcast_to(np.array(FOR) / 255, (*weights.shape, 3))
+    opacity = (weights / weights.max()).numpy()[..., None]
+    buffer = io.BytesIO()
+    image.imsave(buffer, np.concatenate((colour, opacity), axis=2), format="png")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
 def section(
     title: str, pieces: list[tuple[str, float]], gap: float, tokens: list[str], maps: list[Tensor]
 ) -> str:
-    """One text: its pieces with their strengths, from -1 to 1, and the maps of each layer, (H, L, L)."""
-    out = [f"<h2>{html.escape(title)}</h2><p class=text>"]
+    """The HTML of one text: its pieces with strengths from -1 to 1, and its attention maps."""
+    parts = [f"<h2>{html.escape(title)}</h2><p class=text>"]
     for text, strength in pieces:
         red, green, blue = FOR if strength > 0 else AGAINST
-        colour, escaped = f"rgb({red} {green} {blue} / {0.7 * abs(strength):.2f})", html.escape(text)
-        out.append(f'<span style="background:{colour}">{escaped}</span>' if strength else escaped)
-    out.append(f"</p><p>Blue spoke for it, orange against it; the sum is off by {gap:.1%}.</p>")
-    out.append(f"<details><summary>Attention of each head</summary><p>{html.escape(' '.join(tokens))}</p>")
-    out.append("<p>A row of a picture is a token that looks, a column one that is looked at.</p>")
-    for (i, heads), j in itertools.product(enumerate(maps), range(len(maps[0]))):
-        name = f"layer {i}, head {j}"
-        drawn = f'<img src="{as_png(heads[j])}" alt="attention, {name}">'
-        out.append(f"<figure>{drawn}<figcaption>{name}</figcaption></figure>")
-    return "".join([*out, "</details>\n"])
+        colour = f"rgb({red} {green} {blue} / {0.7 * abs(strength):.2f})"
+        parts.append(f'<span style="background:{colour}">{html.escape(text)}</span>')
+    parts.append("</p><p>Blue words raise the score of this answer, orange words lower it. ")
+    parts.append(f"The attributions miss their exact sum by {gap:.1%}.</p>")
+    parts.append(f"<details><summary>Attention</summary><p>{html.escape(' '.join(tokens))}</p>")
+    parts.append("<p>Each row is a token, and its columns the tokens that it attends to.</p>")
+    for i, heads in enumerate(maps):
+        for j, weights in enumerate(heads):
+            caption = f"layer {i}, head {j}"
+            image = f'<img src="{to_png(weights)}" alt="attention, {caption}">'
+            parts.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
+    return "".join([*parts, "</details>\n"])
 
 
-def page(sections: list[str]) -> str:
-    """One file that needs no other: no script, every text escaped."""
+def html_report(sections: list[str]) -> str:
+    """One file without scripts and without links."""
     head = f"<meta charset=utf-8><title>cloze</title><style>{STYLE}</style>"
     return f"<!doctype html><html><head>{head}</head><body>\n{''.join(sections)}</body></html>\n"

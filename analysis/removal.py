@@ -1,0 +1,61 @@
+"""The check of explain.py: do attributed words matter more than random words?"""
+
+import itertools
+from typing import Any
+
+import numpy as np
+import torch
+
+import labels
+from model import Classifier
+
+SHARES = (0, 0.1, 0.2, 0.3, 0.4, 0.5)  # of a text's words that are removed
+N_RANDOM_ORDERS = 5
+N_RESAMPLES = 10_000
+
+
+@torch.no_grad()
+def compare_removals(model: Classifier, explanations: list, seed: int) -> dict[str, Any]:
+    """Remove the words with the highest attributions from texts, and as many random words.
+
+    Args:
+        model: The classifier.
+        explanations: An `explain.Explanation` of each text.
+        seed: Of the random words and of the bootstrap.
+
+    Returns:
+        shares: SHARES.
+        attributed, random: The mean probability of the answers at each share.
+        difference: By how much removing attributed words lowers the probability more than removing
+            random words, as a mean over the texts and over the shares above 0.
+        interval: Its 95% confidence interval, by a bootstrap over the texts.
+    """
+    rng = np.random.default_rng([seed, 7])
+    rows = []
+    for explanation in explanations:
+        n_words = len(explanation.tokens)
+        orders = [np.argsort(-explanation.attributions, kind="stable")]
+        orders += [rng.permutation(n_words) for _ in range(N_RANDOM_ORDERS)]
+        for order, share in itertools.product(orders, SHARES):
+            removed = [explanation.tokens[i] for i in order[: round(share * n_words)]]
+            rows.append(np.delete(explanation.row, np.concatenate([[], *removed]).astype(int), 0))
+
+    outputs = []
+    device = next(model.parameters()).device
+    for indices, inputs in labels.batches(rows, np.arange(len(rows)), 64, device):
+        outputs.append(model(*inputs)[: len(indices)].softmax(-1).cpu())
+    shape = (len(explanations), 1 + N_RANDOM_ORDERS, len(SHARES), -1)
+    of_texts = zip(torch.cat(outputs).view(shape), explanations, strict=True)
+    probabilities = np.stack([p[..., explanation.class_index] for p, explanation in of_texts])
+
+    attributed = probabilities[:, 0]  # (texts, shares)
+    random = probabilities[:, 1:].mean(1)
+    differences = (random - attributed)[:, 1:].mean(1)  # (texts,)
+    samples = rng.integers(len(differences), size=(N_RESAMPLES, len(differences)))
+    return {
+        "shares": list(SHARES),
+        "attributed": attributed.mean(0).tolist(),
+        "random": random.mean(0).tolist(),
+        "difference": float(differences.mean()),
+        "interval": np.quantile(differences[samples].mean(1), (0.025, 0.975)).tolist(),
+    }
