@@ -283,6 +283,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             first_step = run_folder.restore(checkpoint, state, record, model, optimizers, scaler)
             monitor.load_state_dict(state["monitor"])
             points = run_folder.cut_metrics(args.out, first_step) if ranks.is_first else []
+            points = ranks.from_first(points)
             ranks.log(f"resuming after step {first_step}")
         elif ranks.is_first:
             n_saves = args.steps // args.save_every

@@ -286,12 +286,15 @@ def test_torchrun_killed_with_all_its_processes(flags, tmp_path):
     assert_equal(result(tmp_path / "killed"), result(tmp_path / "straight"))
 
 
-def test_killed_after_the_last_step_it_is_finished(flags, tmp_path, monkeypatch):
-    train.main(flags(tmp_path, steps=6))
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_that_is_killed_after_its_last_step_is_finished(flags, tmp_path, ranks):
+    argv = flags(tmp_path, "--accumulate", "2", steps=6)
+    finish(argv, ranks)
     before = result(tmp_path)
     for name in ("model.safetensors", "metrics.json", "config.json"):
         (tmp_path / name).unlink()
-    train.main(flags(tmp_path, "--resume", steps=6))
+    log = finish([*argv, "--resume"], ranks)
+    assert "Traceback" not in log  # of the second rank either
     assert_equal(result(tmp_path), before)
 
 
