@@ -144,6 +144,17 @@ def test_a_flag_that_an_older_run_did_not_have_counts_as_its_default(started):
         load_state(folder, defaults={"mask_rate": 0.2})
 
 
+@pytest.mark.parametrize("name", ("data", "pretraining_only", "flags", "scaler"))
+def test_a_checkpoint_of_another_version_is_one_clear_line(started, name):
+    save(started, 1)
+    path = started / "checkpoints" / "step-1" / "training.pt"
+    state = torch.load(path, weights_only=True)
+    del state[name]
+    torch.save(state, path)
+    with pytest.raises(UserError, match=rf"step-1: cannot be resumed: .*\b{name}\b"):
+        load_state(path.parent)
+
+
 def test_another_environment_is_logged(started):
     save(started, 1)
     messages = []
