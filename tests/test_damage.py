@@ -434,7 +434,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(flags, tmp_path):
 def test_two_runs_do_not_write_into_one_folder(flags, tmp_path):
     argv = flags(tmp_path, steps=100_000)
     run = start(argv)
-    run.await_words("step 3:")
+    run.await_words("step 4:")  # so the checkpoint of step 3 is written
     log = finish([*argv, "--resume"], code=2)
     assert log == f"--out {tmp_path}: another run is writing into it\n"
     assert not run.has_ended()
