@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -247,10 +248,14 @@ def test_a_new_run_removes_what_an_earlier_one_left(started):
 def test_what_is_removed_first_is_what_makes_a_folder_a_model(started, monkeypatch):
     model_folder.save_model(started, MaskedLM(CONFIG), TOKENIZER)
 
-    def fail(path):
-        raise OSError(5, "Input/output error")
+    unlink = Path.unlink
 
-    monkeypatch.setattr(run_folder, "remove_folder", fail)
+    def fail_at_weights(path, **options):
+        if path.name == "model.safetensors":
+            raise OSError(5, "Input/output error")
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", fail_at_weights)
     with pytest.raises(UserError, match="cannot be cleared: Input/output error"):
         run_folder.start_run(started, RECORD)
     assert not (started / "config.json").exists()
