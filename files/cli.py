@@ -53,8 +53,6 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {' '.join(message.splitlines())}\n")
 
 
-
-
 def number(kind: type, low: float, high: float | None = None) -> Callable[[str], int | float]:
     """The `type`, for argparse, of a flag whose value is an int or a float between two limits.
 

@@ -398,6 +398,8 @@ def load_state(
     try:
         state = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
         old_flags, old_environment = state["flags"], state["environment"]
+        if missing := {"step", "data", "optimizers", "scaler", "pretraining_only"} - state.keys():
+            raise ValueError(f"written by another version, it has no {', '.join(sorted(missing))}")
     except Exception as error:  # pickle and zip raise their own
         problem = disk.first_line(error)
         raise UserError(f"{folder}: cannot be resumed: {problem}") from None

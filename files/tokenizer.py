@@ -79,8 +79,8 @@ def begins_word(tokenizer: Tokenizer) -> np.ndarray:
     """Which tokens of the vocabulary begin a word, (V,) bool.
 
     WordPiece marks continuations ("##ing"); byte-level BPE ("Ġword") and SentencePiece ("▁word")
-    mark beginnings, and here punctuation begins a word of its own, as it does in BERT. In byte-level
-    BPE the first word of a line has no mark: it belongs to the line break before it ("Ċ").
+    mark beginnings, and here punctuation begins a word of its own, as it does in BERT. In
+    byte-level BPE the first word of a line belongs to the line break before it ("Ċ").
 
     Raises:
         ValueError: the tokenizer marks neither.

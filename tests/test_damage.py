@@ -1,7 +1,8 @@
 """Nothing is lost: damage done to real runs, in processes of their own.
 
-A run that was killed, over and over, and resumed, is compared with one that was left alone: every byte of
-weights and optimizers, and all that was logged but the clock. CI runs a sample of each; -m slow runs all.
+A run that was killed again and again, and resumed, is compared with an uninterrupted one: every
+byte of weights and optimizers, and everything in the curve except for times. CI runs a sample of
+each test; -m slow runs all.
 """
 
 import json
@@ -29,9 +30,9 @@ from tqdm import tqdm
 import finetune
 import predict
 import train
-from data import train_tokenizer
 from files import model_folder, run_folder
 from files.disk import UserError
+from files.tokenizer import train_tokenizer
 from model import Config, MaskedLM
 
 ROOT = Path(__file__).parent.parent
@@ -42,10 +43,11 @@ STEPS = 24
 
 @pytest.fixture(scope="session")
 def seedling(corpus_file, tmp_path_factory):
-    """A model so small that its steps take no time, to go on from."""
-    folder, lines = tmp_path_factory.mktemp("seedling"), corpus_file.read_text().splitlines()
-    tokenizer = train_tokenizer(lines, 300)
-    config = Config(tokenizer.get_vocab_size(), d_model=32, n_layers=2, n_heads=2, d_ff=48, max_len=32)
+    """A model so small that its steps take no time, for --model."""
+    folder = tmp_path_factory.mktemp("seedling")
+    tokenizer = train_tokenizer(corpus_file.read_text().splitlines(), 300)
+    n_pieces = tokenizer.get_vocab_size()
+    config = Config(n_pieces, d_model=32, n_layers=2, n_heads=2, d_ff=48, max_len=32)
     torch.manual_seed(0)
     model_folder.save_model(folder, MaskedLM(config), tokenizer)
     return folder
@@ -53,17 +55,18 @@ def seedling(corpus_file, tmp_path_factory):
 
 @pytest.fixture
 def flags(corpus_file, seedling):
-    """The flags of a short run of it into a folder."""
+    """A function that returns the flags of a short run into a folder."""
 
-    def given(out, *more, dtype="float32", steps=STEPS, corpus=corpus_file):
-        run = ["--model", str(seedling), "--corpus", str(corpus), "--out", str(out), "--steps", str(steps)]
-        return [*run, "--dtype", dtype, *SMALL, "--save-every", "3", *more]
+    def make(out, *more, dtype="float32", steps=STEPS, corpus=corpus_file):
+        run = ["--model", str(seedling), "--corpus", str(corpus), "--out", str(out)]
+        run += ["--steps", str(steps), "--dtype", dtype]
+        return [*run, *SMALL, "--save-every", "3", *more]
 
-    return given
+    return make
 
 
 class Run(NamedTuple):
-    """The processes of a run, and what they say."""
+    """The processes of a run, and the file that they log to."""
 
     pids: list[int]
     log: Path
@@ -74,23 +77,24 @@ class Run(NamedTuple):
             time.sleep(0.005)
 
     def has_ended(self):
-        """Whether its first process has; it stays to be waited for."""
-        return os.waitid(os.P_PID, self.pids[0], os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        """Whether the first process has ended; `wait` must still be called."""
+        options = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        return os.waitid(os.P_PID, self.pids[0], options) is not None
 
     def kill(self):
-        """The exit code of the first process: 0 where it had ended before."""
+        """Kill all processes; returns the exit code of the first, 0 if it had ended before."""
         for pid in self.pids:
             os.kill(pid, signal.SIGKILL)
         return self.wait()[0]
 
     def wait(self):
-        """(exit code of the first process, all that was said)."""
+        """(exit code of the first process, everything that was logged)."""
         codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in self.pids]
         return codes[0], self.log.read_text()
 
 
-def start(given, ranks=1, main=train.main):
-    """main(given) in processes of its own, forked, which spares them the seconds of the imports."""
+def start(argv, ranks=1, main=train.main):
+    """main(argv) in processes of its own, forked, which saves them the seconds of the imports."""
     with tempfile.NamedTemporaryFile(delete=False) as log, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -102,12 +106,13 @@ def start(given, ranks=1, main=train.main):
         code = 70
         try:
             torch.set_num_threads(1)
-            tqdm.set_lock(threading.RLock())  # its own is shared with us, whom a kill would leave locked out
+            tqdm.set_lock(threading.RLock())  # a kill would leave the lock that is shared with us
             sys.stdout = sys.stderr = open(log.name, "a", buffering=1)  # noqa: SIM115
             if ranks > 1:
-                place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
-                os.environ.update({key: str(value) for key, value in place.items()}, MASTER_ADDR="127.0.0.1")
-            main([str(flag) for flag in given])
+                torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks}
+                torchrun |= {"MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
+                os.environ.update({key: str(value) for key, value in torchrun.items()})
+            main([str(flag) for flag in argv])
             code = 0
         except UserError as error:
             print(error)
@@ -121,16 +126,19 @@ def start(given, ranks=1, main=train.main):
     return Run(pids, Path(log.name))
 
 
-def finish(given, ranks=1, code=0, main=train.main):
-    found, said = start(given, ranks, main).wait()
-    assert found == code, said
-    return said
+def finish(argv, ranks=1, code=0, main=train.main):
+    """The log of a run that must end with the exit code."""
+    actual, log = start(argv, ranks, main).wait()
+    assert actual == code, log
+    return log
 
 
-def command(given, script="train.py"):
+def command(argv, script="train.py"):
     """python train.py, a process from the command line."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([sys.executable, "-u", script, *given], cwd=ROOT, env=ENVIRONMENT, **pipes)
+    return subprocess.Popen(
+        [sys.executable, "-u", script, *argv], cwd=ROOT, env=ENVIRONMENT, **pipes
+    )
 
 
 def await_line(process, words):
@@ -138,7 +146,7 @@ def await_line(process, words):
 
 
 def plain(value):
-    """Tensors as bytes, and nothing of the clock."""
+    """A value with its tensors as bytes and without times."""
     if isinstance(value, dict):
         return {key: plain(part) for key, part in value.items() if key not in CLOCK}
     if isinstance(value, list):
@@ -149,51 +157,55 @@ def plain(value):
 
 
 def result(out):
-    """All that a finished run leaves, but the clock."""
+    """Everything that a finished run leaves, except for times."""
     [*_, last] = run_folder.checkpoint_folders(out).values()
     state = torch.load(last / "training.pt", weights_only=True)
     del state["flags"], state["environment"]  # the folder, and the commit that the tests may be of
     logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    files = {
-        name: (out / name).read_bytes() for name in ("model.safetensors", "config.json", "tokenizer.json")
-    }
-    return files | plain(
-        {"state": state, "logged": logged, "metrics": json.loads((out / "metrics.json").read_text())}
-    )
+    names = ("model.safetensors", "config.json", "tokenizer.json")
+    files = {name: (out / name).read_bytes() for name in names}
+    metrics = json.loads((out / "metrics.json").read_text())
+    return files | plain({"state": state, "logged": logged, "metrics": metrics})
 
 
-def assert_equal(found, wanted):
-    """Without the pages that pytest would print."""
-    assert found.keys() == wanted.keys()
-    for key, value in wanted.items():
-        if isinstance(value, dict) and isinstance(found[key], dict):
-            assert_equal(found[key], value)
+def assert_equal(actual, expected):
+    """Compare without the pages that pytest would print."""
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        if isinstance(value, dict) and isinstance(actual[key], dict):
+            assert_equal(actual[key], value)
         else:
-            assert bool(found[key] == value), key
+            assert bool(actual[key] == value), key
 
 
-# ---------------------------------------------------------------------------------------------------- killed
+# ------------------------------------------------------------------------------------------- killed
 
 
-def kill_and_resume(given, out, ranks, n_kills, seed):
-    """Kill a run `n_kills` times at random moments, every other one during a save; returns the steps that it
-    was resumed after, and how many kills left a half written model_folder."""
+def kill_and_resume(argv, out, ranks, n_kills, seed):
+    """Kill a run `n_kills` times at random moments, every other one during a save.
+
+    Returns:
+        (steps that it was resumed after, how many kills left a half written checkpoint).
+    """
     rng, n_amid, steps = random.Random(seed), 0, set()
     for i in range(n_kills):
         before = set(run_folder.checkpoint_folders(out))
-        run = start([*given, *["--resume"] * (i > 0)], ranks)
+        run = start([*argv, *["--resume"] * (i > 0)], ranks)
         run.await_words("tokens/s")
         if i % 2 == 0:  # of a save that is not the first of this process, so that the run comes on
-            while set(run_folder.checkpoint_folders(out)) == before or not (out / "checkpoints" / ".new").exists():
+            new = out / "checkpoints" / ".new"
+            while set(run_folder.checkpoint_folders(out)) == before or not new.exists():
                 assert not run.has_ended()
             time.sleep(rng.uniform(0, 0.005) * (i > 0))
         else:
             time.sleep(rng.uniform(0, 0.1))
         assert run.kill() == -signal.SIGKILL
         n_amid += (out / "checkpoints" / ".new").exists()
-        steps |= {int(step) for step in re.findall(r"resuming after step (\d+)", run.log.read_text())}
-    said = finish([*given, "--resume"], ranks)
-    return steps | {int(step) for step in re.findall(r"resuming after step (\d+)", said)}, n_amid
+        steps |= {
+            int(step) for step in re.findall(r"resuming after step (\d+)", run.log.read_text())
+        }
+    log = finish([*argv, "--resume"], ranks)
+    return steps | {int(step) for step in re.findall(r"resuming after step (\d+)", log)}, n_amid
 
 
 CASES = [(1, "bfloat16", 3), (2, "float32", 1)]
@@ -204,13 +216,15 @@ ALL_CASES = [(ranks, dtype, 20) for ranks in (1, 2) for dtype in ("float32", "bf
     ("ranks", "dtype", "n_kills"),
     [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL_CASES)],
 )
-def test_a_run_that_is_killed_and_resumed_equals_one_that_is_not(flags, tmp_path, ranks, dtype, n_kills):
+def test_a_run_that_is_killed_and_resumed_equals_an_uninterrupted_one(
+    flags, tmp_path, ranks, dtype, n_kills
+):
     """With accumulation: two micro-batches a rank."""
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     more = {"dtype": dtype, "steps": 12 + 14 * n_kills}
     finish(flags(straight, "--accumulate", str(2 * ranks), **more), ranks)
-    given = flags(killed, "--accumulate", str(2 * ranks), **more)
-    steps, n_amid = kill_and_resume(given, killed, ranks, n_kills, ranks)
+    argv = flags(killed, "--accumulate", str(2 * ranks), **more)
+    steps, n_amid = kill_and_resume(argv, killed, ranks, n_kills, ranks)
     assert len(steps) >= n_kills // 2 and steps and n_amid >= max(1, n_kills // 10)
     assert_equal(result(killed), result(straight))
 
@@ -223,22 +237,23 @@ def test_the_same_seed_gives_the_same_run(flags, tmp_path, ranks):
 
 
 @pytest.mark.slow
-def test_three_ranks_go_on_to_the_bit(corpus_file, tmp_path):
-    """They sum up in an order that hangs on how DDP has cut the gradients, which it does anew after the first
-    step of a process; of a model of several megabytes, that is."""
-    given = ["--corpus", corpus_file, "--steps", 6, "--dtype", "float32", *SMALL, "--save-every", 3]
-    finish([*given, "--out", tmp_path / "straight"], ranks=3)
+def test_three_ranks_resume_to_the_bit(corpus_file, tmp_path):
+    """DDP sums the gradients of a model of several megabytes in groups, and in other groups after
+    the first step of a process, which changes the order of the sums.
+    """
+    argv = ["--corpus", corpus_file, "--steps", 6, "--dtype", "float32", *SMALL, "--save-every", 3]
+    finish([*argv, "--out", tmp_path / "straight"], ranks=3)
     shutil.copytree(tmp_path / "straight", tmp_path / "resumed")
     shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-6")
-    said = finish([*given, "--out", tmp_path / "resumed", "--resume"], ranks=3)
-    assert "resuming after step 3" in said
+    log = finish([*argv, "--out", tmp_path / "resumed", "--resume"], ranks=3)
+    assert "resuming after step 3" in log
     assert_equal(result(tmp_path / "resumed"), result(tmp_path / "straight"))
 
 
 @pytest.mark.slow
 def test_torchrun_killed_with_all_its_processes(flags, tmp_path):
     """From the command line, as a user would."""
-    given = flags(tmp_path / "killed", "--accumulate", "2", steps=60)
+    argv = flags(tmp_path / "killed", "--accumulate", "2", steps=60)
     launch = [
         sys.executable,
         "-m",
@@ -250,7 +265,7 @@ def test_torchrun_killed_with_all_its_processes(flags, tmp_path):
     ]
     for i in range(3):
         torchrun = subprocess.Popen(
-            [*launch, *given, *["--resume"] * (i > 0)],
+            [*launch, *argv, *["--resume"] * (i > 0)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -259,29 +274,36 @@ def test_torchrun_killed_with_all_its_processes(flags, tmp_path):
         )
         await_line(torchrun, "tokens/s")
         time.sleep(0.2)
-        found = subprocess.run(["pgrep", "-P", str(torchrun.pid)], capture_output=True, text=True).stdout
+        children = subprocess.run(
+            ["pgrep", "-P", str(torchrun.pid)], capture_output=True, text=True
+        ).stdout
         torchrun.kill()
-        for rank in map(int, found.split()):  # which outlive it, in sessions of their own
+        for rank in map(int, children.split()):  # which outlive it, in sessions of their own
             os.kill(rank, signal.SIGKILL)
         torchrun.communicate()
-    finish([*given, "--resume"], ranks=2)
+    finish([*argv, "--resume"], ranks=2)
     finish(flags(tmp_path / "straight", "--accumulate", "2", steps=60), ranks=2)
     assert_equal(result(tmp_path / "killed"), result(tmp_path / "straight"))
 
 
-def test_killed_after_the_last_step_it_is_finished(flags, tmp_path, monkeypatch):
-    train.main(flags(tmp_path, steps=6))
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_that_is_killed_after_its_last_step_is_finished(flags, tmp_path, ranks):
+    argv = flags(tmp_path, "--accumulate", "2", steps=6)
+    finish(argv, ranks)
     before = result(tmp_path)
     for name in ("model.safetensors", "metrics.json", "config.json"):
         (tmp_path / name).unlink()
-    train.main(flags(tmp_path, "--resume", steps=6))
+    log = finish([*argv, "--resume"], ranks)
+    assert "Traceback" not in log  # of the second rank either
     assert_equal(result(tmp_path), before)
 
 
 SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
 
 
-@pytest.mark.parametrize(("number", "code"), [pytest.param(*SIGNALS[0], marks=pytest.mark.slow), SIGNALS[1]])
+@pytest.mark.parametrize(
+    ("number", "code"), [pytest.param(*SIGNALS[0], marks=pytest.mark.slow), SIGNALS[1]]
+)
 def test_a_signal_saves_and_says_how_to_go_on(flags, tmp_path, number, code):
     process = command(flags(tmp_path, "--save-every", "100000", steps=100_000))
     await_line(process, "step 3:")
@@ -297,8 +319,8 @@ def test_a_signal_saves_and_says_how_to_go_on(flags, tmp_path, number, code):
 def test_a_signal_before_the_first_step_is_no_traceback(flags, tmp_path):
     reading, writing = os.pipe()  # it waits for the end of its text, which does not come
     pipes = {"stdin": reading, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    given = [sys.executable, "train.py", *flags(tmp_path / "out", corpus="-")]
-    process = subprocess.Popen(given, cwd=ROOT, env=ENVIRONMENT, **pipes)
+    argv = [sys.executable, "train.py", *flags(tmp_path / "out", corpus="-")]
+    process = subprocess.Popen(argv, cwd=ROOT, env=ENVIRONMENT, **pipes)
     while not (tmp_path / "out" / ".lock").exists():
         time.sleep(0.02)
     time.sleep(1)
@@ -313,17 +335,19 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(flags, tmp_path):
     run = start(flags(tmp_path, "--save-every", "100000", steps=100_000), ranks=2)
     run.await_words("step 3:")
     os.kill(run.pids[1], signal.SIGTERM)
-    code, said = run.wait()
-    assert code == 143 and said.count("saved; the same command with --resume goes on") == 1
-    assert len(run_folder.checkpoint_folders(tmp_path)) == 1 and run_folder.latest_checkpoint(tmp_path, pytest.fail)
+    code, log = run.wait()
+    assert code == 143 and log.count("saved; the same command with --resume goes on") == 1
+    assert len(run_folder.checkpoint_folders(tmp_path)) == 1 and run_folder.latest_checkpoint(
+        tmp_path, pytest.fail
+    )
 
 
-# ------------------------------------------------------------------------------------- the disk, the text
+# ------------------------------------------------------------------------------- the disk, the text
 
 
 def test_a_limit_on_the_size_of_files_leaves_the_checkpoint_before(flags, tmp_path):
-    given = flags(tmp_path, "--save-every", "1", steps=400)
-    run = start(given)
+    argv = flags(tmp_path, "--save-every", "1", steps=400)
+    run = start(argv)
     run.await_words("step 3:")
     run.kill()
     before = run_folder.latest_checkpoint(tmp_path, pytest.fail)
@@ -332,15 +356,15 @@ def test_a_limit_on_the_size_of_files_leaves_the_checkpoint_before(flags, tmp_pa
         resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, 10**5))
         train.main(argv)
 
-    said = finish([*given, "--resume"], code=2, main=limited)
-    assert "cannot be written: File too large" in said.splitlines()[-1]
+    log = finish([*argv, "--resume"], code=2, main=limited)
+    assert "cannot be written: File too large" in log.splitlines()[-1]
     assert run_folder.latest_checkpoint(tmp_path, pytest.fail) == before
 
 
 FULL_DISK = """
 import os, subprocess, sys, threading, time, torch, train
 from files.disk import UserError
-disk, given = sys.argv[1], sys.argv[2:]
+disk, argv = sys.argv[1], sys.argv[2:]
 torch.set_num_threads(1)
 def mount(options):
     subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", disk], check=True)
@@ -355,9 +379,9 @@ def fill():
             pass
 def begin():
     try:
-        train.main(given)
+        train.main(argv)
     except UserError as error:
-        print("told", error)
+        print("error:", error)
 mount("size=800k")
 begin()
 mount("remount,size=4m")
@@ -365,17 +389,17 @@ threading.Thread(target=fill, daemon=True).start()
 begin()
 os.unlink(disk + "/other")
 subprocess.run(["cp", "-r", disk, disk + "-copy"], check=True)
-given.append("--resume")
+argv.append("--resume")
 begin()
 subprocess.run(["cp", "-r", disk, disk + "-finished"], check=True)
 """
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(flags, tmp_path):
-    """A file system of its own, in memory: first too small from the start, then filled by others."""
+    """A file system of its own, in memory: first too small, then filled by another program."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    given = [
+    argv = [
         "unshare",
         "-rm",
         sys.executable,
@@ -385,31 +409,37 @@ def test_a_full_disk_leaves_the_checkpoint_before(flags, tmp_path):
         *flags(disk, "--save-every", "1", "--keep", "1", steps=6),
     ]
     try:
-        done = subprocess.run(given, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=200)
+        done = subprocess.run(
+            argv, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=200
+        )
     except OSError:
         pytest.skip("no unshare on this machine, to mount a small file system with")
     if done.returncode and ("unshare" in done.stderr or "'mount'" in done.stderr):
         pytest.skip(f"no file system can be mounted here: {done.stderr.strip().splitlines()[-1]}")
     assert done.returncode == 0, done.stderr
-    small, full = [line for line in done.stdout.splitlines() if line.startswith("told")]
-    assert f"told --out {disk}: the run needs 1 MB, and 1 MB are free" in small
+    small, full = [line for line in done.stdout.splitlines() if line.startswith("error:")]
+    assert f"error: --out {disk}: the run needs 1 MB, and 1 MB are free" in small
     assert "cannot be written: No space left on device" in full
     copy, finished = (disk.with_name(disk.name + end) for end in ("-copy", "-finished"))
     [*_, step] = run_folder.checkpoint_folders(copy)
-    assert step >= 2 and run_folder.latest_checkpoint(copy, pytest.fail) and f"resuming after step {step}\n" in done.stdout
+    assert (
+        step >= 2
+        and run_folder.latest_checkpoint(copy, pytest.fail)
+        and f"resuming after step {step}\n" in done.stdout
+    )
     finish(flags(tmp_path / "straight", "--save-every", "1", "--keep", "1", steps=6))
     assert_equal(result(finished), result(tmp_path / "straight"))
 
 
 def test_two_runs_do_not_write_into_one_folder(flags, tmp_path):
-    given = flags(tmp_path, steps=100_000)
-    run = start(given)
-    run.await_words("step 3:")
-    said = finish([*given, "--resume"], code=2)
-    assert said == f"--out {tmp_path}: another run is writing into it\n"
+    argv = flags(tmp_path, steps=100_000)
+    run = start(argv)
+    run.await_words("step 4:")  # so the checkpoint of step 3 is written
+    log = finish([*argv, "--resume"], code=2)
+    assert log == f"--out {tmp_path}: another run is writing into it\n"
     assert not run.has_ended()
     run.kill()
-    third = start([*given, "--resume"])  # the dead one holds no lock
+    third = start([*argv, "--resume"])  # the dead one holds no lock
     third.await_words("resuming after step")
     third.kill()
 
@@ -424,98 +454,110 @@ def test_a_damaged_checkpoint_is_stepped_over_by_a_run(flags, tmp_path, capsys):
     path.write_bytes(raw)
     capsys.readouterr()
     train.main(flags(damaged, "--resume", steps=6))
-    said = capsys.readouterr().out
-    assert "step-6: damaged, training.pt is not as it was written" in said and "resuming after step 3" in said
+    log = capsys.readouterr().out
+    assert (
+        "step-6: damaged, training.pt is not as it was written" in log
+        and "resuming after step 3" in log
+    )
     assert_equal(result(damaged), result(straight))
 
 
-def test_a_resumed_run_goes_on_with_its_own_text_only(flags, corpus_file, tmp_path):
+def test_a_resumed_run_continues_on_its_own_text_only(flags, corpus_file, tmp_path):
     text = tmp_path / "text.txt"
     shutil.copy(corpus_file, text)
     train.main(flags(tmp_path / "out", corpus=text, steps=3))
     text.write_text(text.read_text() + "\nbal dom kist.")
-    with pytest.raises(UserError, match="--corpus is not what the run"):
+    with pytest.raises(UserError, match="started with another model or other data"):
         train.main(flags(tmp_path / "out", "--resume", corpus=text, steps=3))
 
 
-def test_another_environment_is_said_and_the_run_goes_on(flags, tmp_path, monkeypatch, capsys):
+def test_another_environment_is_logged_and_the_run_continues(flags, tmp_path, monkeypatch, capsys):
     train.main(flags(tmp_path, steps=3))
     real = run_folder.environment
-    monkeypatch.setattr(run_folder, "environment", lambda *given: real(*given) | {"torch": "1.0"})
+    monkeypatch.setattr(
+        run_folder, "environment", lambda *arguments: real(*arguments) | {"torch": "1.0"}
+    )
     train.main(flags(tmp_path, "--resume", steps=3))
     assert f"torch {torch.__version__}, now 1.0" in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------------------------------ going wrong
+# -------------------------------------------------------------------------------------- going wrong
 
 
 def spoil(monkeypatch, steps, spoilt):
-    """`spoilt(losses)` takes the place of the losses of these steps."""
-    batch, forward, now = train.Corpus.batch, train.MaskedLM.forward, []
+    """`spoilt(loss)` takes the place of the loss of these steps."""
+    batch, forward = train.Corpus.batch, train.MaskedLM.forward
+    current_step = [0]
 
-    def note(corpus, step, *rest):
-        now[:] = [step + 1]
+    def note_step(corpus, step, *rest):
+        current_step[0] = step + 1
         return batch(corpus, step, *rest)
 
-    def losses(model, some):
-        found = forward(model, some)
-        return spoilt(found) if model.training and torch.is_grad_enabled() and now[0] in steps else found
+    def losses(model, batch):
+        [(name, (total, count))] = forward(model, batch).items()
+        is_training = model.training and torch.is_grad_enabled()
+        if is_training and current_step[0] in steps:
+            total = spoilt(total)
+        return {name: (total, count)}
 
-    monkeypatch.setattr(train.Corpus, "batch", note)
+    monkeypatch.setattr(train.Corpus, "batch", note_step)
     monkeypatch.setattr(train.MaskedLM, "forward", losses)
 
 
-NAN = {
-    "the loss": lambda found: (found[0] + torch.tensor(float("nan")), found[1]),
-    "the pooled loss": lambda found: (found[0], found[1] + torch.tensor(float("inf"))),
-    "the gradient": lambda found: (
-        found[0] + (found[0] - found[0].detach()) * torch.tensor(float("nan")),
-        found[1],
-    ),
+NOT_FINITE = {
+    "a loss of NaN": lambda loss: loss + torch.tensor(float("nan")),
+    "an infinite loss": lambda loss: loss + torch.tensor(float("inf")),
+    "the gradient": lambda loss: loss + (loss - loss.detach()) * torch.tensor(float("nan")),
 }
 
 
-@pytest.mark.parametrize("what", NAN)
-def test_a_bad_step_is_skipped_and_counted(flags, tmp_path, monkeypatch, capsys, what):
-    spoil(monkeypatch, {4, 6, 7, 8, 9}, NAN[what])
+@pytest.mark.parametrize("what", NOT_FINITE)
+def test_a_step_that_is_not_finite_is_skipped_and_counted(
+    flags, tmp_path, monkeypatch, capsys, what
+):
+    spoil(monkeypatch, {4, 6, 7, 8, 9}, NOT_FINITE[what])
     metrics = train.main(flags(tmp_path, "--snapshots", "10", steps=10))
-    weights = [
-        (tmp_path / "snapshots" / f"step-{s}" / "model.safetensors").read_bytes() for s in range(1, 11)
-    ]
+    folders = [tmp_path / "snapshots" / f"step-{s}" for s in range(1, 11)]
+    weights = [(folder / "model.safetensors").read_bytes() for folder in folders]
     changed = [s for s in range(2, 11) if weights[s - 1] != weights[s - 2]]
     assert changed == [2, 3, 5, 10]
     assert metrics["skipped"] == 5 and capsys.readouterr().out.count(": skipped\n") == 5
 
 
-def test_five_bad_steps_in_a_row_stop_the_run_with_the_last_good_state(flags, tmp_path, monkeypatch, capsys):
-    given = flags(tmp_path, "--snapshots", "20", steps=20)
+def test_five_skipped_steps_in_a_row_stop_the_run_with_the_last_good_state(
+    flags, tmp_path, monkeypatch, capsys
+):
+    argv = flags(tmp_path, "--snapshots", "20", steps=20)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
-        spoil(patch, set(range(8, 21)), NAN["the gradient"])
-        train.main(given)
-    said, folder = capsys.readouterr().out, tmp_path / "checkpoints" / "step-12"
-    assert (
-        ended.value.code == 1
-        and f"5 bad steps in a row; the last good state is in {folder}: --resume" in said
-    )
+        spoil(patch, set(range(8, 21)), NOT_FINITE["the gradient"])
+        train.main(argv)
+    log, folder = capsys.readouterr().out, tmp_path / "checkpoints" / "step-12"
+    assert ended.value.code == 1
+    message = f"5 skipped steps in a row; the last good state is in {folder}: --resume"
+    assert message in log
     last_good = (tmp_path / "snapshots" / "step-7" / "model.safetensors").read_bytes()
     assert (folder / "model.safetensors").read_bytes() == last_good
-    train.main([*given, "--resume"])  # behind the bad ones
+    train.main([*argv, "--resume"])  # behind the bad ones
     assert "resuming after step 12" in capsys.readouterr().out
     assert (tmp_path / "model.safetensors").read_bytes() != last_good
 
 
-def test_weights_that_are_lost_do_not_take_the_place_of_good_ones(flags, tmp_path, capsys):
-    """They are finite, but predict nothing any more: a rate far too high."""
+def test_diverged_weights_are_not_saved(flags, tmp_path, capsys):
+    """They are finite, but predict nothing any more: the learning rate is far too high."""
     with pytest.raises(SystemExit) as ended:
-        train.main(flags(tmp_path, "--lr-adamw", "1e30", "--lr-muon", "1e30", "--save-every", "100"))
+        train.main(
+            flags(tmp_path, "--lr-adamw", "1e30", "--lr-muon", "1e30", "--save-every", "100")
+        )
     assert ended.value.code == 1 and not run_folder.checkpoint_folders(tmp_path)
-    assert "there is no checkpoint yet: begin anew, with a lower --lr-adamw" in capsys.readouterr().out
+    assert (
+        "there is no checkpoint yet: begin anew, with a lower --lr-adamw" in capsys.readouterr().out
+    )
 
 
-def test_a_leap_of_the_loss_is_said_and_counted(flags, tmp_path, monkeypatch, capsys):
-    spoil(monkeypatch, {30}, lambda found: (3 * found[0], found[1]))
+def test_a_spike_of_the_loss_is_logged_and_counted(flags, tmp_path, monkeypatch, capsys):
+    spoil(monkeypatch, {30}, lambda loss: 3 * loss)
     assert train.main(flags(tmp_path, steps=32))["spikes"] == 1
-    assert "step 30: the loss leapt to" in capsys.readouterr().out
+    assert "step 30: loss spike: " in capsys.readouterr().out
 
 
 def test_ranks_decide_alike_on_a_loss_that_is_bad_on_one(flags, tmp_path):
@@ -524,11 +566,14 @@ def test_ranks_decide_alike_on_a_loss_that_is_bad_on_one(flags, tmp_path):
     def one_rank_bad(argv):
         with pytest.MonkeyPatch.context() as patch:
             if os.environ["RANK"] == "1":
-                spoil(patch, range(5, 100), NAN["the loss"])
+                spoil(patch, range(5, 100), NOT_FINITE["a loss of NaN"])
             train.main(argv)
 
-    said = finish(flags(tmp_path), ranks=2, code=1, main=one_rank_bad)
-    assert said.count(": skipped\n") == 5 and "5 bad steps in a row; the last good state is in" in said
+    log = finish(flags(tmp_path), ranks=2, code=1, main=one_rank_bad)
+    assert (
+        log.count(": skipped\n") == 5
+        and "5 skipped steps in a row; the last good state is in" in log
+    )
     assert [*run_folder.checkpoint_folders(tmp_path)] == [6, 9]
 
 

@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,6 +145,17 @@ def test_a_flag_that_an_older_run_did_not_have_counts_as_its_default(started):
         load_state(folder, defaults={"mask_rate": 0.2})
 
 
+@pytest.mark.parametrize("name", ("data", "pretraining_only", "flags", "scaler"))
+def test_a_checkpoint_of_another_version_is_one_clear_line(started, name):
+    save(started, 1)
+    path = started / "checkpoints" / "step-1" / "training.pt"
+    state = torch.load(path, weights_only=True)
+    del state[name]
+    torch.save(state, path)
+    with pytest.raises(UserError, match=rf"step-1: cannot be resumed: .*\b{name}\b"):
+        load_state(path.parent)
+
+
 def test_another_environment_is_logged(started):
     save(started, 1)
     messages = []
@@ -236,10 +248,14 @@ def test_a_new_run_removes_what_an_earlier_one_left(started):
 def test_what_is_removed_first_is_what_makes_a_folder_a_model(started, monkeypatch):
     model_folder.save_model(started, MaskedLM(CONFIG), TOKENIZER)
 
-    def fail(path):
-        raise OSError(5, "Input/output error")
+    unlink = Path.unlink
 
-    monkeypatch.setattr(run_folder, "remove_folder", fail)
+    def fail_at_weights(path, **options):
+        if path.name == "model.safetensors":
+            raise OSError(5, "Input/output error")
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", fail_at_weights)
     with pytest.raises(UserError, match="cannot be cleared: Input/output error"):
         run_folder.start_run(started, RECORD)
     assert not (started / "config.json").exists()
