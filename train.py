@@ -247,25 +247,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         n_weights = sum(p.numel() for p in model.parameters())
         step_tokens = args.accumulate * args.micro_batch_tokens
 
-<<<<<<< HEAD
         training = (model, optimizers, scaler, monitor)
         first_step, points = run_folder.start_or_resume(
             args, checkpoint, state, record, training, ranks
         )
-=======
-        first_step = 0
-        points: list[dict[str, Any]] = []  # of the curve
-        if checkpoint:
-            first_step = run_folder.restore(checkpoint, state, record, model, optimizers, scaler)
-            monitor.load_state_dict(state["monitor"])
-            points = run_folder.cut_metrics(args.out, first_step) if ranks.is_first else []
-            points = ranks.from_first(points)
-            ranks.log(f"resuming after step {first_step}")
-        elif ranks.is_first:
-            n_saves = args.steps // args.save_every
-            run_folder.check_space(args.out, 4 * n_weights, args.keep, n_saves, args.snapshots)
-            run_folder.start_run(args.out, record)
->>>>>>> coretests
         if args.compile:
             compile_blocks(model.model.layers, device, ranks.log)
         rehearsal = corpus.batch(0, ranks.rank, ranks.n, args.mask_rate) if checkpoint else None

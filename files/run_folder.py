@@ -432,13 +432,13 @@ def start_or_resume(
     """Restore a checkpoint, or clear the folder for a new run.
 
     Returns:
-        (the first step, the points of the curve so far, which only the first rank has).
+        (the first step, the points of the curve so far).
     """
     if checkpoint:
         restore(checkpoint, state, record, training)
         ranks.log(f"resuming after step {state['step']}")
-        points = cut_metrics(args.out, state["step"]) if ranks.is_first else []
-        return state["step"], points
+        points = cut_metrics(args.out, state["step"]) if ranks.is_first else None
+        return state["step"], ranks.from_first(points)
     if ranks.is_first:
         n_bytes = 4 * sum(p.numel() for p in training[0].parameters())
         n_saves = args.steps // args.save_every

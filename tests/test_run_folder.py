@@ -30,8 +30,9 @@ ENVIRONMENT = {"torch": "2.13", "threads": 2}
 RECORD = {"flags": FLAGS, "environment": ENVIRONMENT, "data": "tokens-1"}
 
 
-def scaler():
-    return torch.amp.GradScaler(enabled=False)
+def training(model):
+    """What save_checkpoint and restore take, without an optimizer."""
+    return model, [], torch.amp.GradScaler(enabled=False), StepMonitor()
 
 
 def model_of(step):
@@ -49,7 +50,7 @@ def save(out, step, keep=1, losses=None, record=RECORD):
     model = model_of(step)
     points = [{"step": s, "validation_loss": loss} for s, loss in (losses or {}).items()]
     state = record | {"step": step, "momentum": torch.full((3,), step / 7)}
-    run_folder.save_checkpoint(out, model, [], scaler(), TOKENIZER, state, keep, points)
+    run_folder.save_checkpoint(out, training(model), TOKENIZER, state, keep, points)
 
 
 def load_state(folder, log=pytest.fail, flags=FLAGS, environment=ENVIRONMENT, defaults=FLAGS):
@@ -172,9 +173,10 @@ def test_other_data_are_refused(started):
     model = model_of(8)
     other = RECORD | {"data": "tokens-2"}
     with pytest.raises(UserError, match="started with another model or other data"):
-        run_folder.restore(folder, state, other, model, [], scaler())
+        run_folder.restore(folder, state, other, training(model))
     assert same_weights(model, model_of(8))
-    assert run_folder.restore(folder, state, RECORD, model, [], scaler()) == 1
+    run_folder.restore(folder, state, RECORD, training(model))
+    assert state["step"] == 1
     assert same_weights(model, model_of(1))
 
 
@@ -188,13 +190,13 @@ def test_weights_that_only_pretraining_needs_are_in_checkpoints_and_not_in_model
 
     model = WithExtra(CONFIG)
     state = RECORD | {"step": 1}
-    run_folder.save_checkpoint(started, model, [], scaler(), TOKENIZER, state, 1)
+    run_folder.save_checkpoint(started, training(model), TOKENIZER, state, 1)
     folder = started / "checkpoints" / "step-1"
     assert not any("extra" in name for name in model_folder.load_model(folder)[1])
     state = load_state(folder)
     assert state["pretraining_only"].keys() == {"extra.weight", "extra.bias"}
     other = WithExtra(CONFIG)
-    run_folder.restore(folder, state, RECORD, other, [], scaler())
+    run_folder.restore(folder, state, RECORD, training(other))
     assert same_weights(other, model)
 
 
