@@ -41,7 +41,10 @@ LOSS_WEIGHTS = {"masked_lm": 1.0}
 # Peak learning rates of a new model; and of one that --model continues, which those would ruin.
 NEW_RATES = {"lr_muon": 0.02, "lr_adamw": 3e-3, "lr_embedding": 3e-3}
 CONTINUED_RATES = {"lr_muon": 2e-3, "lr_adamw": 3e-4, "lr_embedding": 1e-4}
-LONG_RUN = 1500  # steps; shorter runs have a slower embedding, in proportion
+# Between these numbers of steps the embedding's learning rate grows with the steps: a short run
+# cannot use the fast one, which pays in a long run.
+SHORT_RUN = 500
+LONG_RUN = 1500
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -65,8 +68,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     at_once = f"computed at once; default {MICRO_BATCH_TOKENS}, half of it for few default steps"
     add("--micro-batch-tokens", type=number(int, 64), help=at_once)
     add("--accumulate", type=positive, help="micro-batches of a step; default: one per rank")
-    continued = f"default {NEW_RATES}, slower for the embedding under {LONG_RUN} steps; after "
-    continued += f"--model, which faster ones would undo, {CONTINUED_RATES}"
+    continued = f"default {NEW_RATES}, slower for the embedding under {LONG_RUN} steps; with "
+    continued += f"--model {CONTINUED_RATES}, since faster ones undo what it learned"
     add("--lr-muon", type=rate, help="peak learning rate of matrices; 0 gives them to AdamW")
     add("--lr-adamw", type=rate, help="peak learning rate of norms and biases")
     add("--lr-embedding", type=rate, help=f"of the embedding. Learning rates: {continued}")
@@ -122,7 +125,7 @@ def set_defaults(
 
     rates = dict(CONTINUED_RATES if args.model else NEW_RATES)
     if not args.model:
-        rates["lr_embedding"] *= min(1.0, args.steps / LONG_RUN)
+        rates["lr_embedding"] *= min(1.0, max(SHORT_RUN, args.steps) / LONG_RUN)
     for name, default in rates.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
