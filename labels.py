@@ -59,6 +59,15 @@ class LabeledDataset:
         return [f"{text} {pair}" for text, pair in zip(self.texts, self.pairs, strict=True)]
 
 
+def from_lists(
+    texts: list[str], labels: list[str], names: list[str] | None = None
+) -> LabeledDataset:
+    """Examples from Python lists; `names` are the classes, by default those that occur."""
+    names = names or sorted(set(labels))
+    targets = np.array([names.index(label) for label in labels])
+    return LabeledDataset(texts, None, targets, names)
+
+
 # -------------------------------------------------------------------------------------- files
 
 

@@ -40,7 +40,7 @@ LOSS_WEIGHTS = {"masked_lm": 1.0}
 
 # Peak learning rates of a new model; and of one that --model continues, which those would ruin.
 NEW_RATES = {"lr_muon": 0.02, "lr_adamw": 3e-3, "lr_embedding": 3e-3}
-CONTINUED_RATES = {"lr_muon": 2e-3, "lr_adamw": 3e-4, "lr_embedding": 1e-4}
+CONTINUED_RATES = {"lr_muon": 5e-4, "lr_adamw": 1e-4, "lr_embedding": 3e-5}
 # Between these numbers of steps the embedding's learning rate grows with the steps: a short run
 # cannot use the fast one, which pays in a long run.
 SHORT_RUN = 500

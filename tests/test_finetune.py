@@ -10,6 +10,7 @@ from conftest import FAST, sentences, write_csv
 
 import finetune
 import labels
+import predict
 from analysis import evaluation, plots
 from files import model_folder
 from files.disk import UserError
@@ -303,3 +304,14 @@ def test_unknown_methods_are_refused(topics, pretrained, tmp_path, method):
     flags = files_of(topics, pretrained, tmp_path, "--methods", f"pretrained,{method}")
     with pytest.raises(UserError, match=f"--methods {method}: choose from ngrams,random_weights"):
         finetune.main(flags)
+
+
+def test_lists_are_learned_and_predicted_from_python(pretrained, tmp_path):
+    texts = [*sentences(12, 0, 0), *sentences(12, 1, 3)]
+    train = labels.from_lists(texts, ["a"] * 12 + ["b"] * 12)
+    test = labels.from_lists(texts[:4] + texts[-4:], ["a"] * 4 + ["b"] * 4, train.names)
+    flags = ["--model", str(pretrained), "--out", str(tmp_path), "--methods", "pretrained", *FAST]
+    metrics = finetune.main(flags, data=(train, test))
+    assert metrics["n_train"] == 24 and metrics["test"]["pretrained"]["accuracy"] > 0.6
+    answers = predict.predict_texts(tmp_path, texts[:2])
+    assert [label in train.names and 0 < p <= 1 for label, p in answers] == [True, True]
