@@ -412,7 +412,6 @@ class Classifier(nn.Module):
         if self.pooling not in choices:
             raise ValueError(f"pooling {pooling!r} is none of {', '.join(choices)}")
         self.config = config
-        self.pooling = pooling or ("mean" if config.is_modern else "pooler")
         self.model = Encoder(config)
         if config.is_modern:
             self.head = Head(config)
