@@ -26,7 +26,7 @@ METHODS = tuple(GRIDS)
 QUICK = {"labels": "100,500", "seeds": 2, "methods": "pretrained,frozen,ngrams,lsa"}
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("Compare pretrained models with baselines over label budgets and random draws.")
     add = parser.add_argument
     models = "folders of train.py, or BERTs; only pretrained and frozen run for all of them"
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     Returns:
         {method: {number of labels: [mean, low, high] of the test accuracy or R squared}}.
     """
-    args = parse(argv)
+    args = parse_args(argv)
     with run_folder.lock(args.out):
         device, dtype = choose_hardware(args.device, args.dtype)
         models = name_models(args.model)

@@ -49,7 +49,7 @@ class Explanation(NamedTuple):
     gap: float  # how far the sum of the attributions is from its exact value, see MAX_GAP
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("Show how much each word contributes to a classifier's answer.")
     add = parser.add_argument
     add("texts", nargs="*", metavar="TEXT", help="a text to explain")
@@ -218,7 +218,7 @@ def print_check(results: dict[str, Any]) -> None:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Print explanations, or a check of them, and return them."""
-    args = parse(argv)
+    args = parse_args(argv)
     device, _ = choose_hardware(args.device, "float32")
     model, tokenizer, names = open_model(args.model, device)
     if not isinstance(model, Classifier):

@@ -52,7 +52,7 @@ MAX_LEN = 512
 Dataset = LabeledDataset | TaggedDataset
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("Fine-tune a pretrained model, beside two baselines.")
     add, positive, share = parser.add_argument, number(int, 1), number(float, 0, 0.9)
     models = "folder of train.py, or BERT, RoBERTa or ModernBERT as a folder or a name on the hub"
@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
         data: Training and test examples that replace files and --labels. For speed, neither epochs
             are saved nor a figure drawn then.
     """
-    args = parse(argv)
+    args = parse_args(argv)
     with run_folder.lock(args.out, args.model):
         device, dtype = choose_hardware(args.device, args.dtype)
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -232,7 +232,7 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
             "environment": run_folder.environment(device, 1),
             "data": run_folder.digest(content),
         }
-        defaults = flags_to_json(parse([]))
+        defaults = flags_to_json(parse_args([]))
         checkpoint, state = run_folder.find_checkpoint(args, record, defaults, Ranks(0, 1))
         if checkpoint is None:
             run_folder.start_run(args.out, record)

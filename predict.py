@@ -35,7 +35,7 @@ Answer = dict[str, Any]  # one field of the JSON output: "answers", "value", "en
 Answers = tuple[list[Answer], int]  # of a batch, and how many of its texts were cut
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("Classify texts, or fill their [MASK]s.")
     add, positive = parser.add_argument, number(int, 1)
     add("texts", nargs="*", metavar="TEXT", help="a text; - alone reads lines of standard input")
@@ -195,7 +195,7 @@ def to_line(item: Item, answer: Answer) -> str:
 
 def main(argv: list[str] | None = None) -> dict[str, int]:
     """Print the answers; returns how many texts were answered, broken, and cut."""
-    args = parse(argv)
+    args = parse_args(argv)
     device, dtype = choose_hardware(args.device, args.dtype)
     model, tokenizer, names = open_model(args.model, device)
     default_top = 5 if isinstance(model, MaskedLM) else len(names or []) if args.json else 1

