@@ -1,4 +1,4 @@
-"""A mistake of the user is one line and exit code 2, and an earlier run in the folder stays whole."""
+"""A mistake of the user is one line and exit code 2; an earlier run in the folder stays whole."""
 
 import gzip
 import json
