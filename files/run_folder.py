@@ -460,8 +460,8 @@ def restore(
         raise UserError(f"--resume: the run in {out} was started with another model or other data")
     model, optimizers, scaler, monitor = training
     _, weights, _, _ = model_folder.load_model(folder)
-    model_folder.load_weights(model, weights | state["pretraining_only"], folder)
     try:
+        model_folder.load_weights(model, weights | state["pretraining_only"], folder)
         for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(optimizer_state)
         scaler.load_state_dict(state["scaler"])
