@@ -1,4 +1,4 @@
-"""What the user gets wrong is one line and exit code 2, and an earlier run in the same folder stays whole."""
+"""A mistake of the user ends in one line and exit code 2; an earlier run in --out stays whole."""
 
 import gzip
 import json
@@ -21,7 +21,9 @@ from files.disk import UserError
 
 ROOT = Path(__file__).parent.parent
 GOOD_CORPUS = "\n".join(sentences(60, 11))
-GOOD_LABELS = "text,label\n" + "".join(f"{s},{'xy'[i % 2]}\n" for i, s in enumerate(sentences(30, 12)))
+GOOD_LABELS = "text,label\n" + "".join(
+    f"{s},{'xy'[i % 2]}\n" for i, s in enumerate(sentences(30, 12))
+)
 FILES = {
     "good.txt": GOOD_CORPUS.encode(),
     "short.txt": b"one short line\nand another\n",
@@ -41,10 +43,10 @@ FILES = {
     "model/config.json": b"{",
 }
 
-TRAIN = {  # flags -> what the message says at least; {} is the folder of FILES
+TRAIN = {  # flags -> a part of the message; {} is the folder of FILES
     "--stepz 5": "--stepz",
     "--step 5": "--step",  # no abbreviations
-    "--steps -5": "-5: it must be at least 1",
+    "--steps -5": "-5: it must be at least 0",
     "--steps many": "whole number",
     "--lr-muon nan": "nan",
     "--mask-rate 1.5": "at most 0.9",
@@ -113,7 +115,9 @@ PREDICT = {
     "--file {}/empty.txt": "{}/empty.txt: no texts",
     "--file {}/blank.txt": "{}/blank.txt: no texts",
     "--file {}/cut.txt.gz": "{}/cut.txt.gz: cannot be read",
-    "--file {}/other.jsonl --text-column text": "--text-column text: no such column; there are 'body'",
+    "--file {}/other.jsonl --text-column text": (
+        "--text-column text: no such column; there are 'body'"
+    ),
 }
 
 
@@ -130,28 +134,18 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 def train_flags(flags: str, folder: Path) -> list[str]:
     corpus = [] if "--corpus" in flags else ["--corpus", str(folder / "good.txt")]
-    return [
-        "--steps",
-        "1",
-        "--out",
-        str(folder / "out"),
-        *SMALL,
-        *corpus,
-        *flags.format(*[folder] * 2).split(),
-    ]
+    defaults = ["--steps", "1", "--out", str(folder / "out"), *SMALL]
+    return [*defaults, *corpus, *flags.format(*[folder] * 2).split()]
 
 
 def finetune_flags(flags: str, folder: Path, model: Path) -> list[str]:
-    labelled = (
-        []
-        if "--train" in flags or "--data" in flags or "--task" in flags
-        else ["--train", str(folder / "good.csv")]
-    )
-    given = flags.format(*[folder] * 2).split()
-    return ["--model", str(model), "--methods", "ngrams", "--out", str(folder / "out"), *labelled, *given]
+    names_data = any(name in flags for name in ("--train", "--data", "--task"))
+    data = [] if names_data else ["--train", str(folder / "good.csv")]
+    defaults = ["--model", str(model), "--methods", "ngrams", "--out", str(folder / "out")]
+    return [*defaults, *data, *flags.format(*[folder] * 2).split()]
 
 
-def complaint(script, flags: list[str], capsys) -> str:
+def error_message(script, flags: list[str], capsys) -> str:
     """The one line that a script ends with."""
     with pytest.raises((UserError, SystemExit)) as caught:
         script.main(flags)
@@ -164,20 +158,20 @@ def complaint(script, flags: list[str], capsys) -> str:
 
 
 @pytest.mark.parametrize("flags", TRAIN)
-def test_train_says_what_is_wrong(folder, capsys, flags):
-    assert TRAIN[flags].format(folder) in complaint(train, train_flags(flags, folder), capsys)
+def test_train_refuses_a_mistake_in_one_line(folder, capsys, flags):
+    assert TRAIN[flags].format(folder) in error_message(train, train_flags(flags, folder), capsys)
 
 
 @pytest.mark.parametrize("flags", FINETUNE)
-def test_finetune_says_what_is_wrong(folder, pretrained, capsys, flags):
-    given = finetune_flags(flags, folder, pretrained)
-    assert FINETUNE[flags].format(folder) in complaint(finetune, given, capsys)
+def test_finetune_refuses_a_mistake_in_one_line(folder, pretrained, capsys, flags):
+    argv = finetune_flags(flags, folder, pretrained)
+    assert FINETUNE[flags].format(folder) in error_message(finetune, argv, capsys)
 
 
 @pytest.mark.parametrize("flags", PREDICT)
-def test_predict_says_what_is_wrong(folder, pretrained, capsys, flags):
-    given = ["--model", str(pretrained), *flags.format(*[folder] * 2).split()]
-    assert PREDICT[flags].format(folder) in complaint(predict, given, capsys)
+def test_predict_refuses_a_mistake_in_one_line(folder, pretrained, capsys, flags):
+    argv = ["--model", str(pretrained), *flags.format(*[folder] * 2).split()]
+    assert PREDICT[flags].format(folder) in error_message(predict, argv, capsys)
 
 
 def double_width(config: bytes) -> bytes:
@@ -186,7 +180,7 @@ def double_width(config: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("name", "spoil"),
+    ("name", "damage"),
     [
         ("model.safetensors", None),
         ("model.safetensors", lambda raw: raw[:1000]),
@@ -198,17 +192,17 @@ def double_width(config: bytes) -> bytes:
         ("config.json", double_width),
     ],
 )
-def test_a_spoilt_model_is_named(folder, pretrained, capsys, name, spoil):
-    model = folder / "spoilt"
+def test_a_damaged_model_is_named(folder, pretrained, capsys, name, damage):
+    model = folder / "damaged"
     shutil.copytree(pretrained, model, ignore=shutil.ignore_patterns("checkpoints"))
     (model / name).unlink()
-    if spoil:
-        (model / name).write_bytes(spoil((pretrained / name).read_bytes()))
+    if damage:
+        (model / name).write_bytes(damage((pretrained / name).read_bytes()))
     flags = finetune_flags("--methods pretrained", folder, model)
-    assert str(model) in complaint(finetune, flags, capsys)
+    assert str(model) in error_message(finetune, flags, capsys)
 
 
-def test_a_spoilt_run_is_named_where_its_text_is_looked_up(folder, pretrained):
+def test_damaged_metrics_are_named_where_the_corpus_is_looked_up(folder, pretrained):
     model = folder / "unreadable"
     shutil.copytree(pretrained, model, ignore=shutil.ignore_patterns("checkpoints"))
     (model / "metrics.json").write_text('{"tokens_folder": 5}')
@@ -216,12 +210,12 @@ def test_a_spoilt_run_is_named_where_its_text_is_looked_up(folder, pretrained):
         document_vectors(["bal"], ["bal"], model, 0)
 
 
-def test_a_spoilt_run_cannot_be_resumed(folder, pretrained, corpus_file, capsys):
+def test_a_damaged_run_cannot_be_resumed(folder, pretrained, corpus_file, capsys):
     run = folder / "run"
     shutil.copytree(pretrained, run)
-    (run / "checkpoints" / "step-20" / "training.pt").write_bytes(b"spoilt")
+    (run / "checkpoints" / "step-20" / "training.pt").write_bytes(b"damaged")
     flags = ["--corpus", str(corpus_file), "--steps", "20", "--dtype", "float32", *SMALL]
-    assert str(run) in complaint(train, [*flags, "--out", str(run), "--resume"], capsys)
+    assert str(run) in error_message(train, [*flags, "--out", str(run), "--resume"], capsys)
 
 
 EARLIER = [
@@ -243,7 +237,11 @@ def earlier_run(out: Path) -> dict[Path, bytes]:
 
 
 def content(out: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != ".lock"}
+    return {
+        path: path.read_bytes()
+        for path in out.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
 
 
 @pytest.mark.parametrize(
@@ -251,17 +249,21 @@ def content(out: Path) -> dict[Path, bytes]:
 )
 def test_a_failing_pretraining_leaves_an_earlier_run_untouched(folder, capsys, flags):
     before = earlier_run(folder / "out")
-    complaint(train, train_flags(flags, folder), capsys)
+    error_message(train, train_flags(flags, folder), capsys)
     assert content(folder / "out") == before
 
 
 @pytest.mark.parametrize(
     "flags",
-    [flags for flags in FINETUNE if flags.startswith(("--train", "--model")) and "--out" not in flags],
+    [
+        flags
+        for flags in FINETUNE
+        if flags.startswith(("--train", "--model")) and "--out" not in flags
+    ],
 )
 def test_a_failing_fine_tuning_leaves_an_earlier_run_untouched(folder, pretrained, capsys, flags):
     before = earlier_run(folder / "out")
-    complaint(finetune, finetune_flags(flags, folder, pretrained), capsys)
+    error_message(finetune, finetune_flags(flags, folder, pretrained), capsys)
     assert content(folder / "out") == before
 
 
@@ -274,10 +276,10 @@ def test_a_failing_fine_tuning_leaves_an_earlier_run_untouched(folder, pretraine
         ("finetune.py", "--model {}/folder", "{}/folder: no checkpoint"),
     ],
 )
-def test_the_command_line_ends_with_one_line_and_2(folder, script, flags, words):
-    given = [*flags.format(folder).split(), "--out", str(folder / "out")]
+def test_a_script_ends_with_one_line_and_exit_code_2(folder, script, flags, words):
+    argv = [*flags.format(folder).split(), "--out", str(folder / "out")]
     done = subprocess.run(
-        [sys.executable, ROOT / script, *given], capture_output=True, text=True, check=False
+        [sys.executable, ROOT / script, *argv], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
     [line] = done.stderr.splitlines()
@@ -286,8 +288,8 @@ def test_the_command_line_ends_with_one_line_and_2(folder, script, flags, words)
 
 
 @pytest.mark.parametrize("forced", ["cuda", "Triton", "triton"])
-def test_refuses_kernels_that_are_not_to_be_had(forced, monkeypatch):
-    monkeypatch.setattr(kernels, "FORCED", forced)
+def test_unavailable_kernels_are_refused(forced, monkeypatch):
+    monkeypatch.setattr(kernels.dispatch, "FORCED", forced)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(UserError, match=f"^CLOZE_KERNELS={forced}: "):
         choose_hardware("cpu", "float32")
