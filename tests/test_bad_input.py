@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import SMALL, sentences
 
+import analyze
 import finetune
 import kernels.dispatch
 import predict
@@ -89,6 +90,10 @@ FINETUNE = {
     "--model {}/folder": "{}/folder: no checkpoint",
     "--model {}/good.txt": "{}/good.txt: no checkpoint",
     "--model {}/model": "{}/model: no checkpoint",
+    "--model {}/model --out {}/model": "--out {}/model: this is the folder of --model",
+    "--pooling pooler": "--pooling pooler",
+    "--methods most_frequent": "--methods most_frequent: choose from ngrams,",
+    "--train {}/good.csv --task tokens": "{}/good.csv:1: one column; a word and its tag are needed",
     "--train {}/missing.csv": "{}/missing.csv: cannot be read",
     "--train {}/good.txt": "{}/good.txt: labelled examples come as",
     "--train {}/one_class.csv": "{}/one_class.csv: the label column has one class",
@@ -102,6 +107,17 @@ FINETUNE = {
     "--train {}/good.csv --test {}/missing.csv": "{}/missing.csv: cannot be read",
     "--train {}/good.csv --task regress": "{}/good.csv:2: label 'x' is no number",
     "--train {}/good.csv --out {}/good.txt/below": "--out {}/good.txt/below: cannot be written",
+}
+
+ANALYZE = {
+    "--labels 0": "--labels 0: give whole numbers or all",
+    "--labels 99": "--labels 99: there are only 24",
+    "--seeds 0": "0: it must be at least 1",
+    "--methods frozen,magic": "--methods magic: choose from",
+    "--model {}/nothing": "{}/nothing: no checkpoint",
+    "--model {}/model --out {}/model": "--out {}/model: this is the folder of --model",
+    "--train {}/missing.csv": "{}/missing.csv: cannot be read",
+    "--out {}/good.txt": "--out {}/good.txt: cannot be written",
 }
 
 PREDICT = {
@@ -166,6 +182,13 @@ def test_train_refuses_a_mistake_in_one_line(folder, capsys, flags):
 def test_finetune_refuses_a_mistake_in_one_line(folder, pretrained, capsys, flags):
     argv = finetune_flags(flags, folder, pretrained)
     assert FINETUNE[flags].format(folder) in error_message(finetune, argv, capsys)
+
+
+@pytest.mark.parametrize("flags", ANALYZE)
+def test_analyze_refuses_a_mistake_in_one_line(folder, pretrained, capsys, flags):
+    defaults = ["--model", pretrained, "--train", folder / "good.csv", "--out", folder / "out"]
+    argv = [*map(str, defaults), *flags.format(*[folder] * 2).split()]
+    assert ANALYZE[flags].format(folder) in error_message(analyze, argv, capsys)
 
 
 @pytest.mark.parametrize("flags", PREDICT)
