@@ -100,6 +100,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         {method: {number of labels: [mean, low, high] of the test accuracy or R squared}}.
     """
     args = parse_args(argv)
+    for folder in args.model:
+        disk.make_folder(args.out, folder)  # results never replace the files of a model
     with run_folder.lock(args.out):
         device, dtype = choose_hardware(args.device, args.dtype)
         models = name_models(args.model)

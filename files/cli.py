@@ -122,7 +122,9 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
         capabilities = torch.cpu.get_capabilities()
-        return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+        # Intel's CPUs (with avx512_fp16) multiply float32 faster where AMX is missing or hidden
+        has_fast_avx = capabilities.get("avx512_bf16") and not capabilities.get("avx512_fp16")
+        return bool(capabilities.get("amx_bf16") or has_fast_avx)
     return False
 
 

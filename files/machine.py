@@ -22,6 +22,7 @@ CPU_SHARES = (
     ("bfloat16", "amx_bf16", 1.0),
     ("bfloat16", "avx512_vp2intersect", 1.2),  # Zen 5
     ("bfloat16", "avx512_bf16", 0.6),  # Zen 4
+    ("float32", "avx512_fp16", 0.5),  # Sapphire Rapids without AMX
     ("float32", "avx512_f", 0.28),
 )
 SLOWEST_SHARE = 0.14  # of all other CPUs

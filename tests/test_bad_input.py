@@ -1,4 +1,4 @@
-"""A mistake of the user is one line and exit code 2; an earlier run in the folder stays whole."""
+"""A mistake of the user ends in one line and exit code 2; an earlier run in --out stays whole."""
 
 import gzip
 import json
@@ -11,13 +11,14 @@ import pytest
 import torch
 from conftest import SMALL, sentences
 
+import analyze
 import finetune
+import kernels.dispatch
 import predict
 import train
 from analysis.baselines import document_vectors
 from files.cli import choose_hardware
 from files.disk import UserError
-from kernels import dispatch
 
 ROOT = Path(__file__).parent.parent
 GOOD_CORPUS = "\n".join(sentences(60, 11))
@@ -43,7 +44,7 @@ FILES = {
     "model/config.json": b"{",
 }
 
-TRAIN = {  # flags -> what the message says at least; {} is the folder of FILES
+TRAIN = {  # flags -> a part of the message; {} is the folder of FILES
     "--stepz 5": "--stepz",
     "--step 5": "--step",  # no abbreviations
     "--steps -5": "-5: it must be at least 0",
@@ -89,6 +90,10 @@ FINETUNE = {
     "--model {}/folder": "{}/folder: no checkpoint",
     "--model {}/good.txt": "{}/good.txt: no checkpoint",
     "--model {}/model": "{}/model: no checkpoint",
+    "--model {}/model --out {}/model": "--out {}/model: this is the folder of --model",
+    "--pooling pooler": "--pooling pooler",
+    "--methods most_frequent": "--methods most_frequent: choose from ngrams,",
+    "--train {}/good.csv --task tokens": "{}/good.csv:1: one column; a word and its tag are needed",
     "--train {}/missing.csv": "{}/missing.csv: cannot be read",
     "--train {}/good.txt": "{}/good.txt: labelled examples come as",
     "--train {}/one_class.csv": "{}/one_class.csv: the label column has one class",
@@ -104,6 +109,17 @@ FINETUNE = {
     "--train {}/good.csv --out {}/good.txt/below": "--out {}/good.txt/below: cannot be written",
 }
 
+ANALYZE = {
+    "--labels 0": "--labels 0: give whole numbers or all",
+    "--labels 99": "--labels 99: there are only 24",
+    "--seeds 0": "0: it must be at least 1",
+    "--methods frozen,magic": "--methods magic: choose from",
+    "--model {}/nothing": "{}/nothing: no checkpoint",
+    "--model {}/model --out {}/model": "--out {}/model: this is the folder of --model",
+    "--train {}/missing.csv": "{}/missing.csv: cannot be read",
+    "--out {}/good.txt": "--out {}/good.txt: cannot be written",
+}
+
 PREDICT = {
     "": "give texts",
     "text --file {}/good.txt": "give texts",
@@ -115,7 +131,9 @@ PREDICT = {
     "--file {}/empty.txt": "{}/empty.txt: no texts",
     "--file {}/blank.txt": "{}/blank.txt: no texts",
     "--file {}/cut.txt.gz": "{}/cut.txt.gz: cannot be read",
-    "--file {}/other.jsonl --text-column text": "--text-column text: no such column; there are",
+    "--file {}/other.jsonl --text-column text": (
+        "--text-column text: no such column; there are 'body'"
+    ),
 }
 
 
@@ -132,37 +150,18 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 def train_flags(flags: str, folder: Path) -> list[str]:
     corpus = [] if "--corpus" in flags else ["--corpus", str(folder / "good.txt")]
-    return [
-        "--steps",
-        "1",
-        "--out",
-        str(folder / "out"),
-        *SMALL,
-        *corpus,
-        *flags.format(*[folder] * 2).split(),
-    ]
+    defaults = ["--steps", "1", "--out", str(folder / "out"), *SMALL]
+    return [*defaults, *corpus, *flags.format(*[folder] * 2).split()]
 
 
 def finetune_flags(flags: str, folder: Path, model: Path) -> list[str]:
-    labelled = (
-        []
-        if "--train" in flags or "--data" in flags or "--task" in flags
-        else ["--train", str(folder / "good.csv")]
-    )
-    given = flags.format(*[folder] * 2).split()
-    return [
-        "--model",
-        str(model),
-        "--methods",
-        "ngrams",
-        "--out",
-        str(folder / "out"),
-        *labelled,
-        *given,
-    ]
+    names_data = any(name in flags for name in ("--train", "--data", "--task"))
+    data = [] if names_data else ["--train", str(folder / "good.csv")]
+    defaults = ["--model", str(model), "--methods", "ngrams", "--out", str(folder / "out")]
+    return [*defaults, *data, *flags.format(*[folder] * 2).split()]
 
 
-def complaint(script, flags: list[str], capsys) -> str:
+def error_message(script, flags: list[str], capsys) -> str:
     """The one line that a script ends with."""
     with pytest.raises((UserError, SystemExit)) as caught:
         script.main(flags)
@@ -175,20 +174,27 @@ def complaint(script, flags: list[str], capsys) -> str:
 
 
 @pytest.mark.parametrize("flags", TRAIN)
-def test_train_says_what_is_wrong(folder, capsys, flags):
-    assert TRAIN[flags].format(folder) in complaint(train, train_flags(flags, folder), capsys)
+def test_train_refuses_a_mistake_in_one_line(folder, capsys, flags):
+    assert TRAIN[flags].format(folder) in error_message(train, train_flags(flags, folder), capsys)
 
 
 @pytest.mark.parametrize("flags", FINETUNE)
-def test_finetune_says_what_is_wrong(folder, pretrained, capsys, flags):
-    given = finetune_flags(flags, folder, pretrained)
-    assert FINETUNE[flags].format(folder) in complaint(finetune, given, capsys)
+def test_finetune_refuses_a_mistake_in_one_line(folder, pretrained, capsys, flags):
+    argv = finetune_flags(flags, folder, pretrained)
+    assert FINETUNE[flags].format(folder) in error_message(finetune, argv, capsys)
+
+
+@pytest.mark.parametrize("flags", ANALYZE)
+def test_analyze_refuses_a_mistake_in_one_line(folder, pretrained, capsys, flags):
+    defaults = ["--model", pretrained, "--train", folder / "good.csv", "--out", folder / "out"]
+    argv = [*map(str, defaults), *flags.format(*[folder] * 2).split()]
+    assert ANALYZE[flags].format(folder) in error_message(analyze, argv, capsys)
 
 
 @pytest.mark.parametrize("flags", PREDICT)
-def test_predict_says_what_is_wrong(folder, pretrained, capsys, flags):
-    given = ["--model", str(pretrained), *flags.format(*[folder] * 2).split()]
-    assert PREDICT[flags].format(folder) in complaint(predict, given, capsys)
+def test_predict_refuses_a_mistake_in_one_line(folder, pretrained, capsys, flags):
+    argv = ["--model", str(pretrained), *flags.format(*[folder] * 2).split()]
+    assert PREDICT[flags].format(folder) in error_message(predict, argv, capsys)
 
 
 def double_width(config: bytes) -> bytes:
@@ -197,7 +203,7 @@ def double_width(config: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("name", "spoil"),
+    ("name", "damage"),
     [
         ("model.safetensors", None),
         ("model.safetensors", lambda raw: raw[:1000]),
@@ -209,17 +215,17 @@ def double_width(config: bytes) -> bytes:
         ("config.json", double_width),
     ],
 )
-def test_a_spoilt_model_is_named(folder, pretrained, capsys, name, spoil):
-    model = folder / "spoilt"
+def test_a_damaged_model_is_named(folder, pretrained, capsys, name, damage):
+    model = folder / "damaged"
     shutil.copytree(pretrained, model, ignore=shutil.ignore_patterns("checkpoints"))
     (model / name).unlink()
-    if spoil:
-        (model / name).write_bytes(spoil((pretrained / name).read_bytes()))
+    if damage:
+        (model / name).write_bytes(damage((pretrained / name).read_bytes()))
     flags = finetune_flags("--methods pretrained", folder, model)
-    assert str(model) in complaint(finetune, flags, capsys)
+    assert str(model) in error_message(finetune, flags, capsys)
 
 
-def test_a_spoilt_run_is_named_where_its_text_is_looked_up(folder, pretrained):
+def test_damaged_metrics_are_named_where_the_corpus_is_looked_up(folder, pretrained):
     model = folder / "unreadable"
     shutil.copytree(pretrained, model, ignore=shutil.ignore_patterns("checkpoints"))
     (model / "metrics.json").write_text('{"tokens_folder": 5}')
@@ -227,12 +233,12 @@ def test_a_spoilt_run_is_named_where_its_text_is_looked_up(folder, pretrained):
         document_vectors(["bal"], ["bal"], model, 0)
 
 
-def test_a_spoilt_run_cannot_be_resumed(folder, pretrained, corpus_file, capsys):
+def test_a_damaged_run_cannot_be_resumed(folder, pretrained, corpus_file, capsys):
     run = folder / "run"
     shutil.copytree(pretrained, run)
-    (run / "checkpoints" / "step-20" / "training.pt").write_bytes(b"spoilt")
+    (run / "checkpoints" / "step-20" / "training.pt").write_bytes(b"damaged")
     flags = ["--corpus", str(corpus_file), "--steps", "20", "--dtype", "float32", *SMALL]
-    assert str(run) in complaint(train, [*flags, "--out", str(run), "--resume"], capsys)
+    assert str(run) in error_message(train, [*flags, "--out", str(run), "--resume"], capsys)
 
 
 EARLIER = [
@@ -266,7 +272,7 @@ def content(out: Path) -> dict[Path, bytes]:
 )
 def test_a_failing_pretraining_leaves_an_earlier_run_untouched(folder, capsys, flags):
     before = earlier_run(folder / "out")
-    complaint(train, train_flags(flags, folder), capsys)
+    error_message(train, train_flags(flags, folder), capsys)
     assert content(folder / "out") == before
 
 
@@ -280,7 +286,7 @@ def test_a_failing_pretraining_leaves_an_earlier_run_untouched(folder, capsys, f
 )
 def test_a_failing_fine_tuning_leaves_an_earlier_run_untouched(folder, pretrained, capsys, flags):
     before = earlier_run(folder / "out")
-    complaint(finetune, finetune_flags(flags, folder, pretrained), capsys)
+    error_message(finetune, finetune_flags(flags, folder, pretrained), capsys)
     assert content(folder / "out") == before
 
 
@@ -293,10 +299,10 @@ def test_a_failing_fine_tuning_leaves_an_earlier_run_untouched(folder, pretraine
         ("finetune.py", "--model {}/folder", "{}/folder: no checkpoint"),
     ],
 )
-def test_the_command_line_ends_with_one_line_and_2(folder, script, flags, words):
-    given = [*flags.format(folder).split(), "--out", str(folder / "out")]
+def test_a_script_ends_with_one_line_and_exit_code_2(folder, script, flags, words):
+    argv = [*flags.format(folder).split(), "--out", str(folder / "out")]
     done = subprocess.run(
-        [sys.executable, ROOT / script, *given], capture_output=True, text=True, check=False
+        [sys.executable, ROOT / script, *argv], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
     [line] = done.stderr.splitlines()
@@ -305,8 +311,8 @@ def test_the_command_line_ends_with_one_line_and_2(folder, script, flags, words)
 
 
 @pytest.mark.parametrize("forced", ["cuda", "Triton", "triton"])
-def test_refuses_kernels_that_are_not_to_be_had(forced, monkeypatch):
-    monkeypatch.setattr(dispatch, "FORCED", forced)
+def test_unavailable_kernels_are_refused(forced, monkeypatch):
+    monkeypatch.setattr(kernels.dispatch, "FORCED", forced)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(UserError, match=f"^CLOZE_KERNELS={forced}: "):
         choose_hardware("cpu", "float32")

@@ -447,6 +447,7 @@ def test_each_rank_of_torchrun_has_its_own_gpu(machine, monkeypatch, name):
         ({}, torch.float32),
         ({"avx512_bf16": False, "amx_bf16": False, "avx512_f": True}, torch.float32),
         ({"avx512_bf16": True, "amx_bf16": False}, torch.bfloat16),
+        ({"avx512_bf16": True, "avx512_fp16": True, "amx_bf16": False}, torch.float32),
         ({"avx512_bf16": False, "amx_bf16": True}, torch.bfloat16),
     ),
 )

@@ -173,6 +173,7 @@ def test_a_new_run_removes_the_model_of_an_earlier_one_before_its_first_step(
         ("cpu", {"amx_bf16": True, "avx512_bf16": True}, "bfloat16", 1500, 8192),
         ("cpu", {"amx_bf16": False, "avx512_bf16": True}, "bfloat16", 900, 8192),
         ("cpu", {"avx512_vp2intersect": True, "avx512_bf16": True}, "bfloat16", 1800, 8192),
+        ("cpu", {"avx512_f": True, "avx512_fp16": True}, "float32", 750, 8192),
         ("cpu", {"avx512_f": True, "amx_bf16": True}, "float32", 840, 4096),
         ("cpu", {"avx2": True, "avx512_f": False}, "float32", 420, 4096),
         ("cpu", {"avx2": True, "avx512_f": False}, "bfloat16", 420, 4096),
