@@ -325,10 +325,10 @@ VALUES += [
 ]
 PARSERS = {
     "train": train.parse_args,
-    "finetune": finetune.parse,
-    "predict": predict.parse,
-    "explain": explain.parse,
-    "analyze": analyze.parse,
+    "finetune": finetune.parse_args,
+    "predict": predict.parse_args,
+    "explain": explain.parse_args,
+    "analyze": analyze.parse_args,
     "bench": bench.parse_args,
 }
 
