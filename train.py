@@ -227,7 +227,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     device, dtype = choose_hardware(args.device, args.dtype)
     ranks = join_ranks(device)
     with contextlib.ExitStack() as stack:
-        stack.callback(ranks.leave)
         if ranks.is_first:
             stack.enter_context(run_folder.lock(args.out, args.model))
         set_defaults(args, device, dtype, ranks)
@@ -368,6 +367,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             plots.loss_curve(points, args.out / "curve.png")
         seconds = f"{metrics['seconds']:.0f} s"
         ranks.log(f"{args.out}: validation loss {metrics['validation_loss']:.3f} after {seconds}")
+    ranks.leave()
     return metrics
 
 
