@@ -367,7 +367,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             plots.loss_curve(points, args.out / "curve.png")
         seconds = f"{metrics['seconds']:.0f} s"
         ranks.log(f"{args.out}: validation loss {metrics['validation_loss']:.3f} after {seconds}")
-    ranks.leave()
     return metrics
 
 

@@ -1,5 +1,6 @@
 """What a run needs of its machine: processes, signals, a compiler, and how many steps to take."""
 
+import atexit
 import contextlib
 import os
 import signal
@@ -84,10 +85,6 @@ class Ranks(NamedTuple):
             return contextlib.nullcontext()
         return parallel_model.no_sync()
 
-    def leave(self) -> None:
-        if self.n > 1:
-            dist.destroy_process_group()
-
 
 def join_ranks(device: torch.device) -> Ranks:
     """Under torchrun, connect the processes of the run."""
@@ -96,6 +93,8 @@ def join_ranks(device: torch.device) -> Ranks:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # at exit, once DDP is gone: with it the group's destructor would wait for the other ranks
+    atexit.register(dist.destroy_process_group)
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 
