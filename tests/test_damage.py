@@ -677,7 +677,7 @@ def test_a_fine_tuning_is_resumed_with_its_own_flags_and_examples_only(
     with pytest.raises(UserError, match=r"--resume with --seed 1, but the run in .* has 0"):
         finetune.main([*flags, "--resume", "--seed", "1"])
     copy.write_text(copy.read_text().replace("bal", "kir"))
-    with pytest.raises(UserError, match="another model or other examples"):
+    with pytest.raises(UserError, match="another model or other data"):
         finetune.main([*flags, "--resume"])
 
 
