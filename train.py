@@ -18,18 +18,10 @@ from torch import nn
 from tqdm import tqdm
 
 from data import Batch, Corpus
-from files import hub_names, model_folder, run_folder
+from files import hub_names, machine, model_folder, run_folder
 from files.cli import Parser, choose_hardware, flags_to_json, number, run_script
 from files.disk import UserError, to_json, write_file
-from files.machine import (
-    MICRO_BATCH_TOKENS,
-    STEPS,
-    Ranks,
-    collect_signals,
-    compile_blocks,
-    default_steps,
-    join_ranks,
-)
+from files.machine import MICRO_BATCH_TOKENS, STEPS, Ranks
 from files.step_monitor import StepMonitor
 from files.token_cache import prepare
 from model import PRESETS, Config, MaskedLM, preset
@@ -113,7 +105,7 @@ def set_defaults(
     """Fill in the flags whose default depends on the machine or on other flags."""
     args.dtype = str(dtype).removeprefix("torch.")
     if args.steps is None:
-        args.steps, args.micro_batch_tokens, reason = default_steps(
+        args.steps, args.micro_batch_tokens, reason = machine.default_steps(
             args.preset, device, args.dtype, args.micro_batch_tokens
         )
         ranks.log(reason)
@@ -225,7 +217,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     start_time = time.time()
     args = parse_args(argv)
     device, dtype = choose_hardware(args.device, args.dtype)
-    ranks = join_ranks(device)
+    ranks = machine.join_ranks(device)
     with contextlib.ExitStack() as stack:
         if ranks.is_first:
             stack.enter_context(run_folder.lock(args.out, args.model))
@@ -254,13 +246,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             args, checkpoint, state, record, training, ranks
         )
         if args.compile:
-            compile_blocks(model.model.layers, device, ranks.log)
+            machine.compile_blocks(model.model.layers, device, ranks.log)
         rehearsal = corpus.batch(0, ranks.rank, ranks.n, args.mask_rate) if checkpoint else None
         parallel_model = ranks.wrap(model, rehearsal)
         ranks.log(f"{n_weights:,} weights on {device}, {args.dtype}; {step_tokens:,} tokens a step")
 
         progress = tqdm(total=args.steps, initial=first_step, unit="step", disable=ranks.hide_bar)
-        signals = stack.enter_context(collect_signals())
+        signals = stack.enter_context(machine.collect_signals())
         clock_time = time.time()
         clock_step = first_step
         for step in range(first_step, args.steps):

@@ -17,7 +17,7 @@ from conftest import SMALL, sentences
 
 import train
 from data import Batch, Corpus
-from files import model_folder, run_folder
+from files import machine, model_folder, run_folder
 from files.disk import CACHE, UserError
 from files.machine import Ranks
 from model import Config, MaskedLM, mean_pool
@@ -186,11 +186,11 @@ def test_slower_machines_train_on_fewer_tokens_and_say_why(
 ):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     device = torch.device(name)
-    n_steps, micro_batch_tokens, reason = train.default_steps("tiny", device, dtype)
+    n_steps, micro_batch_tokens, reason = machine.default_steps("tiny", device, dtype)
     assert (n_steps, micro_batch_tokens) == (steps, tokens)
     assert reason.startswith(f"{steps} steps")
     assert (" x " in reason) == (steps != 1500) and ("4,096" in reason) == (tokens == 4096)
-    n_steps, micro_batch_tokens, _ = train.default_steps("tiny", device, dtype, 2048)
+    n_steps, micro_batch_tokens, _ = machine.default_steps("tiny", device, dtype, 2048)
     assert n_steps * 2048 <= steps * tokens and micro_batch_tokens == 2048
 
 
