@@ -30,6 +30,7 @@ from files.tokenizer import begins_word, special_ids
 
 VALIDATION_TOKENS = 65_536
 VALIDATION_CHUNK = 8192  # tokens of a validation batch, whatever a run's own micro-batches have
+# Of any tokens, so that the loss is not comparable with the training loss of rare words.
 VALIDATION_MASK_RATE = 0.15
 RARE_FREQUENCY = 1e-4  # words below this frequency all count as equally rare
 LONGEST_WORD = 16  # tokens masked together; scripts without spaces make "words" of a whole line
@@ -87,7 +88,7 @@ class Corpus:
         max_len: tokens of a window.
         micro_batch_tokens: T, the exact number of tokens of every training batch.
         seed: of the order of windows and of the masks.
-        mask: "rare" masks whole words, rare ones more often; "even" masks any token alike.
+        mask: "rare" masks whole words, rare ones more often; "even" masks all tokens with equal probability.
 
     Raises:
         UserError: the text is shorter than one batch, or words cannot be told apart.
@@ -201,7 +202,8 @@ class Corpus:
     def validation_batches(self) -> list[Batch]:
         """Fixed windows from all parts of the corpus with fixed, evenly drawn masks.
 
-        They are the same for every run on the corpus, whatever its seed, masks and micro-batches.
+        They are the same for every run on the corpus with the same `max_len`, whatever its seed,
+        masks and micro-batches.
         """
         order = np.random.default_rng(0).permutation(len(self.held_out))
         windows = self.held_out[order]
@@ -315,7 +317,7 @@ class Corpus:
         tokens and contexts, times the square root of the singular values (Levy & Goldberg 2014:
         what word2vec converges to). Columns that the vocabulary is too small for are zero, and so
         are the rows of tokens that never occurred. Cached beside the tokens, under a name that
-        changes with everything the matrix depends on.
+        changes with the constants and the code of the factorization.
         """
         source = inspect.getsource(Corpus.cooccurrence) + inspect.getsource(spectral_vectors)
         constants = (d_model, self.max_len, COOCCURRENCE_SAMPLE, COOCCURRENCE_REACH, CONTEXT_POWER)

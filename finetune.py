@@ -1,11 +1,12 @@
 """Fine-tune a pretrained encoder on labelled examples: python finetune.py.
 
-It measures three methods on the same test set, which chooses nothing:
+It measures three methods on the same test set, which is not used for any choice:
 
     ngrams          a linear model of unigrams and bigrams (analysis/baselines.py); for tagged words
                     most_frequent, the most frequent tag of each word
     random_weights  the network, trained from random weights
-    pretrained      the network, trained from the weights of --model; it is saved in --out
+    pretrained      the network, trained from the weights of --model and a fitted linear head, with a
+                    learning rate and an eps of its own; it is saved in --out
 
 The network learns a class or a number per example, or a tag per word (--task tokens).
 
@@ -40,7 +41,7 @@ from optim import parameter_groups, set_learning_rates
 
 # Peak learning rates, chosen on folds of the training data of MR and IMDb.
 LR_PRETRAINED = 3e-4
-LR_PRETRAINED_BERT = 1e-4  # of weights with post-norm: higher rates end lower
+LR_PRETRAINED_BERT = 1e-4  # post-norm: higher rates score worse
 LR_RANDOM_WEIGHTS = 1e-3
 LR_TOKENS = 1e-3
 # With Adam's usual eps a word that occurs once moves as far as one that occurs a thousand times:
@@ -283,6 +284,7 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
                     for members, inputs in batches(rows, examples, micro_batch_size, device):
                         labels = torch.from_numpy(np.concatenate([targets[i] for i in members]))
                         with autocast:
+                            # `batches` appends filler sequences, whose outputs are dropped
                             logits = model(*inputs)[: len(labels)].float()
                         micro_loss = loss_sum(logits, labels.to(device)) / max(1, n_targets)
                         scaler.scale(micro_loss).backward()

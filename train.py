@@ -1,7 +1,8 @@
 """Pretrain: python train.py. Reads text, and leaves a model that finetune.py and transformers load.
 
 Flags, then helper functions in the order of their use, then `main` with the training loop. On
-several GPUs: torchrun --nproc-per-node 8 train.py --accumulate 8, with the result of one GPU.
+several GPUs: torchrun --nproc-per-node 8 train.py --accumulate 8, which equals one GPU with the
+same --accumulate.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from optim import make_optimizers, set_learning_rates
 # The weight of each loss of MaskedLM.forward in the sum that is minimized.
 LOSS_WEIGHTS = {"masked_lm": 1.0}
 
-# Peak learning rates of a new model; and of one that --model continues, which those would ruin.
+# Peak learning rates of a new model; and of one that --model continues, for which those are too high.
 NEW_RATES = {"lr_muon": 0.02, "lr_adamw": 3e-3, "lr_embedding": 3e-3}
 CONTINUED_RATES = {"lr_muon": 5e-4, "lr_adamw": 1e-4, "lr_embedding": 3e-5}
 # Between these numbers of steps the embedding's learning rate grows with the steps: a short run
@@ -57,7 +58,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--max-len", type=number(int, 8), help="tokens of a window; default: the preset's")
     fewer = f"default {STEPS}, fewer on a CPU without AMX; 0 saves the initialization"
     add("--steps", type=number(int, 0), help=fewer)
-    at_once = f"computed at once; default {MICRO_BATCH_TOKENS}, half of it for few default steps"
+    at_once = f"tokens per micro-batch; default {MICRO_BATCH_TOKENS}, half of it for few steps"
     add("--micro-batch-tokens", type=number(int, 64), help=at_once)
     add("--accumulate", type=positive, help="micro-batches of a step; default: one per rank")
     continued = f"default {NEW_RATES}, slower for the embedding under {LONG_RUN} steps; with "
@@ -67,10 +68,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--lr-embedding", type=rate, help=f"of the embedding. Learning rates: {continued}")
     add("--warmup", type=share, default=0.05, help="share of the steps in which the rates rise")
     add("--clip", type=rate, default=1.0, help="maximum gradient norm; 0: no clipping")
-    add("--mask-rate", type=share, default=0.3, help="fewer masked tokens teach less per step")
+    add("--mask-rate", type=share, default=0.3, help="share of tokens to mask: fewer teach less")
     masks = "whole words, rare ones more often, because frequent ones say less; or any token"
     add("--mask", choices=("rare", "even"), default="rare", help=masks)
-    starts = "embedding: the text's co-occurrences, which saves a third of the steps; or random"
+    starts = "initial embedding: from co-occurrences, which saves a third of the steps; or random"
     add("--start", choices=("spectral", "random"), default="spectral", help=starts)
     add("--seed", type=number(int, 0), default=0, help="of the weights, the order and the masks")
     parser.add_device()
@@ -190,6 +191,7 @@ def weighted_sum(losses: dict[str, Any]) -> Any:
 @torch.no_grad()
 def validate(model: MaskedLM, batches: list[Batch], autocast) -> dict[str, float]:
     """Mean losses over the validation batches, and their weighted sum."""
+    model.eval()
     sums = dict.fromkeys(LOSS_WEIGHTS, 0.0)
     counts = dict.fromkeys(LOSS_WEIGHTS, 0)
     for batch in batches:
@@ -200,6 +202,7 @@ def validate(model: MaskedLM, batches: list[Batch], autocast) -> dict[str, float
             counts[name] += count
     means = {name: sums[name] / counts[name] for name in sums}
     named = {f"validation_{name}": mean for name, mean in means.items()}
+    model.train()
     return {"validation_loss": weighted_sum(means)} | named
 
 
