@@ -88,7 +88,7 @@ class Corpus:
         max_len: tokens of a window.
         micro_batch_tokens: T, the exact number of tokens of every training batch.
         seed: of the order of windows and of the masks.
-        mask: "rare" masks whole words, rare ones more often; "even" masks all tokens with equal probability.
+        mask: "rare" masks whole words, rare ones more often; "even" masks all tokens alike.
 
     Raises:
         UserError: the text is shorter than one batch, or words cannot be told apart.

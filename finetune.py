@@ -5,8 +5,8 @@ It measures three methods on the same test set, which is not used for any choice
     ngrams          a linear model of unigrams and bigrams (analysis/baselines.py); for tagged words
                     most_frequent, the most frequent tag of each word
     random_weights  the network, trained from random weights
-    pretrained      the network, trained from the weights of --model and a fitted linear head, with a
-                    learning rate and an eps of its own; it is saved in --out
+    pretrained      the network, trained from the weights of --model and a fitted linear head, with
+                    a learning rate and an eps of its own; it is saved in --out
 
 The network learns a class or a number per example, or a tag per word (--task tokens).
 
