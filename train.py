@@ -31,7 +31,7 @@ from optim import make_optimizers, set_learning_rates
 # The weight of each loss of MaskedLM.forward in the sum that is minimized.
 LOSS_WEIGHTS = {"masked_lm": 1.0}
 
-# Peak learning rates of a new model; and of one that --model continues, for which those are too high.
+# Peak learning rates of a new model, and lower ones for a model that --model continues.
 NEW_RATES = {"lr_muon": 0.02, "lr_adamw": 3e-3, "lr_embedding": 3e-3}
 CONTINUED_RATES = {"lr_muon": 5e-4, "lr_adamw": 1e-4, "lr_embedding": 3e-5}
 # Between these numbers of steps the embedding's learning rate grows with the steps: a short run
