@@ -244,12 +244,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         n_weights = sum(p.numel() for p in model.parameters())
         step_tokens = args.accumulate * args.micro_batch_tokens
 
+        # from here on the folder belongs to this run: what an earlier one left in it is removed
         training = (model, optimizers, scaler, monitor)
         first_step, points = run_folder.start_or_resume(
             args, checkpoint, state, record, training, ranks
         )
         if args.compile:
             machine.compile_blocks(model.model.layers, device, ranks.log)
+        # DDP regroups gradients after its first step, which a resumed run has behind it
         rehearsal = corpus.batch(0, ranks.rank, ranks.n, args.mask_rate) if checkpoint else None
         parallel_model = ranks.wrap(model, rehearsal)
         ranks.log(f"{n_weights:,} weights on {device}, {args.dtype}; {step_tokens:,} tokens a step")

@@ -136,7 +136,7 @@ def default_steps(
 
 
 def cpu_share(dtype_name: str) -> tuple[float, str]:
-    """How many steps this CPU does while one with AMX does one, and the feature that decides."""
+    """The share of STEPS that this CPU takes, by its speed, and the feature that decides it."""
     features = torch.cpu.get_capabilities()
     for precision, feature, share in CPU_SHARES:
         if precision == dtype_name and features.get(feature):
