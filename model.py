@@ -43,34 +43,23 @@ FAMILIES = ("modern", "bert", "roberta")
 def preset(
     name: str, family: str = "modern", n_layers: int | None = None, d_model: int | None = None
 ) -> dict[str, int | float | str]:
-    """The fields of a Config of a named size.
-
-    `d_model` is a multiple of the head size, 64. BERT's MLP has two matrices where GeGLU has three,
-    and gets as many weights.
-    """
+    """The fields of a Config of a named size; `d_model` is a multiple of the head size, 64."""
     fields = dict(PRESETS[name])
-    if n_layers:
-        fields["n_layers"] = n_layers
+    fields["n_layers"] = n_layers or fields["n_layers"]
     if d_model:
-        fields["d_model"] = d_model
-        fields["n_heads"] = d_model // 64
-        fields["d_ff"] = math.ceil(8 * d_model / 3 / 64) * 64
-    if family != "modern":
-        fields["family"] = family
-        fields["d_ff"] = 3 * fields["d_ff"] // 2
-        fields["norm_eps"] = 1e-12
+        d_ff = math.ceil(8 * d_model / 3 / 64) * 64
+        fields |= {"d_model": d_model, "n_heads": d_model // 64, "d_ff": d_ff}
+    if family != "modern":  # BERT's MLP has two matrices where GeGLU has three
+        d_ff = 3 * fields["d_ff"] // 2
+        fields |= {"family": family, "d_ff": d_ff, "norm_eps": 1e-12}
     return fields
 
 
 @dataclass(frozen=True)
 class Config:
-    """The shape of a model.
+    """The shape of a model; ValueError if its sizes do not fit together.
 
-    Every field is written to config.json by files/hub_names.py, which refuses a field it has no
-    name for.
-
-    Raises:
-        ValueError: sizes that do not fit together.
+    files/hub_names.py writes every field to config.json, and refuses one it has no name for.
     """
 
     vocab_size: int
@@ -94,10 +83,9 @@ class Config:
             raise ValueError(f"family {self.family!r} is none of {', '.join(FAMILIES)}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type is str or (field.name == "unused_positions" and value == 0):
+            if field.type is str or value == field.default:
                 continue
-            accepted = int if field.type is int else (int, float)
-            if not isinstance(value, accepted) or not 0 < value < 2**31:
+            if type(value) not in (int, field.type) or not 0 < value < 2**31:
                 kind = field.type.__name__
                 raise ValueError(f"{field.name} must be a positive {kind}, got {value}")
         if self.d_model % self.n_heads or self.head_dim % 2:
@@ -122,10 +110,7 @@ class Config:
 
 
 class FusedLinear(nn.Linear):
-    """Several linear maps of one input, stored side by side so that one multiplication does all.
-
-    Muon orthogonalizes each of the `n_maps` blocks of rows by itself.
-    """
+    """Several linear maps of one input in one matrix; Muon orthogonalizes each by itself."""
 
     def __init__(self, d_in: int, d_out: int, n_maps: int, bias: bool):
         super().__init__(d_in, n_maps * d_out, bias=bias)
@@ -223,8 +208,8 @@ class Block(nn.Module):
         super().__init__()
         self.is_pre_norm = config.is_modern
         # the norm of the embeddings directly precedes layer 0, which therefore has none of its own
-        needs_no_norm = self.is_pre_norm and layer == 0
-        self.attn_norm = nn.Identity() if needs_no_norm else Norm(config)
+        is_normed = self.is_pre_norm and layer == 0
+        self.attn_norm = nn.Identity() if is_normed else Norm(config)
         self.attn = Attention(config, layer)
         self.mlp_norm = Norm(config)
         self.mlp = MLP(config)
@@ -313,15 +298,7 @@ class Pooler(nn.Module):
 
 
 def mean_pool(states: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The mean state of each sequence, [CLS] and [SEP] included.
-
-    Args:
-        states: (T, d_model).
-        cu_seqlens: (S + 1,).
-
-    Returns:
-        (S, d_model), at least float32.
-    """
+    """The mean state of each sequence: (T, d_model) to (S, d_model), in float32 at least."""
     lengths = cu_seqlens.diff()
     states = states.to(torch.promote_types(states.dtype, torch.float32))
     sums = torch.segment_reduce(states, "sum", lengths=lengths.long(), unsafe=True)
@@ -357,18 +334,14 @@ class MaskedLM(nn.Module):
         self.decoder.weight = self.model.embeddings.tok_embeddings.weight
         init_weights(self, config, seed)
 
-    def logits(
-        self, ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, token_types: Tensor | None = None
-    ) -> Tensor:
-        """The logits of every token, (T, vocab_size)."""
-        return self.decoder(self.head(self.model(ids, cu_seqlens, max_seqlen, token_types)))
+    def logits(self, *inputs) -> Tensor:
+        """The logits of every token, (T, vocab_size), of the inputs of `Encoder.forward`."""
+        return self.decoder(self.head(self.model(*inputs)))
 
     @staticmethod
     def loss_counts(batch) -> dict[str, int]:
-        """How many elements each loss of `forward` sums over.
-
-        This is known before the forward pass: micro-batches and ranks add up their counts first,
-        and then divide by the same number.
+        """How many elements each loss of `forward` sums over, known before the forward pass:
+        micro-batches and ranks add up their counts first, and then divide by the same number.
         """
         return {"masked_lm": len(batch.targets)}
 
@@ -380,8 +353,9 @@ class MaskedLM(nn.Module):
             (Devlin et al. 2018, section 3.1).
         """
         states = self.model(batch.ids, batch.cu_seqlens, batch.max_seqlen)
+        losses = {"masked_lm": self.masked_lm_loss(states, batch)}
         counts = self.loss_counts(batch)
-        return {"masked_lm": (self.masked_lm_loss(states, batch), counts["masked_lm"])}
+        return {name: (loss, counts[name]) for name, loss in losses.items()}
 
     def masked_lm_loss(self, states: Tensor, batch) -> Tensor:
         """The sum of the cross-entropy over the N masked tokens."""
@@ -396,10 +370,8 @@ class Classifier(nn.Module):
     ModernBertForSequenceClassification with `classifier_pooling` "mean" or "cls".
 
     Args:
-        config: the shape of the network.
         n_labels: outputs; 1 for regression.
-        pooling: a key of POOLINGS in the modern family, "pooler" in BERT's; None is the default of
-            the family, "mean" or "pooler".
+        pooling: a key of POOLINGS in the modern family, "pooler" in BERT's; None: the first.
     """
 
     task = "SequenceClassification"
@@ -421,17 +393,15 @@ class Classifier(nn.Module):
         self.classifier = nn.Linear(config.d_model, n_labels)
         init_weights(self, config, seed)
 
-    def features(
-        self, ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, token_types: Tensor | None = None
-    ) -> Tensor:
+    def features(self, ids: Tensor, cu_seqlens: Tensor, *inputs) -> Tensor:
         """The vector of each text that the linear layer reads, (S, d_model)."""
-        states = self.model(ids, cu_seqlens, max_seqlen, token_types)
+        states = self.model(ids, cu_seqlens, *inputs)
         if not self.config.is_modern:
             return self.pooler(first_token(states, cu_seqlens))
         return self.head(POOLINGS[self.pooling](states, cu_seqlens))
 
     def forward(self, *inputs) -> Tensor:
-        """The logits of each text, (S, n_labels), of the inputs of `features`."""
+        """The logits of each text, (S, n_labels), of the inputs of `Encoder.forward`."""
         return self.classifier(self.dropout(self.features(*inputs)))
 
 
@@ -454,25 +424,17 @@ class Tagger(nn.Module):
         self.classifier = nn.Linear(config.d_model, n_labels)
         init_weights(self, config, seed)
 
-    def features(
-        self, ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, token_types: Tensor | None = None
-    ) -> Tensor:
-        """The vector of each token that the linear layer reads, (T, d_model)."""
-        return self.head(self.model(ids, cu_seqlens, max_seqlen, token_types))
-
     def forward(self, *inputs) -> Tensor:
-        """The logits of each token, (T, n_labels), of the inputs of `features`."""
-        return self.classifier(self.dropout(self.features(*inputs)))
+        """The logits of each token, (T, n_labels), of the inputs of `Encoder.forward`."""
+        return self.classifier(self.dropout(self.head(self.model(*inputs))))
 
 
 # ----------------------------------------------------------------------------------------- weights
 
 
 def draw_seed() -> int:
-    """A seed for `init_weights`, from torch's generator.
-
-    A model draws it before its modules are created, because their constructors use that generator
-    too: a module that a fork adds would otherwise change the initial weights of all others.
+    """A seed for `init_weights`, drawn before a model creates its modules: their constructors draw
+    from the same generator, and one more of them must not change the weights of all others.
     """
     return int(torch.randint(2**62, ()))
 
@@ -480,15 +442,14 @@ def draw_seed() -> int:
 def init_weights(model: nn.Module, config: Config, seed: int) -> None:
     """Initialize all weights as ModernBERT does (Warner et al. 2024, appendix A).
 
-    Matrices are normal, cut at 2 standard deviations. Those that write to the residual stream are
-    smaller by sqrt(2 n_layers). Biases are zero and norms one.
+    Matrices are normal, cut at 2 standard deviations. Those that write to the residual stream, and
+    those of the heads, are smaller by sqrt(2 n_layers). Biases are zero and norms one.
     """
     generator = torch.Generator().manual_seed(seed)
-    only_pretraining = getattr(model, "pretraining_only", ())
-    named = sorted(
-        model.named_parameters(), key=lambda item: item[0].split(".")[0] in only_pretraining
-    )
-    for name, parameter in named:
+    last = tuple(f"{name}." for name in getattr(model, "pretraining_only", ()))
+    named = dict(model.named_parameters())
+    for name in sorted(named, key=lambda name: name.startswith(last)):
+        parameter = named[name]
         std = config.init_std
         if name.endswith(("Wo.weight", "dense.weight")):
             std /= math.sqrt(2 * config.n_layers)
