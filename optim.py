@@ -1,6 +1,6 @@
 """Muon for matrices, AdamW for everything else, and the learning-rate schedule."""
 
-from typing import NamedTuple
+from collections import defaultdict
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype, steps: int = 5) -> Tenso
 
     Args:
         matrices: (n, rows, columns) with rows <= columns.
-        dtype: of the matrix multiplications.
-        steps: iterations.
-
-    Returns:
-        (n, rows, columns) in `dtype`.
+        dtype: of the matrix multiplications and of the result.
     """
     a, b, c = NEWTON_SCHULZ
     # normalized before the cast: small gradients would underflow in float16
@@ -35,15 +31,13 @@ class Muon(torch.optim.Optimizer):
     """Orthogonalized momentum (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
 
     A matrix of (rows, columns) moves by lr * sqrt(max(1, rows / columns)) times an orthogonal
-    matrix, so that the learning rate is the size of the step in spectral norm at any width.
-    Matrices of equal shape are orthogonalized together.
+    matrix: this factor makes one learning rate fit matrices of all shapes. Matrices of equal shape
+    are orthogonalized together.
 
     Args:
         groups: parameter groups; "n_maps" of a group says how many blocks of rows of each matrix
             are linear maps of their own (see model.FusedLinear).
-        lr: peak learning rate.
         dtype: of the matrix multiplications; bfloat16 where the hardware supports it natively.
-        momentum: of the moving average of the gradients.
     """
 
     def __init__(self, groups: list[dict], lr: float, dtype: torch.dtype, momentum: float = 0.95):
@@ -52,7 +46,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor, float]]] = {}
+        by_shape = defaultdict(list)  # of (weight, update, learning rate), with rows <= columns
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -67,89 +61,62 @@ class Muon(torch.optim.Optimizer):
                 updates = nesterov.chunk(group["n_maps"])
                 for weight, update in zip(weights, updates, strict=True):
                     rows, columns = weight.shape
-                    scale = group["lr"] * max(1, rows / columns) ** 0.5
+                    lr = group["lr"] * max(1, rows / columns) ** 0.5
                     if rows > columns:
-                        weight = weight.T
-                        update = update.T
-                    by_shape.setdefault(tuple(weight.shape), []).append((weight, update, scale))
+                        weight, update = weight.T, update.T
+                    by_shape[weight.shape].append((weight, update, lr))
 
         for matrices in by_shape.values():
             updates = torch.stack([update for _, update, _ in matrices])
             updates = orthogonalize(updates, self.dtype)
-            for (weight, _, scale), update in zip(matrices, updates, strict=True):
-                weight.add_(update.to(weight.dtype), alpha=-scale)
+            for (weight, _, lr), update in zip(matrices, updates, strict=True):
+                weight.add_(update.to(weight.dtype), alpha=-lr)
 
 
-class ParameterGroups(NamedTuple):
-    """The trainable parameters of a model, by how they are optimized."""
-
-    matrices: list[nn.Parameter]
-    embeddings: list[nn.Parameter]
-    no_decay: list[nn.Parameter]  # norms and biases
-
-
-def parameter_groups(model: nn.Module) -> ParameterGroups:
-    """Sort parameters: tables of nn.Embedding, vectors (norms and biases), and matrices.
+def parameter_groups(model: nn.Module) -> tuple[list, list, list]:
+    """The trainable parameters: (matrices, tables of nn.Embedding, norms and biases).
 
     Raises:
         ValueError: a parameter with more than two axes, for which there is no rule.
     """
     tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
-    groups = ParameterGroups([], [], [])
+    matrices, embeddings, no_decay = [], [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if parameter in tables:
-            groups.embeddings.append(parameter)
-        elif parameter.dim() <= 1:
-            groups.no_decay.append(parameter)
-        elif parameter.dim() == 2:
-            groups.matrices.append(parameter)
-        else:
+        if parameter.dim() > 2:
             raise ValueError(f"{name}: parameter_groups has no rule for {parameter.dim()} axes")
-    return groups
+        if parameter in tables:
+            embeddings.append(parameter)
+        else:
+            (matrices if parameter.dim() == 2 else no_decay).append(parameter)
+    return matrices, embeddings, no_decay
 
 
 def make_optimizers(
     model: nn.Module, lr_muon: float, lr_adamw: float, lr_embedding: float, dtype: torch.dtype
 ) -> list[torch.optim.Optimizer]:
-    """Muon for matrices; AdamW for embeddings, norms and biases, where a row or a number has a
-    meaning of its own that orthogonalization would mix with others.
-
-    Args:
-        lr_muon, lr_adamw, lr_embedding: peak learning rates of matrices (0 gives them to AdamW),
-            of norms and biases, and of embeddings.
-        dtype: of Muon's matrix multiplications.
+    """Muon for matrices (AdamW if `lr_muon` is 0); AdamW for the rest, in which a row or a number
+    has a meaning of its own that orthogonalization would mix with others.
     """
-    groups = parameter_groups(model)
-    adamw_groups = [{"params": groups.embeddings, "lr": lr_embedding}, {"params": groups.no_decay}]
-    optimizers: list[torch.optim.Optimizer] = []
+    matrices, embeddings, no_decay = parameter_groups(model)
+    adamw_groups = [{"params": embeddings, "lr": lr_embedding}, {"params": no_decay}]
+    optimizers = []
     if lr_muon:
         n_maps = {m.weight: m.n_maps for m in model.modules() if hasattr(m, "n_maps")}
-        by_n_maps: dict[int, list[nn.Parameter]] = {}
-        for matrix in groups.matrices:
-            by_n_maps.setdefault(n_maps.get(matrix, 1), []).append(matrix)
-        muon_groups = [{"params": p, "n_maps": n} for n, p in by_n_maps.items()]
+        muon_groups = [{"params": [m], "n_maps": n_maps.get(m, 1)} for m in matrices]
         optimizers.append(Muon(muon_groups, lr_muon, dtype))
     else:
-        adamw_groups.append({"params": groups.matrices})
-    adamw = torch.optim.AdamW(
-        adamw_groups, lr=lr_adamw, betas=(0.9, 0.98), weight_decay=0.0, fused=True
-    )
+        adamw_groups.append({"params": matrices})
+    adamw = torch.optim.AdamW(adamw_groups, lr_adamw, (0.9, 0.98), weight_decay=0.0, fused=True)
     return [*optimizers, adamw]
 
 
 def set_learning_rates(
     optimizers: list[torch.optim.Optimizer], step: int, n_steps: int, warmup: float
 ) -> float:
-    """Linear warm-up, then linear decay to zero, which beats a cosine (Bergsma et al. 2025,
-    arXiv 2502.15938).
-
-    Args:
-        optimizers: each group's own "lr" is its peak learning rate.
-        step: from 0.
-        n_steps: of the whole run.
-        warmup: share of the steps in which the learning rate rises.
+    """Linear warm-up over a share of the steps, then linear decay to zero, which beats a cosine
+    (Bergsma et al. 2025, arXiv 2502.15938). Each group's own "lr" is its peak.
 
     Returns:
         The factor on the peak learning rates.
