@@ -82,8 +82,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def config_of(shape: str, vocab_size: int = VOCAB_SIZE, max_len: int = MAX_LEN) -> Config:
     """The config of a shape: layers x d_model."""
     n_layers, d_model = map(int, shape.split("x"))
-    fields = preset("tiny", n_layers=n_layers, d_model=d_model)
-    return Config(**fields | {"vocab_size": vocab_size, "max_len": max_len})
+    sizes = {"n_layers": n_layers, "d_model": d_model}
+    return preset("tiny", vocab_size=vocab_size, max_len=max_len, **sizes)
 
 
 @functools.cache

@@ -40,21 +40,6 @@ PRESETS = {
 FAMILIES = ("modern", "bert", "roberta")
 
 
-def preset(
-    name: str, family: str = "modern", n_layers: int | None = None, d_model: int | None = None
-) -> dict[str, int | float | str]:
-    """The fields of a Config of a named size; `d_model` is a multiple of the head size, 64."""
-    fields = dict(PRESETS[name])
-    fields["n_layers"] = n_layers or fields["n_layers"]
-    if d_model:
-        d_ff = math.ceil(8 * d_model / 3 / 64) * 64
-        fields |= {"d_model": d_model, "n_heads": d_model // 64, "d_ff": d_ff}
-    if family != "modern":  # BERT's MLP has two matrices where GeGLU has three
-        d_ff = 3 * fields["d_ff"] // 2
-        fields |= {"family": family, "d_ff": d_ff, "norm_eps": 1e-12}
-    return fields
-
-
 @dataclass(frozen=True)
 class Config:
     """The shape of a model; ValueError if its sizes do not fit together.
@@ -104,6 +89,25 @@ class Config:
         """How far a token of this layer sees to each side; None is the whole sequence."""
         is_global = not self.is_modern or layer % self.global_attn_every_n_layers == 0
         return None if is_global else self.local_attention // 2
+
+
+def preset(name: str, **changes: int | str | None) -> Config:
+    """The Config of a named size.
+
+    Args:
+        name: a key of PRESETS.
+        changes: other fields of Config; None changes nothing. `d_model`, a multiple of the head
+            size 64, changes the sizes that depend on it.
+    """
+    changes = {field: value for field, value in changes.items() if value is not None}
+    fields = PRESETS[name] | changes
+    if "d_model" in changes:
+        fields["n_heads"] = fields["d_model"] // 64
+        fields["d_ff"] = math.ceil(8 * fields["d_model"] / 3 / 64) * 64
+    if fields.get("family", "modern") != "modern":  # BERT's MLP has two matrices, GeGLU three
+        fields["d_ff"] = 3 * fields["d_ff"] // 2
+        fields["norm_eps"] = 1e-12
+    return Config(**fields)
 
 
 # ------------------------------------------------------------------------------------------ block

@@ -23,6 +23,7 @@ from files import hub_names, machine, model_folder, run_folder
 from files.cli import Parser, choose_hardware, flags_to_json, number, run_script
 from files.disk import UserError, to_json, write_file
 from files.machine import MICRO_BATCH_TOKENS, STEPS, Ranks
+from files.model_folder import SavedModel, choose_max_len
 from files.step_monitor import StepMonitor
 from files.token_cache import prepare
 from model import PRESETS, Config, MaskedLM, preset
@@ -38,6 +39,7 @@ CONTINUED_RATES = {"lr_muon": 5e-4, "lr_adamw": 1e-4, "lr_embedding": 3e-5}
 # cannot use the fast one, which pays in a long run.
 SHORT_RUN = 500
 LONG_RUN = 1500
+WARMUP = 0.05  # share of the steps in which the learning rates rise
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -45,7 +47,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     positive = number(int, 1)
     rate = number(float, 0)
-    share = number(float, 0, 0.9)
     texts = ".txt, .jsonl, .csv, .tsv, .gz of each, folders of them, - for standard input"
     add("--corpus", nargs="+", default=[], metavar="PATH", help=f"{texts}; default: film reviews")
     add("--out", type=Path, default=Path("runs/pretrain"), help="folder of the run")
@@ -56,19 +57,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--family", choices=("modern", "bert"), help="of a new model; default modern: ModernBERT")
     add("--vocab-size", type=number(int, 100), help="default: the preset's, or what the text fills")
     add("--max-len", type=number(int, 8), help="tokens of a window; default: the preset's")
-    fewer = f"default {STEPS}, fewer on a CPU without AMX; 0 saves the initialization"
-    add("--steps", type=number(int, 0), help=fewer)
-    at_once = f"tokens per micro-batch; default {MICRO_BATCH_TOKENS}, half of it for few steps"
-    add("--micro-batch-tokens", type=number(int, 64), help=at_once)
+    add("--steps", type=number(int, 0), help=f"default {STEPS}, fewer on slow CPUs; 0: initialize")
+    add("--micro-batch-tokens", type=number(int, 64), help=f"default {MICRO_BATCH_TOKENS}")
     add("--accumulate", type=positive, help="micro-batches of a step; default: one per rank")
-    continued = f"default {NEW_RATES}, slower for the embedding under {LONG_RUN} steps; with "
-    continued += f"--model {CONTINUED_RATES}, since faster ones undo what it learned"
     add("--lr-muon", type=rate, help="peak learning rate of matrices; 0 gives them to AdamW")
     add("--lr-adamw", type=rate, help="peak learning rate of norms and biases")
-    add("--lr-embedding", type=rate, help=f"of the embedding. Learning rates: {continued}")
-    add("--warmup", type=share, default=0.05, help="share of the steps in which the rates rise")
+    rates = f"of the embedding. Default rates: {NEW_RATES}; with --model {CONTINUED_RATES}"
+    add("--lr-embedding", type=rate, help=rates)
     add("--clip", type=rate, default=1.0, help="maximum gradient norm; 0: no clipping")
-    add("--mask-rate", type=share, default=0.3, help="share of tokens to mask: fewer teach less")
+    add("--mask-rate", type=number(float, 0, 0.9), default=0.3, help="fewer masks teach less")
     masks = "whole words, rare ones more often, because frequent ones say less; or any token"
     add("--mask", choices=("rare", "even"), default="rare", help=masks)
     starts = "initial embedding: from co-occurrences, which saves a third of the steps; or random"
@@ -78,13 +75,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_dtype()
     add("--compile", action="store_true", help="compile the blocks: a slower start, faster steps")
     add("--log-every", type=positive, default=20, help="steps between points of the curve")
-    add("--validate-every", type=positive, default=200, help="steps between validations")
-    add("--save-every", type=positive, default=200, help="steps between checkpoints")
+    add("--save-every", type=positive, default=200, help="steps between validated checkpoints")
     add("--keep", type=positive, default=2, help="last checkpoints to keep, beside the best one")
-    best = "save the checkpoint with the best validation loss in place of the last weights"
-    add("--keep-best", action="store_true", help=best)
-    along = "models to save along the way, in OUT/snapshots; analyze.py draws a curve over them"
-    add("--snapshots", type=number(int, 0), default=0, help=along)
+    add("--keep-best", action="store_true", help="save the best checkpoint, not the last weights")
+    add("--snapshots", type=number(int, 0), default=0, help="models to save in OUT/snapshots")
     add("--resume", action="store_true", help="continue after the last checkpoint in --out")
     args = parser.parse_args(argv)
 
@@ -95,8 +89,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.d_model and args.d_model % 64:
         parser.error(f"--d-model {args.d_model}: it must be a multiple of 64")
     args.preset = args.preset or "tiny"
-    if args.steps is None and args.preset not in STEPS:
-        parser.error(f"--preset {args.preset} has no default number of steps: give --steps")
     return args
 
 
@@ -106,10 +98,7 @@ def set_defaults(
     """Fill in the flags whose default depends on the machine or on other flags."""
     args.dtype = str(dtype).removeprefix("torch.")
     if args.steps is None:
-        args.steps, args.micro_batch_tokens, reason = machine.default_steps(
-            args.preset, device, args.dtype, args.micro_batch_tokens
-        )
-        ranks.log(reason)
+        ranks.log(machine.set_steps(args, device))
     args.micro_batch_tokens = args.micro_batch_tokens or MICRO_BATCH_TOKENS
     args.accumulate = args.accumulate or ranks.n
     if args.accumulate % ranks.n:
@@ -124,38 +113,37 @@ def set_defaults(
             setattr(args, name, default)
 
 
-def build_config(args: argparse.Namespace, initial: tuple | None) -> Config:
-    """The shape of the model: that of --model, or the preset's, with --max-len."""
+def build_config(args: argparse.Namespace, initial: SavedModel | None) -> Config:
+    """The shape of the model: that of --model, or the preset's with the flags; sets --max-len."""
     if initial:
-        config = initial[0]
-        if not config.is_modern and (args.max_len or 0) > config.max_len:
-            positions = f"{args.model} has {config.max_len} positions"
-            raise UserError(f"--max-len {args.max_len}: {positions}")
-        # learned positions keep their table; windows may be shorter
-        max_len = args.max_len if config.is_modern else None
-        return dataclasses.replace(config, max_len=max_len or config.max_len)
-    fields = preset(args.preset, args.family or "modern", args.layers, args.d_model)
-    fields["vocab_size"] = args.vocab_size or fields["vocab_size"]
-    fields["max_len"] = args.max_len or fields["max_len"]
-    return Config(**fields)
+        config = initial.config
+        config, args.max_len = choose_max_len(config, args.max_len, config.max_len, args.model)
+        return config
+    sizes = {"n_layers": args.layers, "d_model": args.d_model, "max_len": args.max_len}
+    config = preset(args.preset, family=args.family, vocab_size=args.vocab_size, **sizes)
+    args.max_len = config.max_len
+    return config
 
 
 def load_corpus(
-    args: argparse.Namespace, config: Config, initial: tuple | None, ranks: Ranks
+    args: argparse.Namespace, config: Config, initial: SavedModel | None, ranks: Ranks
 ) -> Corpus:
     """Tokenize the text on the first rank, and open it on all."""
     folder = None
     if ranks.is_first:
-        tokenizer = initial[2] if initial else None
+        tokenizer = initial.tokenizer if initial else None
         allow_smaller = args.vocab_size is None
         folder = prepare(args.corpus, config.vocab_size, tokenizer, allow_smaller)
     folder = ranks.from_first(folder)
-    max_len = args.max_len or config.max_len
-    return Corpus(folder, max_len, args.micro_batch_tokens, args.seed, args.mask)
+    return Corpus(folder, args.max_len, args.micro_batch_tokens, args.seed, args.mask)
 
 
 def build_model(
-    args: argparse.Namespace, config: Config, corpus: Corpus, initial: tuple | None, ranks: Ranks
+    args: argparse.Namespace,
+    config: Config,
+    corpus: Corpus,
+    initial: SavedModel | None,
+    ranks: Ranks,
 ) -> MaskedLM:
     """The model at step 0: that of --model, or a new one with a spectral embedding."""
     torch.manual_seed(args.seed)
@@ -165,7 +153,7 @@ def build_model(
     if initial:
         # a classifier has no decoder, and a bare encoder no head
         missing = ("decoder.bias", "head", "pooler", *model.pretraining_only)
-        model_folder.load_weights(model, initial[1], args.model, allow_missing=missing)
+        model_folder.load_weights(model, initial.weights, args.model, allow_missing=missing)
     elif args.start == "spectral":
         if ranks.is_first:  # computes it; the others read it from the cache
             corpus.spectral_embedding(config.d_model)
@@ -191,18 +179,16 @@ def weighted_sum(losses: dict[str, Any]) -> Any:
 @torch.no_grad()
 def validate(model: MaskedLM, batches: list[Batch], autocast) -> dict[str, float]:
     """Mean losses over the validation batches, and their weighted sum."""
+    counts = total_counts(batches)
+    means = dict.fromkeys(LOSS_WEIGHTS, 0.0)
     model.eval()
-    sums = dict.fromkeys(LOSS_WEIGHTS, 0.0)
-    counts = dict.fromkeys(LOSS_WEIGHTS, 0)
     for batch in batches:
         with autocast:
             losses = model(batch)
-        for name, (total, count) in losses.items():
-            sums[name] += float(total)
-            counts[name] += count
-    means = {name: sums[name] / counts[name] for name in sums}
-    named = {f"validation_{name}": mean for name, mean in means.items()}
+        for name, (total, _) in losses.items():
+            means[name] += float(total) / max(1, counts[name])
     model.train()
+    named = {f"validation_{name}": mean for name, mean in means.items()}
     return {"validation_loss": weighted_sum(means)} | named
 
 
@@ -251,17 +237,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         )
         if args.compile:
             machine.compile_blocks(model.model.layers, device, ranks.log)
-        # DDP regroups gradients after its first step, which a resumed run has behind it
-        rehearsal = corpus.batch(0, ranks.rank, ranks.n, args.mask_rate) if checkpoint else None
+        rehearsal = corpus.batch(0, ranks.rank, ranks.n, args.mask_rate).to(device)
         parallel_model = ranks.wrap(model, rehearsal)
         ranks.log(f"{n_weights:,} weights on {device}, {args.dtype}; {step_tokens:,} tokens a step")
 
         progress = tqdm(total=args.steps, initial=first_step, unit="step", disable=ranks.hide_bar)
         signals = stack.enter_context(machine.collect_signals())
-        clock_time = time.time()
-        clock_step = first_step
+        durations = []  # of the steps since the last point of the curve, in seconds
         for step in range(first_step, args.steps):
-            lr_factor = set_learning_rates(optimizers, step, args.steps, args.warmup)
+            step_time = time.time()
+            lr_factor = set_learning_rates(optimizers, step, args.steps, WARMUP)
             micros = range(ranks.rank, args.accumulate, ranks.n)
             batches = [corpus.batch(step, i, args.accumulate, args.mask_rate) for i in micros]
 
@@ -273,7 +258,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 with ranks.gradient_sync(parallel_model, is_last=i + 1 == len(batches)):
                     with autocast:
                         losses = parallel_model(batch.to(device))
-                        means = {n: total / counts[n] for n, (total, _) in losses.items()}
+                        means = {n: total / max(1, counts[n]) for n, (total, _) in losses.items()}
                     scaler.scale(weighted_sum(means) * ranks.n).backward()  # DDP averages
                 for name, mean in means.items():
                     sums[name] += mean.detach()
@@ -293,32 +278,30 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                     scaler.step(optimizer)
                 optimizer.zero_grad(set_to_none=True)
             scaler.update()
+            progress.update()
+            durations.append(time.time() - step_time)
 
             done = step + 1
-            is_last = done == args.steps
             new_points = []
-            progress.update()
-            if done % args.log_every == 0 or is_last:
-                speed = (done - clock_step) * step_tokens / (time.time() - clock_time)
-                clock_time = time.time()
-                clock_step = done
+            if done % args.log_every == 0 or done == args.steps:
+                speed = len(durations) * step_tokens / sum(durations)
+                durations.clear()
                 point = {"step": done, "loss": loss, **totals, "skipped": monitor.n_skipped}
                 point |= {"lr": lr_factor, "grad_norm": grad_norm, "tokens_per_second": speed}
                 new_points.append(point)
                 show_progress(progress, point, (args.steps - done) * step_tokens, ranks)
             is_snapshot = done * args.snapshots // args.steps > step * args.snapshots // args.steps
-            if is_snapshot or done % args.validate_every == 0 or is_last:
+            gave_up = monitor.gave_up
+            must_save = interrupted
+            if done % args.save_every == 0 or done == args.steps or is_snapshot or gave_up:
                 new_points.append({"step": done} | validate(model, validation, autocast))
                 validation_loss = new_points[-1]["validation_loss"]
                 ranks.log(f"step {done}: validation loss {validation_loss:.3f}")
+                must_save = math.isfinite(validation_loss)  # skipped steps changed no weight
             points += new_points
 
-            must_save = interrupted or done % args.save_every == 0 or is_last
-            gave_up = monitor.gave_up
-            if gave_up:  # skipped steps changed no weight: save them if they still predict
+            if gave_up:
                 monitor.reset()
-                validation_loss = validate(model, validation, autocast)["validation_loss"]
-                must_save = math.isfinite(validation_loss)
             if ranks.is_first:
                 run_folder.append_metrics(args.out, new_points)
                 if must_save:
@@ -334,26 +317,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 ranks.log(f"stopped after {monitor.patience} skipped steps in a row; {advice}")
                 raise SystemExit(1)
             if interrupted:
-                message = "the same command with --resume goes on"
-                ranks.log(f"stopped after step {done}, saved; {message}")
+                ranks.log(f"stopped after step {done}; the same command with --resume continues")
                 # the signal may have reached another rank
                 raise SystemExit(128 + (signals[0] if signals else signal.SIGTERM))
         progress.close()
 
         if not args.steps:
             points.append({"step": 0} | validate(model, validation, autocast))
-        metrics = {
-            "seconds": time.time() - start_time,
-            "steps": args.steps,
-            "tokens": args.steps * step_tokens,
-            "n_weights": n_weights,
-            "device": str(device),
-            "dtype": args.dtype,
-            "tokens_folder": corpus.folder.name,
-            **points[-1],
-            "skipped": monitor.n_skipped,
-            "spikes": monitor.n_spikes,
-        }
+        seconds = time.time() - start_time
+        metrics = {"seconds": seconds, "steps": args.steps, "tokens": args.steps * step_tokens}
+        metrics |= {"n_weights": n_weights, "tokens_folder": corpus.folder.name, **points[-1]}
+        metrics |= {"skipped": monitor.n_skipped, "spikes": monitor.n_spikes}
         if ranks.is_first:
             if args.keep_best:
                 metrics |= run_folder.load_best(args.out, model, points)
@@ -362,10 +336,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             from analysis import plots  # matplotlib takes a second to import
 
             plots.loss_curve(points, args.out / "curve.png")
-        seconds = f"{metrics['seconds']:.0f} s"
-        ranks.log(f"{args.out}: validation loss {metrics['validation_loss']:.3f} after {seconds}")
+        validation_loss = metrics["validation_loss"]
+        ranks.log(f"{args.out}: validation loss {validation_loss:.3f} after {seconds:.0f} s")
     return metrics
 
 
 if __name__ == "__main__":
-    run_script(main, "stopped; the same command with --resume goes on after the last saved step")
+    run_script(main, "stopped; the same command with --resume continues after the last checkpoint")

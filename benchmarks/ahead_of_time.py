@@ -23,7 +23,7 @@ import kernels.dispatch
 from benchmarks.timing import Hardware
 from data import Batch
 from files.disk import UserError
-from model import PRESETS, Config, MaskedLM, preset
+from model import PRESETS, MaskedLM, preset
 
 # The names of GPUs in Triton: backend, architecture, threads of a warp.
 TARGETS = {
@@ -79,8 +79,8 @@ def record_launches(dtype: torch.dtype, on_hip: bool) -> list[tuple]:
     ):
         for name in PRESETS:
             # one layer that sees everything and one with a window; few words, to be made quickly
-            sizes = {"vocab_size": 1024, "global_attn_every_n_layers": 2}
-            model = MaskedLM(Config(**preset(name, n_layers=2) | sizes))
+            sizes = {"vocab_size": 1024, "n_layers": 2, "global_attn_every_n_layers": 2}
+            model = MaskedLM(preset(name, **sizes))
             with torch.no_grad():
                 model(batch)
             for total, _ in model(batch).values():

@@ -1,5 +1,6 @@
 """What a run needs of its machine: processes, signals, a compiler, and how many steps to take."""
 
+import argparse
 import atexit
 import contextlib
 import os
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from files.disk import first_line
+from files.disk import UserError, first_line
 
 # For tiny, steps that end within 10 minutes on 2 CPU cores; for the others, which need a GPU, a
 # first guess.
@@ -62,21 +63,18 @@ class Ranks(NamedTuple):
             dist.all_reduce(sums)
         return dict(zip(values, sums.tolist(), strict=True))
 
-    def wrap(self, model: nn.Module, rehearsal=None) -> nn.Module:
+    def wrap(self, model: nn.Module, rehearsal) -> nn.Module:
         """DistributedDataParallel on several ranks, the model itself on one.
 
-        After its first step DDP sums gradients in other groups. A resumed run therefore computes
-        the gradients of a `rehearsal` batch and drops them, or it would differ from an
-        uninterrupted one in the last bits.
+        After its first backward pass DDP sums gradients in other groups. That pass is made here,
+        on a `rehearsal` batch, so that a resumed run sums as an uninterrupted one does.
         """
         if self.n == 1:
             return model
         parallel_model = nn.parallel.DistributedDataParallel(model)
-        if rehearsal is not None:
-            device = next(model.parameters()).device
-            losses = parallel_model(rehearsal.to(device))
-            sum(total for total, _ in losses.values()).backward()
-            model.zero_grad(set_to_none=True)
+        losses = parallel_model(rehearsal)
+        sum(total for total, _ in losses.values()).backward()
+        model.zero_grad(set_to_none=True)
         return parallel_model
 
     def gradient_sync(self, parallel_model: nn.Module, is_last: bool):
@@ -113,26 +111,25 @@ def collect_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def default_steps(
-    preset: str, device: torch.device, dtype_name: str, micro_batch_tokens: int | None = None
-) -> tuple[int, int, str]:
-    """How long to pretrain: a number of steps and not of seconds, so that runs repeat.
+def set_steps(args: argparse.Namespace, device: torch.device) -> str:
+    """Set --steps, and --micro-batch-tokens where it is not set; returns the reason in a line.
 
-    Returns:
-        (steps, tokens of a micro-batch, the rule that gave them).
+    The default is a number of steps and not of seconds, so that runs repeat.
     """
-    n_steps = STEPS[preset]
-    reason = f"the default of {preset}"
+    if args.preset not in STEPS:
+        raise UserError(f"--preset {args.preset} has no default number of steps: give --steps")
+    args.steps = STEPS[args.preset]
+    reason = f"the default of {args.preset}"
     if device.type == "cpu":
-        share, feature = cpu_share(dtype_name)
-        n_steps = round(n_steps * share)
+        share, feature = cpu_share(args.dtype)
+        args.steps = round(args.steps * share)
         if share != 1:
-            reason += f" x {share:g}, for a CPU that multiplies in {dtype_name} with {feature}"
-    if n_steps < FEW_STEPS and micro_batch_tokens is None:
-        n_steps *= 2
-        micro_batch_tokens = MICRO_BATCH_TOKENS // 2
-        reason += f"; few, so twice as many of {micro_batch_tokens:,} tokens"
-    return n_steps, micro_batch_tokens or MICRO_BATCH_TOKENS, f"{n_steps} steps: {reason}"
+            reason += f" x {share:g}, for a CPU that multiplies in {args.dtype} with {feature}"
+    if args.steps < FEW_STEPS and args.micro_batch_tokens is None:
+        args.steps *= 2
+        args.micro_batch_tokens = MICRO_BATCH_TOKENS // 2
+        reason += f"; few, so twice as many of {args.micro_batch_tokens:,} tokens"
+    return f"{args.steps} steps: {reason}"
 
 
 def cpu_share(dtype_name: str) -> tuple[float, str]:

@@ -8,12 +8,13 @@ file. So nobody reads the weights of one model with the settings or the tokenize
 """
 
 import contextlib
+import dataclasses
 import json
 import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -104,11 +105,17 @@ def find_model(name: Path) -> Path:
         raise UserError(f"{name}: no such folder; from the hub: {first_line(error)}") from None
 
 
-def load_model(name: Path) -> tuple[Config, dict[str, Tensor], Tokenizer, dict[str, Any]]:
-    """Read a folder, or a model of the hub, written by us or by `transformers`.
+class SavedModel(NamedTuple):
+    """The content of a model folder."""
 
-    Returns:
-        (config, weights in our names, tokenizer, the whole content of config.json)
+    config: Config
+    weights: dict[str, Tensor]  # in our names
+    tokenizer: Tokenizer
+    raw: dict[str, Any]  # the whole content of config.json
+
+
+def load_model(name: Path) -> SavedModel:
+    """Read a folder, or a model of the hub, written by us or by `transformers`.
 
     Raises:
         UserError: the folder is of none of the three families, is broken, or is being overwritten.
@@ -137,7 +144,7 @@ def load_model(name: Path) -> tuple[Config, dict[str, Tensor], Tokenizer, dict[s
     if tokenizer.get_vocab_size() != config.vocab_size:
         sizes = f"{tokenizer.get_vocab_size()} word pieces, the model {config.vocab_size}"
         raise UserError(f"{folder}: the tokenizer has {sizes}")
-    return config, weights, tokenizer, raw
+    return SavedModel(config, weights, tokenizer, raw)
 
 
 def _version(folder: Path) -> tuple[int, int]:
@@ -210,6 +217,20 @@ def load_weights(
             kind = type(model).__name__
             raise UserError(f"{folder}: unexpected weight {name}, which a {kind} does not use")
     return missing
+
+
+def choose_max_len(
+    config: Config, max_len: int | None, default: int, name: Path
+) -> tuple[Config, int]:
+    """The number of tokens of a sequence, also written into the config of the model `name`.
+
+    RoPE reaches beyond the windows of the pretraining. Learned positions do not: UserError.
+    """
+    if config.is_modern:
+        config = dataclasses.replace(config, max_len=max_len or default)
+    elif max_len and max_len > config.max_len:
+        raise UserError(f"--max-len {max_len}: {name} has {config.max_len} positions")
+    return config, min(max_len or default, config.max_len)
 
 
 def open_model(folder: Path, device: torch.device) -> tuple[nn.Module, Tokenizer, list[str] | None]:
