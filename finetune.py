@@ -17,7 +17,6 @@ import argparse
 import math
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +28,12 @@ from tqdm import tqdm
 
 from analysis.baselines import BASELINES, fit_baseline, fit_head
 from analysis.evaluation import forward_all, predict, print_summary, report, write_results
-from files import entities, model_folder, run_folder
+from files import entities, run_folder
 from files.cli import Parser, choose_hardware, flags_to_json, number, run_script
 from files.disk import UserError
 from files.entities import NOT_SCORED, TaggedDataset
 from files.machine import Ranks
+from files.model_folder import choose_max_len, load_model, load_weights, save_model
 from files.step_monitor import StepMonitor
 from labels import LabeledDataset, batches, encode, load, subsample
 from model import Classifier, Config, Tagger
@@ -55,7 +55,9 @@ Dataset = LabeledDataset | TaggedDataset
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("Fine-tune a pretrained model, beside two baselines.")
-    add, positive, share = parser.add_argument, number(int, 1), number(float, 0, 0.9)
+    add = parser.add_argument
+    positive = number(int, 1)
+    share = number(float, 0, 0.9)
     models = "folder of train.py, or BERT, RoBERTa or ModernBERT as a folder or a name on the hub"
     add("--model", type=Path, default=Path("runs/pretrain"), help=models)
     add("--data", choices=("mr", "imdb"), default="mr", help="built-in sentences or reviews")
@@ -88,21 +90,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     columns = (args.text_column, args.pair_column, args.label_column)
     if args.train is None and any((args.test, *columns, args.task)):
         parser.error("--test, the columns and --task belong to --train FILE")
-    if args.task == "tokens" and any((*columns, args.pooling, args.lr == 0)):
-        parser.error("--task tokens takes no columns, no --pooling and no --lr 0")
+    if args.task == "tokens" and any(columns):
+        parser.error("--task tokens takes no columns")
     return args
-
-
-def choose_length(config: Config, max_len: int | None, model: Path) -> tuple[Config, int]:
-    """Choose the number of tokens of an example, and write it into the config.
-
-    RoPE reaches beyond the windows of the pretraining. Learned positions do not: UserError.
-    """
-    if config.is_modern:
-        config = replace(config, max_len=max_len or MAX_LEN)
-    elif max_len and max_len > config.max_len:
-        raise UserError(f"--max-len {max_len}: {model} has {config.max_len} positions")
-    return config, min(max_len or MAX_LEN, config.max_len)
 
 
 def load_examples(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
@@ -123,6 +113,8 @@ def set_defaults(args: argparse.Namespace, train: Dataset, config: Config) -> No
     for method in args.methods:
         if method not in methods:
             raise UserError(f"--methods {method}: choose from {','.join(methods)}")
+    if is_tagged and (args.pooling or args.lr == 0):
+        raise UserError("--task tokens takes no --pooling and no --lr 0")
     if args.pooling and config.is_modern == (args.pooling == "pooler"):
         raise UserError(f"--pooling {args.pooling}: {args.model} is a {config.family} model")
     if args.epochs is None:  # fewer for more examples per class
@@ -136,17 +128,14 @@ def set_defaults(args: argparse.Namespace, train: Dataset, config: Config) -> No
 def encode_examples(dataset: Dataset, tokenizer: Tokenizer, max_len: int) -> tuple:
     """Tokenize: rows (see `labels.encode`), targets, first pieces (see `encode_words`), n_cut.
 
-    The targets of an example are (1,) its class or standardized number, or (tokens,) its tags.
+    The targets of an example are (1,) its class or number, or (tokens,) its tags.
     """
     if isinstance(dataset, TaggedDataset):
         rows, first_pieces, n_cut = entities.encode_words(dataset.words, tokenizer, max_len)
         targets = entities.token_targets(rows, first_pieces, dataset.tags)
         return rows, targets, first_pieces, n_cut
     rows, n_cut = encode(dataset, tokenizer, max_len)
-    numbers = dataset.targets
-    if dataset.names is None:
-        numbers = ((numbers - numbers.mean()) / (numbers.std() + 1e-6)).astype(np.float32)
-    return rows, list(numbers[:, None]), None, n_cut
+    return rows, list(dataset.targets[:, None]), None, n_cut
 
 
 def new_network(
@@ -161,7 +150,7 @@ def new_network(
     model.dropout.p = args.dropout
     if weights is not None:
         new_layers = ("classifier", "head" if isinstance(model, Tagger) else "pooler")
-        model_folder.load_weights(model, weights, args.model, allow_missing=new_layers)
+        load_weights(model, weights, args.model, allow_missing=new_layers)
     return model
 
 
@@ -193,11 +182,10 @@ def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets, ignore_index=NOT_SCORED, reduction="sum")
 
 
-def restore_unit(model: Classifier, targets: np.ndarray) -> None:
-    """Let a network that learned standardized numbers predict them in the unit of `targets`."""
-    scale = float(targets.std()) + 1e-6
+def restore_unit(model: Classifier, mean: float, scale: float) -> None:
+    """Let a network that learned standardized numbers predict them in their own unit."""
     model.classifier.weight.data *= scale
-    model.classifier.bias.data = model.classifier.bias.data * scale + float(targets.mean())
+    model.classifier.bias.data = model.classifier.bias.data * scale + mean
 
 
 def save_network(out: Path, model: nn.Module, tokenizer: Tokenizer, names: list | None) -> None:
@@ -206,7 +194,7 @@ def save_network(out: Path, model: nn.Module, tokenizer: Tokenizer, names: list 
     extra["label2id"] = {name: i for i, name in extra["id2label"].items()}
     if isinstance(model, Classifier):
         extra["problem_type"] = "single_label_classification" if names else "regression"
-    model_folder.save_model(out, model, tokenizer, extra)
+    save_model(out, model, tokenizer, extra)
 
 
 def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = None) -> dict:
@@ -221,18 +209,15 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
     with run_folder.lock(args.out, args.model):
         device, dtype = choose_hardware(args.device, args.dtype)
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-        config, weights, tokenizer, _ = model_folder.load_model(args.model)
-        config, max_len = choose_length(config, args.max_len, args.model)
+        config, weights, tokenizer, _ = load_model(args.model)
+        config, max_len = choose_max_len(config, args.max_len, MAX_LEN, args.model)
         train, test = data or load_examples(args)
         set_defaults(args, train, config)
         rows, targets, _, n_cut = encode_examples(train, tokenizer, max_len)
         test_rows, test_targets, first_pieces, n_more = encode_examples(test, tokenizer, max_len)
         content = [*rows, *targets, *test_rows, *test_targets, *weights.values()]
-        record = {
-            "flags": flags_to_json(args),
-            "environment": run_folder.environment(device, 1),
-            "data": run_folder.digest(content),
-        }
+        record = {"flags": flags_to_json(args), "environment": run_folder.environment(device, 1)}
+        record["data"] = run_folder.digest(content)
         defaults = flags_to_json(parse_args([]))
         checkpoint, state = run_folder.find_checkpoint(args, record, defaults, Ranks(0, 1))
         if checkpoint is None:
@@ -243,6 +228,10 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
         about["dtype"] = str(dtype).removeprefix("torch.")
         print_summary(about, args.epochs, max_len)
         steps_per_epoch = math.ceil(len(train) / args.batch_size)
+        if train.names is None:  # the network learns standardized numbers
+            mean = float(train.targets.mean())
+            scale = float(train.targets.std()) + 1e-6
+            targets = [(number - mean) / scale for number in targets]
 
         for method in args.methods:
             if method in results:
@@ -276,6 +265,7 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
                 model.train()
                 steps = np.array_split(rng.permutation(len(train)), steps_per_epoch)
                 bar = tqdm(steps, f"{method}, epoch {epoch + 1}", leave=False, disable=None)
+                losses = []
                 for step, examples in enumerate(bar, epoch * steps_per_epoch):
                     set_learning_rates([optimizer], step, args.epochs * len(steps), args.warmup)
                     n_targets = sum(int((targets[i] != NOT_SCORED).sum()) for i in examples)
@@ -291,36 +281,34 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
                         loss += float(micro_loss.detach())
 
                     scaler.unscale_(optimizer)
-                    max_norm = args.clip or math.inf
-                    grad_norm = float(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
-                    message = monitor.check(loss, grad_norm)
-                    if monitor.skip:
+                    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
+                    losses.append(loss)
+                    message = monitor.check(loss, float(grad_norm))
+                    if message:
                         print(f"{method}, step {step + 1}: {message}", flush=True)
-                    else:
+                    if not monitor.skip:
                         scaler.step(optimizer)
                     scaler.update()
                     optimizer.zero_grad(set_to_none=True)
                     if monitor.gave_up:
-                        print("stopped: too many skipped steps in a row; a lower --lr may help")
-                        raise SystemExit(1)
+                        raise SystemExit("too many skipped steps in a row; a lower --lr may help")
 
                 if bar.disable:  # stderr is not a terminal
-                    progress = f"{method}, epoch {epoch + 1} of {args.epochs}: loss {loss:.3f}"
-                    print(progress, file=sys.stderr, flush=True)
+                    progress = f"{method}, epoch {epoch + 1} of {args.epochs}"
+                    print(f"{progress}: loss {np.mean(losses):.3f}", file=sys.stderr, flush=True)
                 if data is None:
                     state |= record | {"step": state.get("step", 0) + 1}
                     state |= {"method": method, "epoch": epoch + 1}
                     run_folder.save_checkpoint(args.out, training, tokenizer, state, keep=1)
 
             if train.names is None:
-                restore_unit(model, train.targets)
+                restore_unit(model, mean, scale)
             if is_pretrained:
                 save_network(args.out, model, tokenizer, train.names)
             predictions[method] = predict(model, test_rows, first_pieces, train.names, autocast)
             results[method] = report(method, test.targets, predictions[method], start_time)
 
-        draws = data is None
-        return write_results(args.out, train, test, results, predictions, about, draws)
+        return write_results(args.out, train, test, results, predictions, about, data is None)
 
 
 if __name__ == "__main__":

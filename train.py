@@ -266,7 +266,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
             max_norm = args.clip or math.inf
-            grad_norm = float(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
             totals = ranks.sum(sums | {"signals": len(signals)}, device)  # ranks decide alike
             interrupted = totals.pop("signals") > 0
             loss = weighted_sum(totals)

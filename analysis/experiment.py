@@ -207,7 +207,7 @@ def load_classifier(model: str, setup: Setup) -> tuple[Classifier, Tokenizer, in
     """The network of a model under a new linear layer, its tokenizer, and its maximum length."""
     folder = setup.models[model]
     config, weights, tokenizer, _ = model_folder.load_model(folder)
-    config, max_len = finetune.choose_length(config, None, folder)
+    config, max_len = model_folder.choose_max_len(config, None, finetune.MAX_LEN, folder)
     torch.manual_seed(0)  # some BERTs lack a pooler
     network = Classifier(config, setup.n_classes or 1).to(setup.device).eval()
     model_folder.load_weights(network, weights, folder, allow_missing=("classifier", "pooler"))

@@ -52,16 +52,7 @@ def sentences(n: int, seed: int, topic: int | None = None) -> list[str]:
     ]
 
 
-SMALL = [
-    "--max-len",
-    "32",
-    "--micro-batch-tokens",
-    "512",
-    "--validate-every",
-    "10",
-    "--log-every",
-    "1",
-]
+SMALL = ["--max-len", "32", "--micro-batch-tokens", "512", "--save-every", "20", "--log-every", "1"]
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ FLAGS = {
     "SwiGLU": ["--activation", "silu"],
     "A second objective": ["--replaced-weight", "0.5"],
     "A byte-level tokenizer": [],
-    "Early stopping": ["--patience", "1", "--validate-every", "1", "--keep-best"],
+    "Early stopping": ["--patience", "1", "--save-every", "1", "--keep-best"],
     "Attention pooling": [],
 }
 SMALL = "--steps 5 --layers 1 --d-model 64 --max-len 32 --micro-batch-tokens 512"

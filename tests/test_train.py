@@ -17,7 +17,7 @@ from conftest import SMALL, sentences
 
 import train
 from data import Batch, Corpus
-from files import machine, model_folder, run_folder
+from files import model_folder, run_folder
 from files.disk import CACHE, UserError
 from files.machine import Ranks
 from model import Config, MaskedLM, mean_pool
@@ -129,7 +129,7 @@ def test_the_best_checkpoint_is_exported(corpus_file, tmp_path, monkeypatch):
         return {"validation_loss": loss, "validation_masked_lm": loss}
 
     monkeypatch.setattr(train, "validate", validate)
-    often = ["--validate-every", "2", "--save-every", "2", "--keep", "1", *TINY]
+    often = ["--save-every", "2", "--keep", "1", *TINY]
     for out, more, exported in (("best", ["--keep-best"], 4), ("last", [], 6)):
         losses.update({2: 3.0, 4: 2.0, 6: 4.0})
         out = tmp_path / out
@@ -182,25 +182,27 @@ def test_a_new_run_removes_the_model_of_an_earlier_one_before_its_first_step(
     ),
 )
 def test_slower_machines_train_on_fewer_tokens_and_say_why(
-    monkeypatch, name, capabilities, dtype, steps, tokens
+    monkeypatch, capsys, name, capabilities, dtype, steps, tokens
 ):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     device = torch.device(name)
-    n_steps, micro_batch_tokens, reason = machine.default_steps("tiny", device, dtype)
-    assert (n_steps, micro_batch_tokens) == (steps, tokens)
+    args = train.parse_args(["--dtype", dtype])
+    train.set_defaults(args, device, getattr(torch, dtype), Ranks(0, 1))
+    reason = capsys.readouterr().out
+    assert (args.steps, args.micro_batch_tokens) == (steps, tokens)
     assert reason.startswith(f"{steps} steps")
     assert (" x " in reason) == (steps != 1500) and ("4,096" in reason) == (tokens == 4096)
-    n_steps, micro_batch_tokens, _ = machine.default_steps("tiny", device, dtype, 2048)
-    assert n_steps * 2048 <= steps * tokens and micro_batch_tokens == 2048
+    args = train.parse_args(["--dtype", dtype, "--micro-batch-tokens", "2048"])
+    train.set_defaults(args, device, getattr(torch, dtype), Ranks(0, 1))
+    assert args.steps * 2048 <= steps * tokens and args.micro_batch_tokens == 2048
 
 
-def test_a_preset_without_a_default_number_of_steps_is_one_clear_line(monkeypatch, capsys):
+def test_a_preset_without_a_default_number_of_steps_is_one_clear_line(monkeypatch, tmp_path):
     monkeypatch.setitem(train.PRESETS, "mine", train.PRESETS["tiny"])
-    with pytest.raises(SystemExit) as ended:
-        train.main(["--preset", "mine"])
-    [line] = capsys.readouterr().err.splitlines()
-    assert ended.value.code == 2
-    assert line.endswith("--preset mine has no default number of steps: give --steps")
+    with pytest.raises(
+        UserError, match="--preset mine has no default number of steps: give --steps"
+    ):
+        train.main(["--preset", "mine", "--out", str(tmp_path)])
     assert train.parse_args(["--preset", "mine", "--steps", "3"]).steps == 3
 
 
@@ -236,7 +238,7 @@ def test_a_maximum_gradient_norm_of_zero_is_no_clipping(corpus_file, tmp_path):
 def test_a_resumed_run_equals_an_uninterrupted_one(corpus_file, tmp_path, monkeypatch):
     """Lines of the curve beyond the checkpoint, and a torn last one, are cut off."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    often = ["--save-every", "5", "--validate-every", "4"]
+    often = ["--save-every", "5"]
     train.main(run(corpus_file, straight, *often))
     stop_after_first_checkpoint(monkeypatch, run(corpus_file, broken, *often))
     assert curve(broken) == [point for point in curve(straight) if point["step"] <= 5]
@@ -268,7 +270,7 @@ def test_a_run_from_before_a_flag_is_resumed_with_its_default(corpus_file, tmp_p
     stop_after_first_checkpoint(monkeypatch, flags)
     folder = tmp_path / "checkpoints" / "step-2"
     state = torch.load(folder / "training.pt", weights_only=True)
-    for name in ("mask", "warmup", "clip"):
+    for name in ("mask", "clip"):
         del state["flags"][name]
     torch.save(state, folder / "training.pt")
     (folder / "manifest.json").write_bytes(run_folder.manifest(folder, 2))
