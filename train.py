@@ -5,12 +5,12 @@ several GPUs: torchrun --nproc-per-node 8 train.py --accumulate 8, which equals 
 same --accumulate.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import math
 import signal
 import time
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ LONG_RUN = 1500
 WARMUP = 0.05  # share of the steps in which the learning rates rise
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> Namespace:
     parser = Parser("Pretrain a transformer encoder by masked-language modelling.")
     add = parser.add_argument
     positive = number(int, 1)
@@ -92,9 +92,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def set_defaults(
-    args: argparse.Namespace, device: torch.device, dtype: torch.dtype, ranks: Ranks
-) -> None:
+def set_defaults(args: Namespace, device: torch.device, dtype: torch.dtype, ranks: Ranks) -> None:
     """Fill in the flags whose default depends on the machine or on other flags."""
     args.dtype = str(dtype).removeprefix("torch.")
     if args.steps is None:
@@ -113,7 +111,7 @@ def set_defaults(
             setattr(args, name, default)
 
 
-def build_config(args: argparse.Namespace, initial: SavedModel | None) -> Config:
+def build_config(args: Namespace, initial: SavedModel | None) -> Config:
     """The shape of the model: that of --model, or the preset's with the flags; sets --max-len."""
     if initial:
         config = initial.config
@@ -126,7 +124,7 @@ def build_config(args: argparse.Namespace, initial: SavedModel | None) -> Config
 
 
 def load_corpus(
-    args: argparse.Namespace, config: Config, initial: SavedModel | None, ranks: Ranks
+    args: Namespace, config: Config, initial: SavedModel | None, ranks: Ranks
 ) -> Corpus:
     """Tokenize the text on the first rank, and open it on all."""
     folder = None
@@ -139,11 +137,7 @@ def load_corpus(
 
 
 def build_model(
-    args: argparse.Namespace,
-    config: Config,
-    corpus: Corpus,
-    initial: SavedModel | None,
-    ranks: Ranks,
+    args: Namespace, config: Config, corpus: Corpus, initial: SavedModel | None, ranks: Ranks
 ) -> MaskedLM:
     """The model at step 0: that of --model, or a new one with a spectral embedding."""
     torch.manual_seed(args.seed)

@@ -199,9 +199,7 @@ def test_slower_machines_train_on_fewer_tokens_and_say_why(
 
 def test_a_preset_without_a_default_number_of_steps_is_one_clear_line(monkeypatch, tmp_path):
     monkeypatch.setitem(train.PRESETS, "mine", train.PRESETS["tiny"])
-    with pytest.raises(
-        UserError, match="--preset mine has no default number of steps: give --steps"
-    ):
+    with pytest.raises(UserError, match=r"--preset mine has no default .*: give --steps"):
         train.main(["--preset", "mine", "--out", str(tmp_path)])
     assert train.parse_args(["--preset", "mine", "--steps", "3"]).steps == 3
 
