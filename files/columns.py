@@ -10,19 +10,13 @@ from files.disk import UserError
 from files.readers import TABLE_SUFFIXES, Report, is_text, read_table, refuse, text_suffix
 
 # Usual column names, the most likely first. Without one of them the length of the values decides.
-TEXT_NAMES = (
-    *("text", "sentence", "review", "content", "document", "body", "message", "title"),
-    *("question", "premise"),
-)
+TEXT_NAMES = ("text", "sentence", "review", "content", "document", "body", "message", "title")
 PAIR_NAMES = (
     *(("text", "text_pair"), ("text_a", "text_b"), ("text1", "text2")),
     *(("sentence1", "sentence2"), ("sentence_a", "sentence_b")),
     *(("question1", "question2"), ("premise", "hypothesis"), ("question", "answer")),
 )
-LABEL_NAMES = (
-    *("label", "labels", "class", "category", "target"),
-    *("sentiment", "stars", "rating", "score", "y"),
-)
+LABEL_NAMES = ("label", "class", "category", "target", "sentiment", "stars", "rating", "score", "y")
 MOST_INTEGER_CLASSES = 20  # integers with more distinct values are regression targets
 N_GUESS_ROWS = 200  # rows of which the length of the values is compared
 
@@ -107,11 +101,7 @@ def to_items(
 ) -> Iterator[Item]:
     """Take the texts, and the label if it has a column, out of each row of a file.
 
-    Args:
-        path: The file, for messages.
-        rows: As `read_table` yields them.
-        columns: As `choose_columns` returns them.
-        report: Called for each row whose text or label is missing or blank.
+    `report` is called for each row whose text or label is missing or blank.
     """
     for line, row in rows:
         text, pair, label = (row.get(name) for name in columns)

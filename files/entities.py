@@ -68,7 +68,7 @@ def load(train: Path, test: Path | None) -> tuple[TaggedDataset, TaggedDataset]:
     Raises UserError if a file cannot be used, or has a tag that `train` does not have.
     """
     sentences = read_sentences(train)
-    tags = {word.tag for word in itertools.chain(*sentences)}
+    tags = {word.tag for word in itertools.chain.from_iterable(sentences)}
     names = [OUTSIDE, *sorted(tags - {OUTSIDE})]
     if len(names) < 2:
         raise UserError(f"{train}: every word is tagged {OUTSIDE}; there is nothing to learn")
@@ -82,7 +82,7 @@ def load(train: Path, test: Path | None) -> tuple[TaggedDataset, TaggedDataset]:
 
 def _to_dataset(sentences: list[list[Word]], names: list[str]) -> TaggedDataset:
     """Raises UserError for a tag that is none of `names`."""
-    for source, _, tag in itertools.chain(*sentences):
+    for source, _, tag in itertools.chain.from_iterable(sentences):
         if tag not in names:
             choices = ", ".join(names)
             raise UserError(f"{source}: tag {tag!r} is none of the training tags {choices}")
@@ -101,7 +101,7 @@ def read_sentences(path: Path) -> list[list[Word]]:
     sentences = [sentence for sentence in read(path) if sentence]
     if not sentences:
         raise UserError(f"{path}: no sentences in it")
-    for source, _, tag in itertools.chain(*sentences):
+    for source, _, tag in itertools.chain.from_iterable(sentences):
         if not re.fullmatch(f"{OUTSIDE}|[BI]-.+", tag):
             raise UserError(f"{source}: tag {tag!r} is none of {OUTSIDE}, B-TYPE and I-TYPE")
     return sentences
@@ -111,13 +111,10 @@ def _read_jsonl(path: Path) -> list[list[Word]]:
     sentences = []
     for line, row in read_table(path):
         words, tags = row.get("words"), row.get("tags")
-        for values in (words, tags):
-            if not isinstance(values, list) or not all(map(is_text, values)):
-                raise UserError(
-                    f"{path}:{line}: the fields 'words' and 'tags' must be lists of text"
-                )
-        if len(words) != len(tags):
-            raise UserError(f"{path}:{line}: {len(words)} words, but {len(tags)} tags")
+        are_texts = all(isinstance(x, list) and all(map(is_text, x)) for x in (words, tags))
+        if not are_texts or len(words) != len(tags):
+            problem = "the fields 'words' and 'tags' must be equally long lists of text"
+            raise UserError(f"{path}:{line}: {problem}")
         pairs = zip(words, tags, strict=True)
         sentences.append([Word(f"{path}:{line}", word, tag) for word, tag in pairs])
     return sentences

@@ -34,15 +34,12 @@ def refuse(error: UserError) -> None:
 def read_lines(
     path: Path, report: Report = refuse, in_pieces: bool = False
 ) -> Iterator[tuple[int, str]]:
-    """Read a text file line by line.
+    """Read (line number from 1, line with its line break) of a text file.
 
     Args:
         path: A file, perhaps compressed (.gz); "-" is standard input.
         report: Called for each line that is not UTF-8. Such a line comes as an empty one.
         in_pieces: Give a line of more than LONGEST_LINE characters in pieces with the same number.
-
-    Yields:
-        (line number from 1, line with its line break)
 
     Raises:
         UserError: The file cannot be read, or a line is too long.
@@ -75,8 +72,7 @@ def _open(path: Path) -> TextIO:
 
 def text_suffix(path: Path) -> str:
     """The suffix without compression: ".jsonl" of reviews.jsonl and of reviews.jsonl.gz."""
-    uncompressed = path.with_suffix("") if path.suffix == ".gz" else path
-    return uncompressed.suffix.lower()
+    return Path(path.name.removesuffix(".gz")).suffix.lower()
 
 
 def is_text(value: Any) -> bool:
@@ -85,17 +81,10 @@ def is_text(value: Any) -> bool:
 
 
 def read_table(path: Path, report: Report = refuse) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Read a .jsonl, .csv or .tsv file, perhaps compressed (.gz), row by row.
+    """Read (number of the row's last line, {column: value}) of a .jsonl, .csv or .tsv file.
 
     The first line of a .csv or .tsv file names the columns. In a .tsv file every tab separates two
-    fields, and quotes are ordinary characters.
-
-    Args:
-        path: The file.
-        report: Called for each row that is broken.
-
-    Yields:
-        (number of the row's last line, {column: value})
+    fields, and quotes are ordinary characters. `report` is called for each row that is broken.
     """
     if text_suffix(path) == ".jsonl":
         return _read_jsonl(path, report)
@@ -197,14 +186,10 @@ def find_files(paths: Iterable[str]) -> list[Path]:
     for path in map(Path, paths):
         if not os.path.exists(path):
             raise UserError(f"{path}: no such file or folder")
-        inside = [path]
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if text_suffix(p) in suffixes)
-        regular_files = [p for p in inside if p.is_file()]
-        if not regular_files:
-            problem = "no regular file; use - for standard input"
-            if path.is_dir():
-                problem = f"no {', '.join(suffixes)} file (or .gz of one) in this folder"
-            raise UserError(f"{path}: {problem}")
-        files += regular_files
+        inside = [path] if path.is_file() else sorted(path.rglob("*"))
+        inside = [p for p in inside if p.is_file() and (p == path or text_suffix(p) in suffixes)]
+        if not inside:
+            names = ", ".join(suffixes)
+            raise UserError(f"{path}: no regular file, and no folder of {names} (or .gz of one)")
+        files += inside
     return files

@@ -35,7 +35,6 @@ def load_reviews() -> dict[str, dict[str, list[tuple[str, str]]]]:
         for row in csv.DictReader(io.TextIOWrapper(raw, "utf-8", newline="")):
             text = row["text"].replace("<br />", " ")
             texts[row["source"]].setdefault(row["label"], []).append(text)
-
     return {"imdb": _split(texts["imdb"]), "mr": _split(texts["rotten_tomatoes"])}
 
 
@@ -44,11 +43,10 @@ def _split(texts_of_class: dict[str, list[str]]) -> dict[str, list[tuple[str, st
     train = []
     test = []
     for label, name in (("0", "negative"), ("1", "positive")):
-        texts = texts_of_class[label]
-        n_train = round(0.8 * len(texts))
-        train += [(text, name) for text in texts[:n_train]]
-        test += [(text, name) for text in texts[n_train:]]
-
+        rows = [(text, name) for text in texts_of_class[label]]
+        n_train = round(0.8 * len(rows))
+        train += rows[:n_train]
+        test += rows[n_train:]
     train_texts = {text for text, _ in train}
     return {"train": train, "test": [row for row in test if row[0] not in train_texts]}
 

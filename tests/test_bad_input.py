@@ -64,7 +64,7 @@ TRAIN = {  # flags -> a part of the message; {} is the folder of FILES
     "--device cuda:7": "cuda:7: not on this machine",
     "--corpus {}/missing.txt": "{}/missing.txt: no such file",
     "--corpus {}/good.txt {}/missing.txt": "{}/missing.txt: no such file",
-    "--corpus {}/folder": "{}/folder: no .txt",
+    "--corpus {}/folder": "{}/folder: no regular file, and no folder of .txt",
     "--corpus {}/empty.txt": "",
     "--corpus {}/blank.txt": "",
     "--corpus {}/picture.txt": "{}/picture.txt:1: ",

@@ -110,12 +110,18 @@ def test_bad_columns(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("row", "message"),
     (
-        ({"words": ["a"], "tags": ["B-X", "O"]}, ":2: 1 words, but 2 tags"),
-        ({"words": ["a"]}, ":2: the fields 'words' and 'tags' must be lists"),
-        ({"words": ["a"], "tags": "B-X"}, ":2: the fields 'words' and 'tags' must be lists"),
+        (
+            {"words": ["a"], "tags": ["B-X", "O"]},
+            ":2: the fields 'words' and 'tags' must be equally long lists",
+        ),
+        ({"words": ["a"]}, ":2: the fields 'words' and 'tags' must be equally long lists"),
+        (
+            {"words": ["a"], "tags": "B-X"},
+            ":2: the fields 'words' and 'tags' must be equally long lists",
+        ),
         (
             {"words": ["a", 3], "tags": ["O", "O"]},
-            ":2: the fields 'words' and 'tags' must be lists",
+            ":2: the fields 'words' and 'tags' must be equally long lists",
         ),
         ({"words": ["a"], "tags": ["S-X"]}, ":2: tag 'S-X' is none of O, B-TYPE and I-TYPE"),
     ),
