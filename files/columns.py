@@ -58,6 +58,9 @@ def choose_columns(path: Path, rows: list[Row], columns: Columns) -> Columns:
             problem = f"no such column; the columns are {choices}"
             raise UserError(f"{path}: --{kind}-column {name}: {problem}")
 
+    def text_length(name: str) -> int:
+        return sum(len(str(row.get(name))) for _, row in rows[:N_GUESS_ROWS])
+
     text, pair, label = columns
     usual = {name.lower(): name for name in names if name not in columns}
     if label is None:
@@ -68,13 +71,10 @@ def choose_columns(path: Path, rows: list[Row], columns: Columns) -> Columns:
                 text, pair = usual[first], usual[second]
     if text is None:
         text = next((usual[name] for name in TEXT_NAMES if name in usual), None)
-    if text is None and usual:
-        first_rows = [row for _, row in rows[:N_GUESS_ROWS]]
-        text = max(
-            usual.values(), key=lambda name: sum(len(str(row.get(name))) for row in first_rows)
-        )
     if text is None:
-        raise UserError(f"{path}: no text column beside {label!r}; name it with --text-column")
+        text = max(usual.values(), key=text_length, default=None)
+    if text is None:
+        raise UserError(f"{path}: no text column; name it with --text-column")
     print(f"{path}: text {text!r}{f' with {pair!r}' if pair else ''}", file=sys.stderr)
     return Columns(text, pair, label)
 

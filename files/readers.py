@@ -27,7 +27,7 @@ Report = Callable[[UserError], None]  # called for each broken line, which is th
 
 
 def refuse(error: UserError) -> None:
-    """The default Report: the first broken line ends the reading."""
+    """What the first broken line is reported to by default: it ends the reading."""
     raise error
 
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from seqeval.metrics import f1_score, precision_score, recall_score
 from seqeval.metrics.sequence_labeling import get_entities
+from test_data import byte_level_bpe, long_word_documents, sentencepiece, wordpiece
 from test_hub_names import their_folder
 from test_labels import PROPERTY
 from test_model import load_theirs
@@ -29,6 +30,7 @@ from files.entities import (
     predict_entities,
     read_sentences,
     token_targets,
+    word_spans,
 )
 from model import Tagger
 
@@ -133,6 +135,12 @@ def test_bad_rows(tmp_path, row, message):
         load(tmp_path / "a.jsonl", None)
 
 
+def test_held_out_sentences_do_not_stand_in_training(tmp_path):
+    sentences = [([f"w{i % 17}"], ["B-X"]) for i in range(20)]
+    train, test = load(write_conll(tmp_path / "a.conll", sentences), None)
+    assert len(train) == 16 and test.words == [["w16"]]
+
+
 def test_a_tag_that_training_never_saw(tmp_path):
     train = write_conll(tmp_path / "train.conll", tagged(5, 0))
     (tmp_path / "test.conll").write_text("a B-NEW\n")
@@ -169,6 +177,14 @@ def test_tags_stand_at_first_pieces(tokenizer):
             )
             at += len(pieces)
         assert target.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("make", (wordpiece, byte_level_bpe, sentencepiece))
+def test_a_text_is_split_into_words_as_its_tokenizer_splits_it(make):
+    text = "  bal dom,\tkist\n"
+    words = [text[start:end] for start, end in word_spans(text, make(long_word_documents()))]
+    comma = ["dom,"] if make is sentencepiece else ["dom", ","]
+    assert words == ["bal", *comma, "kist"]
 
 
 TAGS = st.sampled_from(["O", "B-A", "I-A", "B-B", "I-B"])
