@@ -32,7 +32,7 @@ class Columns(NamedTuple):
 
 
 class Item(NamedTuple):
-    """A text, with its second text if it is a pair; `source` is its file and line."""
+    """A text, or a word, of a file; `source` is its file and line, `pair` its second text."""
 
     source: str
     text: str

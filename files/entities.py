@@ -1,7 +1,7 @@
 """Token labels: files of tagged words, their tokens, and the entities that tags form.
 
 Tags are IOB2 (Ramshaw & Marcus 1995, cmp-lg/9505040, with B- at each beginning): B-X begins an
-entity of type X, I-X continues it, O is outside of any.
+entity of type X, I-X continues it (or begins one where there is none), O is outside of any.
 """
 
 import itertools
@@ -9,11 +9,12 @@ import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from files.columns import Item
 from files.disk import UserError
 from files.readers import is_text, read_lines, read_table, text_suffix
 from files.tokenizer import special_ids
@@ -23,20 +24,13 @@ from model import Tagger
 OUTSIDE = "O"
 NOT_SCORED = -100  # the target of a token without a tag: cross_entropy's ignore_index
 
+Sentence = list[Item]  # words, whose labels are their tags
 Entity = tuple[str, int, int]  # type, first word, last word
-
-
-class Word(NamedTuple):
-    """A word and its tag; `source` is its file and line."""
-
-    source: str
-    text: str
-    tag: str
 
 
 @dataclass(frozen=True)
 class TaggedDataset:
-    """Sentences of words and of their tags; the first of the tags that occur is OUTSIDE."""
+    """Sentences of words, with `targets` as tags of the words; `names` are all tags, O first."""
 
     words: list[list[str]]
     targets: list[list[str]]
@@ -68,7 +62,7 @@ def load(train: Path, test: Path | None) -> tuple[TaggedDataset, TaggedDataset]:
     Raises UserError if a file cannot be used, or has a tag that `train` does not have.
     """
     sentences = read_sentences(train)
-    tags = {word.tag for word in itertools.chain.from_iterable(sentences)}
+    tags = {word.label for sentence in sentences for word in sentence}
     names = [OUTSIDE, *sorted(tags - {OUTSIDE})]
     if len(names) < 2:
         raise UserError(f"{train}: every word is tagged {OUTSIDE}; there is nothing to learn")
@@ -80,34 +74,35 @@ def load(train: Path, test: Path | None) -> tuple[TaggedDataset, TaggedDataset]:
     return dataset, _to_dataset(read_sentences(test), names)
 
 
-def _to_dataset(sentences: list[list[Word]], names: list[str]) -> TaggedDataset:
+def _to_dataset(sentences: list[Sentence], names: list[str]) -> TaggedDataset:
     """Raises UserError for a tag that is none of `names`."""
-    for source, _, tag in itertools.chain.from_iterable(sentences):
-        if tag not in names:
-            choices = ", ".join(names)
-            raise UserError(f"{source}: tag {tag!r} is none of the training tags {choices}")
+    for word in itertools.chain.from_iterable(sentences):
+        if word.label not in names:
+            problem = f"tag {word.label!r} is none of the training tags {', '.join(names)}"
+            raise UserError(f"{word.source}: {problem}")
     words = [[word.text for word in sentence] for sentence in sentences]
-    tags = [[word.tag for word in sentence] for sentence in sentences]
+    tags = [[word.label for word in sentence] for sentence in sentences]
     return TaggedDataset(words, tags, names)
 
 
-def read_sentences(path: Path) -> list[list[Word]]:
+def read_sentences(path: Path) -> list[Sentence]:
     """Read a .jsonl file with lists of words and tags, or CoNLL's columns.
 
     A line of columns has the word first and the tag last; a blank line ends a sentence. Raises
-    UserError if a line is not like this or its tag is not IOB2; the message names the line.
+    UserError if a line is not like this or has another tag; the message names the line.
     """
     read = _read_jsonl if text_suffix(path) == ".jsonl" else _read_columns
     sentences = [sentence for sentence in read(path) if sentence]
     if not sentences:
         raise UserError(f"{path}: no sentences in it")
-    for source, _, tag in itertools.chain.from_iterable(sentences):
-        if not re.fullmatch(f"{OUTSIDE}|[BI]-.+", tag):
-            raise UserError(f"{source}: tag {tag!r} is none of {OUTSIDE}, B-TYPE and I-TYPE")
+    for word in itertools.chain.from_iterable(sentences):
+        if not re.fullmatch(f"{OUTSIDE}|[BI]-.+", word.label):
+            problem = f"tag {word.label!r} is none of {OUTSIDE}, B-TYPE and I-TYPE"
+            raise UserError(f"{word.source}: {problem}")
     return sentences
 
 
-def _read_jsonl(path: Path) -> list[list[Word]]:
+def _read_jsonl(path: Path) -> list[Sentence]:
     sentences = []
     for line, row in read_table(path):
         words, tags = row.get("words"), row.get("tags")
@@ -116,12 +111,12 @@ def _read_jsonl(path: Path) -> list[list[Word]]:
             problem = "the fields 'words' and 'tags' must be equally long lists of text"
             raise UserError(f"{path}:{line}: {problem}")
         pairs = zip(words, tags, strict=True)
-        sentences.append([Word(f"{path}:{line}", word, tag) for word, tag in pairs])
+        sentences.append([Item(f"{path}:{line}", word, label=tag) for word, tag in pairs])
     return sentences
 
 
-def _read_columns(path: Path) -> list[list[Word]]:
-    sentences: list[list[Word]] = [[]]
+def _read_columns(path: Path) -> list[Sentence]:
+    sentences: list[Sentence] = [[]]
     for line, text in read_lines(path):
         columns = text.split()
         if not columns or columns[0] == "-DOCSTART-":
@@ -129,7 +124,7 @@ def _read_columns(path: Path) -> list[list[Word]]:
         elif len(columns) == 1:
             raise UserError(f"{path}:{line}: one column; a word and its tag are needed")
         else:
-            sentences[-1].append(Word(f"{path}:{line}", columns[0], columns[-1]))
+            sentences[-1].append(Item(f"{path}:{line}", columns[0], label=columns[-1]))
     return sentences
 
 

@@ -83,7 +83,7 @@ def test_columns_and_jsonl_hold_the_same_sentences(tmp_path):
         write_jsonl(tmp_path / "a.jsonl", sentences),
     ):
         read = read_sentences(path)
-        assert [([w.text for w in s], [w.tag for w in s]) for s in read] == sentences
+        assert [([w.text for w in s], [w.label for w in s]) for s in read] == sentences
         train, test = load(path, None)
         assert (len(train), len(test)) == (16, 4)
         assert train.names == ["O", "B-LOC", "B-PER", "I-LOC"]
