@@ -91,7 +91,8 @@ class Corpus:
         mask: "rare" masks whole words, rare ones more often; "even" masks all tokens alike.
 
     Raises:
-        UserError: the text is shorter than one batch, or words cannot be told apart.
+        UserError: the token cache is damaged, the text is shorter than one batch, or words are to
+            be masked and the tokenizer does not mark where they begin.
     """
 
     def __init__(
@@ -111,9 +112,8 @@ class Corpus:
         self.document_ends = np.cumsum(lengths, dtype=np.int64)
         about = json.loads((folder / "about.json").read_text())
         if not len(self.tokens) == self.document_ends[-1:].sum() == about["n_tokens"]:
-            raise UserError(
-                f"{folder}: it lacks some of its tokens; delete it, and it is made anew"
-            )
+            problem = "this token cache is damaged; delete the folder, and it is written again"
+            raise UserError(f"{folder}: {problem}")
 
         train_documents = [np.arange(first, cut) for first, cut, _ in about["parts"]]
         held_out_documents = [np.arange(cut, end) for _, cut, end in about["parts"]]
@@ -192,9 +192,8 @@ class Corpus:
         while windows.length[-1] < 1:  # no room for a token between [CLS] and [SEP]
             longest = int(windows.length.argmax())
             if windows.length[longest] < 2:
-                raise UserError(
-                    "nearly every document is one token: join lines to longer documents"
-                )
+                problem = "nearly every document is one token"
+                raise UserError(f"{problem}; join lines into longer documents")
             windows.length[longest] -= 1
             windows.length[-1] += 1
         return self._assemble(windows, (self.seed, 1, step, micro), mask_rate, self.rarity)
@@ -231,9 +230,7 @@ class Corpus:
             masked = rng.permutation(candidates)[:n_masked]
         else:
             masked = self._draw_words(ids, candidates, rarity, rng)[:n_masked]
-            masked = rng.permutation(
-                masked
-            )  # so that the pieces of a word may differ in what follows
+            masked = rng.permutation(masked)  # the pieces of a word may differ in what follows
         targets = ids[masked]  # copied before anything is replaced
 
         # 80% become [MASK], 10% a random token, 10% stay (Devlin et al. 2018, section 3.1)

@@ -99,7 +99,7 @@ def load_examples(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
     """The training examples, or a sample of them, and the test examples."""
     if args.task == "tokens":
         train, test = entities.load(args.train, args.test)
-        return entities.subsample(train, args.labels, args.seed), test
+        return subsample(train, args.labels, args.seed), test
     columns = (args.text_column, args.pair_column, args.label_column)
     train, test = load(args.data, args.train, args.test, columns, args.task)
     return subsample(train, args.labels, args.seed), test
@@ -132,7 +132,7 @@ def encode_examples(dataset: Dataset, tokenizer: Tokenizer, max_len: int) -> tup
     """
     if isinstance(dataset, TaggedDataset):
         rows, first_pieces, n_cut = entities.encode_words(dataset.words, tokenizer, max_len)
-        targets = entities.token_targets(rows, first_pieces, dataset.tags)
+        targets = entities.token_targets(rows, first_pieces, dataset)
         return rows, targets, first_pieces, n_cut
     rows, n_cut = encode(dataset, tokenizer, max_len)
     return rows, list(dataset.targets[:, None]), None, n_cut

@@ -3,6 +3,7 @@
 Axes: S sequences (examples), T tokens of a batch.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from files.columns import choose_columns, guess_task, read_columns, read_rows, to_number
+from files.columns import Columns, Item, guess_task, read_examples, to_number
 from files.disk import UserError
 from files.reviews import load_reviews
 from files.tokenizer import special_ids
@@ -51,6 +52,11 @@ class LabeledDataset:
         texts = [self.texts[i] for i in indices]
         pairs = None if self.pairs is None else [self.pairs[i] for i in indices]
         return replace(self, texts=texts, pairs=pairs, targets=self.targets[indices])
+
+    @property
+    def strata(self) -> np.ndarray:
+        """(S,) The group of each example that a sample must represent: its class, or 0."""
+        return self.targets if self.names else np.zeros(len(self), dtype=int)
 
     def joined_texts(self) -> list[str]:
         """Each pair as one text, for methods that count words."""
@@ -91,100 +97,71 @@ def load(
         UserError: A file cannot be used; the message names it and the line.
     """
     if train is None:
-        return _load_built_in(data)
-    rows = read_rows(train)
-    columns = choose_columns(train, rows, *columns)
-    texts, pairs, labels = read_columns(train, rows, *columns)
+        parts = load_reviews()[data]
+        train_part, test_part = (zip(*parts[name], strict=True) for name in ("train", "test"))
+        return from_lists(*map(list, train_part)), from_lists(*map(list, test_part))
+
+    items, chosen = read_examples(train, Columns(*columns))
     names = None
-    if (task or guess_task(labels)) == "classify":
-        names = _class_names(train, rows, labels, minimum=2 if test else 3)
-    examples = LabeledDataset(texts, pairs, _to_targets(train, rows, labels, names), names)
-    _print_guesses(train, examples, *columns)
+    if (task or guess_task(item.label for item in items)) == "classify":
+        names = _class_names(train, items, minimum=2 if test else 3)
+    examples = _to_dataset(items, names)
+    classes = "numbers (regression)"
+    if names:
+        classes = names if len(names) <= 10 else f"{len(names)} classes"
+    print(f"{train}: {len(examples):,} examples; label {chosen.label!r}: {classes}")
     if test is None:
-        return _hold_out_last_fifth(examples)
-    rows = read_rows(test)
-    texts, pairs, labels = read_columns(test, rows, *columns)
-    return examples, LabeledDataset(texts, pairs, _to_targets(test, rows, labels, names), names)
+        return hold_out_last_fifth(examples)
+    return examples, _to_dataset(read_examples(test, chosen)[0], names)
 
 
-def _load_built_in(data: str) -> tuple[LabeledDataset, LabeledDataset]:
-    parts = load_reviews()[data]
-    names = sorted({label for _, label in parts["train"]})
-    datasets = []
-    for part in (parts["train"], parts["test"]):
-        targets = np.array([names.index(label) for _, label in part])
-        datasets.append(LabeledDataset([text for text, _ in part], None, targets, names))
-    return tuple(datasets)
-
-
-def _class_names(path: Path, rows: list, labels: list[str], minimum: int) -> list[str]:
+def _class_names(path: Path, items: list[Item], minimum: int) -> list[str]:
     """The distinct labels: numbers by value, then names. Raises UserError if one is too rare."""
-    counts = Counter(labels)
-    names = sorted(sorted(counts), key=lambda name: np.nan_to_num(to_number(name), nan=np.inf))
-    if len(names) < 2:
-        raise UserError(f"{path}: the label column has one class only, {names[0]!r}")
-    for name in names:
-        if counts[name] < minimum:
-            line, _ = rows[labels.index(name)]
-            problem = f"class {name!r} has too few examples, {counts[name]}"
-            raise UserError(f"{path}:{line}: {problem}; each class needs at least {minimum}")
-    return names
+    counts = Counter(item.label for item in items)
+    if len(counts) < 2:
+        raise UserError(f"{path}: the label column has one class only, {items[0].label!r}")
+    for item in items:
+        if counts[item.label] < minimum:
+            problem = f"class {item.label!r} has too few examples, {counts[item.label]}"
+            raise UserError(f"{item.source}: {problem}; each class needs at least {minimum}")
+    return sorted(counts, key=lambda name: (np.nan_to_num(to_number(name), nan=np.inf), name))
 
 
-def _to_targets(path: Path, rows: list, labels: list[str], names: list[str] | None) -> np.ndarray:
-    """Class numbers, or numbers to predict if `names` is None. Raises UserError."""
+def _to_dataset(items: list[Item], names: list[str] | None) -> LabeledDataset:
+    """Examples of classes, or of numbers if `names` is None. Raises UserError for another label."""
     if names is None:
-        targets = np.array([to_number(label) for label in labels], dtype=np.float32)
-        unusable = np.isnan(targets)
+        targets = [to_number(item.label) for item in items]
         problem = "is no number, which --task regress needs"
     else:
         class_numbers = {name: i for i, name in enumerate(names)}
-        targets = np.array([class_numbers.get(label, -1) for label in labels])
-        unusable = targets < 0
+        targets = [class_numbers.get(item.label, math.nan) for item in items]
         problem = f"is none of the training labels {', '.join(map(repr, names[:20]))}"
-    if unusable.any():
-        first = int(unusable.argmax())
-        raise UserError(f"{path}:{rows[first][0]}: label {labels[first]!r} {problem}")
-    return targets
-
-
-def _print_guesses(
-    path: Path, examples: LabeledDataset, text: str, pair: str | None, label: str
-) -> None:
-    classes = "numbers (regression)"
-    if examples.names:
-        classes = examples.names if len(examples.names) <= 10 else f"{len(examples.names)} classes"
-    columns = f"text {text!r}{f' with {pair!r}' if pair else ''}, label {label!r}"
-    print(f"{path}: {len(examples):,} examples; {columns}: {classes}")
+    for item, target in zip(items, targets, strict=True):
+        if math.isnan(target):
+            raise UserError(f"{item.source}: label {item.label!r} {problem}")
+    texts = [item.text for item in items]
+    pairs = None if items[0].pair is None else [item.pair for item in items]
+    dtype = np.float32 if names is None else np.int64
+    return LabeledDataset(texts, pairs, np.array(targets, dtype), names)
 
 
 # ------------------------------------------------------------------------- splits and budgets
+# These functions also take and return the TaggedDataset of files/entities.py.
 
 
-def _strata(examples: LabeledDataset) -> np.ndarray:
-    """The group of each example that a split must represent: its class, or one for numbers."""
-    return examples.targets if examples.names else np.zeros(len(examples), dtype=int)
-
-
-def _hold_out_last_fifth(examples: LabeledDataset) -> tuple[LabeledDataset, LabeledDataset]:
+def hold_out_last_fifth(dataset: LabeledDataset) -> tuple[LabeledDataset, LabeledDataset]:
     """Hold out the last fifth of each class, without texts that also occur in the rest.
 
     Neighbours in a file often belong together, so that a random split would leak.
     """
-    strata = _strata(examples)
-    is_test = np.zeros(len(examples), dtype=bool)
-    for stratum in np.unique(strata):
-        members = np.flatnonzero(strata == stratum)
-        n_test = max(1, int(TEST_SHARE * len(members)))
-        is_test[members[-n_test:]] = True
-    keys = list(zip(examples.texts, examples.pairs or examples.texts, strict=True))
-    training_keys = {keys[i] for i in np.flatnonzero(~is_test)}
-    test = [i for i in np.flatnonzero(is_test) if keys[i] not in training_keys]
-    if not test:
-        problem = "every example of the held-out fifth also stands in the rest"
-        raise UserError(f"{problem}; give a --test file")
-    print(f"no test file: the last fifth of each class is held out, {len(test):,} examples")
-    return examples[np.flatnonzero(~is_test)], examples[np.array(test)]
+    [(train_idx, test_idx)] = cross_validation_splits(dataset, 1, TEST_SHARE)
+    texts = dataset.joined_texts()
+    training_texts = {texts[i] for i in train_idx}
+    test_idx = [i for i in test_idx if texts[i] not in training_texts]
+    if not test_idx:
+        raise UserError("every example of the held-out fifth is in the rest too; add a --test file")
+    print(f"no test file: the last fifth of each class is held out, {len(test_idx):,} examples")
+    return dataset[train_idx], dataset[np.array(test_idx)]
 
 
 def subsample(dataset: LabeledDataset, n_labels: int | None, seed: int) -> LabeledDataset:
@@ -194,37 +171,29 @@ def subsample(dataset: LabeledDataset, n_labels: int | None, seed: int) -> Label
         `n_labels` examples (None: all of them) in the order of the file.
 
     Raises:
-        UserError: There are fewer examples, or fewer labels than two of each class.
+        UserError: There are fewer examples, or the budget is too small.
     """
-    n_all = len(dataset)
-    n_labels = n_labels or n_all
-    n_classes = len(dataset.names or [""])
-    if dataset.names is None and n_labels < 3:
-        raise UserError(f"--labels {n_labels}: at least 3 numbers are needed to learn from")
-    if n_labels == n_all:
+    n_labels = n_labels or len(dataset)
+    counts = np.bincount(dataset.strata)
+    minimum = max(N_FOLDS, 2 * len(counts))
+    if n_labels < minimum:
+        needed = f"at least {minimum} are needed: two of each class, and three in all"
+        raise UserError(f"--labels {n_labels}: {needed}")
+    if n_labels > len(dataset):
+        raise UserError(f"--labels {n_labels}: there are only {len(dataset)} to train on")
+    if n_labels == len(dataset):
         return dataset
-    if n_labels > n_all:
-        raise UserError(f"--labels {n_labels}: there are only {n_all} to train on")
-    if n_labels < 2 * n_classes:
-        minimum = f"{n_classes} classes need at least {2 * n_classes}"
-        raise UserError(f"--labels {n_labels}: {minimum}, two of each")
-    rng = np.random.default_rng([seed, 3])
-    strata = _strata(dataset)
-    sample = []
-    for stratum, size in enumerate(_allocate(np.bincount(strata, minlength=n_classes), n_labels)):
-        sample.append(rng.permutation(np.flatnonzero(strata == stratum))[:size])
-    return dataset[np.sort(np.concatenate(sample))]
 
-
-def _allocate(counts: np.ndarray, n_labels: int) -> np.ndarray:
-    """How many labels each class gets: its share, rounded by largest remainders."""
-    quota = np.minimum(counts, np.maximum(2, n_labels * counts / counts.sum()))
-    sizes = np.floor(quota).astype(int)
-    while sizes.sum() < n_labels:
-        sizes[np.where(sizes < counts, quota - sizes, -np.inf).argmax()] += 1
-    while sizes.sum() > n_labels:
+    quota = n_labels * counts / counts.sum()
+    sizes = np.maximum(2, np.floor(quota).astype(int))
+    while sizes.sum() < n_labels:  # to the largest remainders
+        sizes[(quota - sizes).argmax()] += 1
+    while sizes.sum() > n_labels:  # where a class has more than its share, because of the minimum
         sizes[sizes.argmax()] -= 1
-    return sizes
+    rng = np.random.default_rng([seed, 3])
+    members = [np.flatnonzero(dataset.strata == stratum) for stratum in range(len(counts))]
+    sample = [rng.permutation(m)[:size] for m, size in zip(members, sizes, strict=True)]
+    return dataset[np.sort(np.concatenate(sample))]
 
 
 def cross_validation_splits(dataset: LabeledDataset, n_folds: int, hold_out: float) -> list[Split]:
@@ -235,7 +204,7 @@ def cross_validation_splits(dataset: LabeledDataset, n_folds: int, hold_out: flo
         n_folds: One split per fold; 1 means one split.
         hold_out: The share of each class, its last examples, that this one split evaluates on.
     """
-    strata = _strata(dataset)
+    strata = dataset.strata
     position = np.empty(len(dataset))  # of an example within its class, from 0 to 1
     for stratum in np.unique(strata):
         members = np.flatnonzero(strata == stratum)

@@ -12,7 +12,6 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,11 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from files.cli import Parser, choose_hardware, number, run_script
+from files.columns import Item
 from files.disk import UserError
 from files.entities import predict_entities
 from files.model_folder import open_model
-from files.texts import Item, read_items
+from files.texts import read_items
 from files.tokenizer import special_ids, special_tokens
 from files.two_threads import answer_in_order
 from labels import LabeledDataset, batches, encode
@@ -51,6 +51,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if bool(args.texts) == bool(args.file):
         parser.error("give texts, or --file FILE, or - for standard input")
+    if not all(text.strip() for text in args.texts):
+        parser.error("a TEXT is blank")
     if "-" in args.texts:
         if len(args.texts) > 1:
             parser.error("-: standard input stands alone, without other texts")
@@ -58,19 +60,31 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-# ------------------------------------------------------------- the answers of each kind of model
-# Each takes a batch of texts; returns their answers, and how many of the texts were cut.
+# -------------------------------------------------------------------------------------- answers
 
 
-def to_batch(model: nn.Module, tokenizer: Tokenizer, items: list[Item]) -> tuple[tuple, int]:
-    """The inputs of the model, as in `labels.batches`, and the number of texts that were cut."""
+def answer_batch(
+    model: nn.Module, tokenizer: Tokenizer, names: list[str] | None, top: int, items: list[Item]
+) -> Answers:
+    """Answer a batch of texts with any kind of model."""
     texts = [item.text for item in items]
+    if isinstance(model, Tagger):
+        entities, n_cut = predict_entities(model, tokenizer, names, texts)
+        return [{"entities": entities_of_text} for entities_of_text in entities], n_cut
+
     pairs = None if items[0].pair is None else [item.pair for item in items]
     dataset = LabeledDataset(texts, pairs, np.zeros(len(items)), None)
     rows, n_cut = encode(dataset, tokenizer, model.config.max_len)
     device = next(model.parameters()).device
     _, inputs = next(batches(rows, np.arange(len(rows)), len(rows), device))
-    return inputs, n_cut
+    if isinstance(model, MaskedLM):
+        masks = fill_masks(model, tokenizer, top, inputs, len(items))
+        return [{"masks": masks_of_text} for masks_of_text in masks], n_cut
+    outputs = model(*inputs)[: len(items)]  # (S, C), without the padding
+    if names is None:
+        return [{"value": value} for value in outputs[:, 0].tolist()], n_cut
+    classes = best(outputs.softmax(-1), "label", names.__getitem__, top)
+    return [{"answers": classes_of_text} for classes_of_text in classes], n_cut
 
 
 def best(probabilities: Tensor, key: str, name_of: Callable, top: int) -> list[list[dict]]:
@@ -82,68 +96,44 @@ def best(probabilities: Tensor, key: str, name_of: Callable, top: int) -> list[l
     ]
 
 
-def classify(model: Classifier, tokenizer: Tokenizer, names, top: int, items) -> Answers:
-    inputs, n_cut = to_batch(model, tokenizer, items)
-    probabilities = model(*inputs)[: len(items)].softmax(-1)  # (S, C)
-    classes = best(probabilities, "label", names.__getitem__, top)
-    return [{"answers": answer} for answer in classes], n_cut
-
-
-def regress(model: Classifier, tokenizer: Tokenizer, items: list[Item]) -> Answers:
-    inputs, n_cut = to_batch(model, tokenizer, items)
-    return [{"value": value} for value in model(*inputs)[: len(items), 0].tolist()], n_cut
-
-
-def find_entities(model: Tagger, tokenizer: Tokenizer, names, items: list[Item]) -> Answers:
-    entities, n_cut = predict_entities(model, tokenizer, names, [item.text for item in items])
-    return [{"entities": answer} for answer in entities], n_cut
-
-
-def fill_masks(model: MaskedLM, tokenizer: Tokenizer, top: int, items: list[Item]) -> Answers:
-    inputs, n_cut = to_batch(model, tokenizer, items)
+def fill_masks(
+    model: MaskedLM, tokenizer: Tokenizer, top: int, inputs: tuple, n_texts: int
+) -> list[list[list[dict]]]:
+    """The best words for each mask of each text."""
     ids, cu_seqlens, *_ = inputs
-    n_tokens = cu_seqlens[len(items)]  # of the texts; the rest is padding
+    n_tokens = cu_seqlens[n_texts]  # of the texts; the rest is padding
     masks = (ids[:n_tokens] == special_ids(tokenizer)["mask"]).nonzero()[:, 0]  # (M,)
     states = model.model(*inputs).index_select(0, masks)  # (M, d_model)
     probabilities = model.decoder(model.head(states)).softmax(-1)  # (M, C)
     words = best(probabilities, "token", tokenizer.id_to_token, top)
-    answers: list[Answer] = [{"masks": []} for _ in items]
+    words_of_texts: list[list[list[dict]]] = [[] for _ in range(n_texts)]
     text_of_mask = torch.bucketize(masks, cu_seqlens[1:], right=True).tolist()
     for i, words_of_mask in zip(text_of_mask, words, strict=True):
-        answers[i]["masks"].append(words_of_mask)
-    return answers, n_cut
+        words_of_texts[i].append(words_of_mask)
+    return words_of_texts
 
 
-def keep_float32(linear: nn.Linear) -> None:
-    """Compute this layer in float32: in bfloat16 different words get equal probabilities."""
-    forward = linear.forward
-
-    def forward_in_float32(x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return forward(x.float())
-
-    linear.forward = forward_in_float32
-
-
-def choose_method(
+def make_answer(
     model: nn.Module, tokenizer: Tokenizer, names: list[str] | None, top: int, dtype: torch.dtype
 ) -> Callable[[list[Item]], Answers]:
-    """The function that answers a batch of texts with this kind of model."""
-    if isinstance(model, MaskedLM):
-        method = partial(fill_masks, model, tokenizer, top)
-    elif isinstance(model, Tagger):
-        method = partial(find_entities, model, tokenizer, names)
-    elif names is None:
-        method = partial(regress, model, tokenizer)
-    else:
-        method = partial(classify, model, tokenizer, names, top)
-    keep_float32(model.decoder if isinstance(model, MaskedLM) else model.classifier)
+    """The function that answers a batch of texts with this model at this precision.
+
+    The last layer computes in float32: in bfloat16 different words get equal probabilities.
+    """
     device = next(model.parameters()).device
+    last_layer = model.decoder if isinstance(model, MaskedLM) else model.classifier
+    forward = last_layer.forward
+
+    def forward_in_float32(x: Tensor) -> Tensor:
+        with torch.autocast(device.type, enabled=False):
+            return forward(x.float())
+
+    last_layer.forward = forward_in_float32
 
     @torch.no_grad()
     def answer(items: list[Item]) -> Answers:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return method(items)
+            return answer_batch(model, tokenizer, names, top, items)
 
     return answer
 
@@ -161,7 +151,7 @@ def predict_texts(folder: str | Path, texts: list[str]) -> list[tuple[str, float
     model, tokenizer, names = open_model(Path(folder), device)
     if not isinstance(model, Classifier) or names is None:
         raise UserError(f"{folder}: not a classifier; finetune.py makes one")
-    answer = choose_method(model, tokenizer, names, 1, dtype)
+    answer = make_answer(model, tokenizer, names, 1, dtype)
     items = (Item("", text) for text in texts)
     predictions: list[Answer] = []
     answer_in_order(items, answer, lambda _, answers: predictions.extend(answers[0]))
@@ -199,7 +189,7 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     device, dtype = choose_hardware(args.device, args.dtype)
     model, tokenizer, names = open_model(args.model, device)
     default_top = 5 if isinstance(model, MaskedLM) else len(names or []) if args.json else 1
-    answer = choose_method(model, tokenizer, names, args.top or default_top, dtype)
+    answer = make_answer(model, tokenizer, names, args.top or default_top, dtype)
     mask = special_tokens(tokenizer)["mask"]
     counts = {"answered": 0, "broken": 0, "cut": 0}
     lock = threading.Lock()  # a text may turn out to be broken on each of the threads

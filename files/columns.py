@@ -1,131 +1,135 @@
-"""The columns of a table of labelled examples: their names, guessed where the user gives none, and
-their values.
-"""
+"""The examples of a table: their columns, guessed where the user names none, and their values."""
 
 import math
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from files.disk import UserError
-from files.readers import TABLE_SUFFIXES, read_table, text_suffix
+from files.readers import TABLE_SUFFIXES, Report, is_text, read_table, refuse, text_suffix
 
 # Usual column names, the most likely first. Without one of them the length of the values decides.
-TEXT_NAMES = (
-    *("text", "sentence", "review", "content", "document", "body", "message", "title"),
-    *("question", "premise"),
-)
+TEXT_NAMES = ("text", "sentence", "review", "content", "document", "body", "message", "title")
 PAIR_NAMES = (
     *(("text", "text_pair"), ("text_a", "text_b"), ("text1", "text2")),
     *(("sentence1", "sentence2"), ("sentence_a", "sentence_b")),
     *(("question1", "question2"), ("premise", "hypothesis"), ("question", "answer")),
 )
-LABEL_NAMES = (
-    *("label", "labels", "class", "category", "target"),
-    *("sentiment", "stars", "rating", "score", "y"),
-)
+LABEL_NAMES = ("label", "class", "category", "target", "sentiment", "stars", "rating", "score", "y")
 MOST_INTEGER_CLASSES = 20  # integers with more distinct values are regression targets
+N_GUESS_ROWS = 200  # rows of which the length of the values is compared
+
+Row = tuple[int, dict[str, Any]]  # line number, {column: value}
 
 
-def read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """(line number, row) of a table."""
+class Columns(NamedTuple):
+    """The names of the columns; None of one that is to be guessed, or that does not exist."""
+
+    text: str | None = None
+    pair: str | None = None  # the second text
+    label: str | None = None
+
+
+class Item(NamedTuple):
+    """A text, or a word, of a file; `source` is its file and line, `pair` its second text."""
+
+    source: str
+    text: str
+    pair: str | None = None
+    label: str | None = None
+
+
+def choose_columns(path: Path, rows: list[Row], columns: Columns) -> Columns:
+    """Guess the columns that are not named, from the first of the rows of a file.
+
+    The label is the most usual label name. The texts are a usual pair of names, else a usual name,
+    else the column with the longest values.
+
+    Raises:
+        UserError: A column that is named does not exist, or no text column is left.
+    """
+    if not rows:
+        raise UserError(f"{path}: no examples in it")
+    names = list(rows[0][1])
+    for kind, name in columns._asdict().items():
+        if name is not None and name not in names:
+            choices = ", ".join(map(repr, names))
+            problem = f"no such column; the columns are {choices}"
+            raise UserError(f"{path}: --{kind}-column {name}: {problem}")
+
+    def text_length(name: str) -> int:
+        return sum(len(str(row.get(name))) for _, row in rows[:N_GUESS_ROWS])
+
+    text, pair, label = columns
+    usual = {name.lower(): name for name in names if name not in columns}
+    if label is None:
+        label = next((usual.pop(name) for name in LABEL_NAMES if name in usual), None)
+    if text is None and pair is None:
+        for first, second in PAIR_NAMES:
+            if text is None and first in usual and second in usual:
+                text, pair = usual[first], usual[second]
+    if text is None:
+        text = next((usual[name] for name in TEXT_NAMES if name in usual), None)
+    if text is None:
+        text = max(usual.values(), key=text_length, default=None)
+    if text is None:
+        raise UserError(f"{path}: no text column; name it with --text-column")
+    print(f"{path}: text {text!r}{f' with {pair!r}' if pair else ''}", file=sys.stderr)
+    return Columns(text, pair, label)
+
+
+def read_examples(path: Path, columns: Columns) -> tuple[list[Item], Columns]:
+    """Read a table of labelled examples, and choose those of its columns that are not named.
+
+    Raises:
+        UserError: The file is no table, lacks a column, or has a row without a text or a label.
+    """
     if text_suffix(path) not in TABLE_SUFFIXES:
         suffixes = ", ".join(TABLE_SUFFIXES)
         raise UserError(f"{path}: labelled examples come as {suffixes} (or .gz of one)")
     rows = list(read_table(path))
-    if not rows:
-        raise UserError(f"{path}: no examples in it")
-    return rows
+    columns = choose_columns(path, rows, columns)
+    if columns.label is None:
+        names = ", ".join(map(repr, rows[0][1]))
+        raise UserError(f"{path}: no label column among {names}; name it with --label-column")
+    return list(to_items(path, rows, columns)), columns
 
 
-def choose_columns(
-    path: Path, rows: list, text: str | None, pair: str | None, label: str | None
-) -> tuple[str, str | None, str]:
-    """The columns of text, second text and label: those that are named, else a guess."""
-    names = list(rows[0][1])
-    _check_column(path, names, "--label-column", label)
-    if label is None:
-        usual = _usual_names(LABEL_NAMES, names, exclude=(text, pair))
-        if not usual:
-            columns = ", ".join(map(repr, names))
-            raise UserError(f"{path}: no label column among {columns}; name it with --label-column")
-        label = usual[0]
-    return *choose_texts(path, rows, text, pair, label), label
+def to_items(
+    path: Path, rows: Iterable[Row], columns: Columns, report: Report = refuse
+) -> Iterator[Item]:
+    """Take the texts, and the label if it has a column, out of each row of a file.
 
-
-def choose_texts(
-    path: Path, rows: list, text: str | None, pair: str | None, label: str | None
-) -> tuple[str, str | None]:
-    """Choose the columns of the text and, for pairs, of the second text.
-
-    A text column that is not named (None) is guessed among those that are not the label: a usual
-    pair of names, else a usual name, else the column with the longest values in the first of
-    `rows`, which are (line number, row) of the file. Raises UserError if there is no such column.
+    `report` is called for each row whose text or label is missing or blank.
     """
-    names = list(rows[0][1])
-    for flag, name in (("--text-column", text), ("--pair-column", pair)):
-        _check_column(path, names, flag, name)
-    if text is not None:
-        return text, pair
-    for usual_pair in PAIR_NAMES if pair is None else ():
-        columns = _usual_names(usual_pair, names, exclude=(label,))
-        if len(columns) == 2:
-            return columns[0], columns[1]
-    usual = _usual_names(TEXT_NAMES, names, exclude=(label, pair))
-    others = [name for name in names if name not in (label, pair)]
-    if not others:
-        raise UserError(f"{path}: no text column beside {label!r}; name it with --text-column")
-
-    def text_length(name: str) -> int:
-        return sum(len(str(row.get(name, ""))) for _, row in rows[:200])
-
-    return usual[0] if usual else max(others, key=text_length), pair
-
-
-def _usual_names(usual: tuple[str, ...], names: list[str], exclude: tuple) -> list[str]:
-    """The columns with a usual name, whatever their case, the most usual first."""
-    by_lower_case = {name.lower(): name for name in reversed(names)}
-    columns = [by_lower_case[name] for name in usual if name in by_lower_case]
-    return [column for column in columns if column not in exclude]
-
-
-def _check_column(path: Path, names: list[str], flag: str, name: str | None) -> None:
-    if name is not None and name not in names:
-        columns = ", ".join(map(repr, names))
-        raise UserError(f"{path}: {flag} {name}: no such column; there are {columns}")
-
-
-def read_columns(
-    path: Path, rows: list, text: str, pair: str | None, label: str
-) -> tuple[list[str], list[str] | None, list[str]]:
-    """The texts, second texts and labels. Raises UserError if a field is missing or empty."""
     for line, row in rows:
-        for name in (text, pair) if pair else (text,):
-            if not isinstance(row.get(name), str) or not row[name].strip():
-                raise UserError(f"{path}:{line}: no text in field {name!r}")
-        value = row.get(label)
-        if value is None or isinstance(value, (dict, list)) or not str(value).strip():
-            raise UserError(f"{path}:{line}: no label in field {label!r}")
-    texts = [row[text] for _, row in rows]
-    pairs = [row[pair] for _, row in rows] if pair else None
-    return texts, pairs, [str(row[label]).strip() for _, row in rows]
+        text, pair, label = (row.get(name) for name in columns)
+        if not is_text(text):
+            problem = f"no text in field {columns.text!r}"
+        elif columns.pair and not is_text(pair):
+            problem = f"no text in field {columns.pair!r}"
+        elif columns.label and not (isinstance(label, (int, float)) or is_text(label)):
+            problem = f"no label in field {columns.label!r}"
+        else:
+            yield Item(f"{path}:{line}", text, pair, columns.label and str(label).strip())
+            continue
+        report(UserError(f"{path}:{line}: {problem}"))
 
 
-def guess_task(labels: list[str]) -> str:
+def guess_task(labels: Iterable[str]) -> str:
     """Names are classes, and so are integers with few distinct values."""
-    values = [to_number(label) for label in set(labels)]
-    if any(map(math.isnan, values)):
+    values = {to_number(label) for label in labels}
+    is_integer = all(value.is_integer() for value in values)
+    if any(map(math.isnan, values)) or (is_integer and len(values) <= MOST_INTEGER_CLASSES):
         return "classify"
-    are_integers = all(value == int(value) for value in values)
-    return "classify" if are_integers and len(values) <= MOST_INTEGER_CLASSES else "regress"
+    return "regress"
 
 
 def to_number(text: str) -> float:
-    """The finite number that a text is, or NaN."""
+    """The number that a text is, if float32 can hold it; otherwise NaN."""
     try:
-        with np.errstate(over="ignore"):
-            value = float(np.float32(text))
+        value = float(text)
     except ValueError:
         return math.nan
-    return value if math.isfinite(value) else math.nan
+    return value if abs(value) < 3e38 else math.nan

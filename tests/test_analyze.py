@@ -347,7 +347,7 @@ def test_model_that_disappears_half_way_leaves_what_was_computed(
     ("flags", "problem"),
     [
         (["--labels", "12,121"], "--labels 121: there are only 120"),
-        (["--labels", "4"], "--labels 4: 3 classes need at least 6"),
+        (["--labels", "4"], "--labels 4: at least 6 are needed"),
         (["--labels", "12", "--model", "nowhere"], "nowhere"),
     ],
 )

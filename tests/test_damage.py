@@ -588,10 +588,11 @@ TAGGED_WORDS = "".join(
 @pytest.fixture
 def finetuning(seedling, topics, tmp_path):
     """The flags of a short fine-tuning, of classes or of token labels, into a folder."""
-    (tmp_path / "words.conll").write_text(TAGGED_WORDS)
+    words = tmp_path / "words.conll"
+    words.write_text(TAGGED_WORDS)
     examples = {
         "classify": ["--train", topics[0], "--test", topics[1]],
-        "tokens": ["--train", tmp_path / "words.conll", "--task", "tokens"],
+        "tokens": ["--train", words, "--test", words, "--task", "tokens"],
     }
 
     def flags(out, task, *more, dtype="float32"):

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from seqeval.metrics import f1_score, precision_score, recall_score
 from seqeval.metrics.sequence_labeling import get_entities
+from test_data import byte_level_bpe, long_word_documents, sentencepiece, wordpiece
 from test_hub_names import their_folder
 from test_labels import PROPERTY
 from test_model import load_theirs
@@ -21,6 +22,7 @@ import predict
 from files import entities, model_folder
 from files.disk import UserError
 from files.entities import (
+    TaggedDataset,
     encode_words,
     entity_f1,
     load,
@@ -28,6 +30,7 @@ from files.entities import (
     predict_entities,
     read_sentences,
     token_targets,
+    word_spans,
 )
 from model import Tagger
 
@@ -65,8 +68,8 @@ def write_conll(path, sentences):
     return path
 
 
-def write_jsonl(path, sentences, names=("words", "tags")):
-    path.write_text("".join(json.dumps(dict(zip(names, s, strict=True))) + "\n" for s in sentences))
+def write_jsonl(path, sentences):
+    path.write_text("".join(json.dumps({"words": w, "tags": t}) + "\n" for w, t in sentences))
     return path
 
 
@@ -78,27 +81,18 @@ def test_columns_and_jsonl_hold_the_same_sentences(tmp_path):
     for path in (
         write_conll(tmp_path / "a.conll", sentences),
         write_jsonl(tmp_path / "a.jsonl", sentences),
-        write_jsonl(tmp_path / "b.jsonl", sentences, ("tokens", "ner_tags")),
     ):
-        assert [(words, tags) for _, words, tags in read_sentences(path)] == sentences
+        read = read_sentences(path)
+        assert [([w.text for w in s], [w.label for w in s]) for s in read] == sentences
         train, test = load(path, None)
-        assert (len(train), len(test)) == (16, 4) and train.names == [
-            "O",
-            "B-LOC",
-            "B-PER",
-            "I-LOC",
-        ]
-        assert [[train.names[i] for i in tags] for tags in test.tags] == [
-            tags for _, tags in sentences[16:]
-        ]
+        assert (len(train), len(test)) == (16, 4)
+        assert train.names == ["O", "B-LOC", "B-PER", "I-LOC"]
+        assert list(zip(test.words, test.targets, strict=True)) == sentences[16:]
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     (
-        ("a B-X\nb I-Y\n", ":2: I-Y after B-X: an entity begins with B-Y"),
-        ("a O\nb I-X\n", ":2: I-X after O"),
-        ("a B-X\n\nb I-X\n", ":3: I-X after O"),
         ("a B-X\nb\n", ":2: one column"),
         ("a B-X\nb PER\n", ":2: tag 'PER'"),
         ("a B-\n", ":1: tag 'B-'"),
@@ -118,11 +112,20 @@ def test_bad_columns(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("row", "message"),
     (
-        ({"words": ["a"], "tags": ["B-X", "O"]}, ":2: 1 words, but 2 tags"),
-        ({"words": ["a"]}, ":2: it needs lists"),
-        ({"words": ["a"], "tags": "B-X"}, ":2: it needs lists"),
-        ({"words": ["a", 3], "tags": ["O", "O"]}, ":2: it needs lists"),
-        ({"words": ["a"], "tags": ["I-X"]}, ":2: I-X after O"),
+        (
+            {"words": ["a"], "tags": ["B-X", "O"]},
+            ":2: the fields 'words' and 'tags' must be equally long lists",
+        ),
+        ({"words": ["a"]}, ":2: the fields 'words' and 'tags' must be equally long lists"),
+        (
+            {"words": ["a"], "tags": "B-X"},
+            ":2: the fields 'words' and 'tags' must be equally long lists",
+        ),
+        (
+            {"words": ["a", 3], "tags": ["O", "O"]},
+            ":2: the fields 'words' and 'tags' must be equally long lists",
+        ),
+        ({"words": ["a"], "tags": ["S-X"]}, ":2: tag 'S-X' is none of O, B-TYPE and I-TYPE"),
     ),
 )
 def test_bad_rows(tmp_path, row, message):
@@ -132,10 +135,18 @@ def test_bad_rows(tmp_path, row, message):
         load(tmp_path / "a.jsonl", None)
 
 
+def test_held_out_sentences_do_not_stand_in_training(tmp_path):
+    sentences = [([f"w{i % 17}"], ["B-X"]) for i in range(20)]
+    train, test = load(write_conll(tmp_path / "a.conll", sentences), None)
+    assert len(train) == 16 and test.words == [["w16"]]
+
+
 def test_a_tag_that_training_never_saw(tmp_path):
     train = write_conll(tmp_path / "train.conll", tagged(5, 0))
     (tmp_path / "test.conll").write_text("a B-NEW\n")
-    with pytest.raises(UserError, match=r"test.conll:1: tag 'B-NEW' is none of those in .*B-LOC"):
+    with pytest.raises(
+        UserError, match=r"test.conll:1: tag 'B-NEW' is none of the training tags O, B-LOC"
+    ):
         load(train, tmp_path / "test.conll")
 
 
@@ -151,7 +162,8 @@ def test_tags_stand_at_first_pieces(tokenizer):
     words = [["bal", "balqqdom", "\u200b", "x.y", "dom"], ["ki"] * 30]
     rows, places, n_cut = encode_words(words, tokenizer, 20)
     assert n_cut == 1 and [len(row) for row in rows][1] == 20
-    targets = token_targets(rows, places, [np.arange(5), np.arange(30)])
+    names = [str(i) for i in range(30)]
+    targets = token_targets(rows, places, TaggedDataset(words, [names[:5], names], names))
     for sentence, row, target in zip(words, rows, targets, strict=True):
         at = 1
         expected = np.full(len(row), entities.NOT_SCORED)
@@ -165,6 +177,14 @@ def test_tags_stand_at_first_pieces(tokenizer):
             )
             at += len(pieces)
         assert target.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("make", (wordpiece, byte_level_bpe, sentencepiece))
+def test_a_text_is_split_into_words_as_its_tokenizer_splits_it(make):
+    text = "  bal dom,\tkist\n"
+    words = [text[start:end] for start, end in word_spans(text, make(long_word_documents()))]
+    comma = ["dom,"] if make is sentencepiece else ["dom", ","]
+    assert words == ["bal", *comma, "kist"]
 
 
 TAGS = st.sampled_from(["O", "B-A", "I-A", "B-B", "I-B"])
@@ -287,7 +307,7 @@ def test_a_tagger_of_another_family(tmp_path, name):
         (["--text-column", "a"], "--task tokens takes no columns"),
         (["--pooling", "mean"], "no --pooling"),
         (["--lr", "0"], "no --lr 0"),
-        (["--labels", "999"], "--labels 999: there are only 8 sentences"),
+        (["--labels", "999"], "--labels 999: there are only 8 to train on"),
         (["--methods", "ngrams"], "--methods ngrams: choose from most_frequent,"),
     ],
 )
@@ -303,8 +323,8 @@ def test_token_labels_are_sampled_and_sentences_from_python_are_taken(pretrained
     path = write_conll(tmp_path / "a.conll", tagged(40, 0))
     run = ["--model", str(pretrained), "--out", str(tmp_path / "out"), *FAST, "--epochs", "1"]
     files = ["--train", str(path), "--task", "tokens"]
-    metrics = finetune.main([*run, *files, "--labels", "2", "--methods", "pretrained"])
-    assert (metrics["n_train"], metrics["n_test"]) == (2, 8)
+    metrics = finetune.main([*run, *files, "--labels", "3", "--methods", "pretrained"])
+    assert (metrics["n_train"], metrics["n_test"]) == (3, 8)
     data = load(path, None)
     metrics = finetune.main(run, data=data)
     assert list(metrics["test"]) == ["most_frequent", "random_weights", "pretrained"]

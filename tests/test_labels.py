@@ -124,9 +124,9 @@ def test_columns_are_named_or_guessed_and_the_guess_is_printed(tmp_path, capsys,
     train, _ = load(None, path, path, columns=tuple(asked))
     assert train.texts[0] == f"{text} 0" and train.names == [f"{label} 0", f"{label} 1"]
     assert train.pairs == (pair and [f"{pair} {i % 2}" for i in range(6)])
-    printed = capsys.readouterr().out
-    assert f"text {text!r}" in printed and f"label {label!r}" in printed
-    assert (f"with {pair!r}" in printed) == (pair is not None)
+    printed = capsys.readouterr()
+    assert f"text {text!r}" in printed.err and f"label {label!r}" in printed.out
+    assert (f"with {pair!r}" in printed.err) == (pair is not None)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ ERRORS = {
     "blank label": (CLASSES + "g,  \n", None, {}, ":8: no label"),
     "empty text": (CLASSES + ",x\n", None, {}, ":8: no text in field 'text'"),
     "empty label in test": (CLASSES, "text,label\na,x\nb,\n", {}, ":3: no label"),
-    "no label in test": (CLASSES, "text,mood\na,x\n", {}, ":2: no label in field 'label'"),
+    "no label in test": (CLASSES, "text,mood\na,x\n", {}, ": --label-column label: no such column"),
     "no number": (
         "text,label\na,1.5\nb,2.5\nc,x\n",
         None,
@@ -279,8 +279,8 @@ def test_without_a_test_file_the_last_fifth_of_each_class_is_held_out_and_nothin
     for text, label in rows:
         of_class[label].append(str(text))
     assume(len(of_class) > 1 and min(map(len, of_class.values())) > 2)
-    held_out = {label: texts[-max(1, len(texts) // 5) :] for label, texts in of_class.items()}
-    kept = {label: texts[: -max(1, len(texts) // 5)] for label, texts in of_class.items()}
+    held_out = {label: texts[-round(len(texts) / 5) :] for label, texts in of_class.items()}
+    kept = {label: texts[: -round(len(texts) / 5)] for label, texts in of_class.items()}
     seen = {text for texts in kept.values() for text in texts}
     fresh = {
         label: [text for text in texts if text not in seen] for label, texts in held_out.items()
@@ -337,7 +337,7 @@ def test_seeds_draw_different_budgets_and_all_is_all():
 def test_budgets_that_cannot_be_had_are_refused():
     with pytest.raises(UserError, match="--labels 10: there are only 9"):
         subsample(examples([5, 4]), 10, 0)
-    with pytest.raises(UserError, match="--labels 5: 3 classes need at least 6"):
+    with pytest.raises(UserError, match="--labels 5: at least 6 are needed"):
         subsample(examples([5, 4, 4]), 5, 0)
 
 

@@ -275,7 +275,7 @@ def test_in_bfloat16_classes_and_numbers_are_float32(pretrained, tmp_path, capsy
 def test_in_bfloat16_the_logits_of_tags_are_float32(pretrained):
     config, _, tokenizer, _ = model_folder.load_model(pretrained)
     model = Tagger(config, 3).eval()
-    answer = predict.choose_method(model, tokenizer, ["O", "B-X", "I-X"], 1, torch.bfloat16)
+    answer = predict.make_answer(model, tokenizer, ["O", "B-X", "I-X"], 1, torch.bfloat16)
     dtypes = []
     for layer in (model.model.layers[0].mlp.Wi, model.classifier):
         layer.register_forward_hook(lambda *call: dtypes.append(call[-1].dtype))
