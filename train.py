@@ -228,11 +228,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         environment = run_folder.environment(device, ranks.n)
         record = {"flags": flags_to_json(args), "environment": environment}
         defaults = flags_to_json(parse_args([]))
-        checkpoint, state = run_folder.find_checkpoint(args, record, defaults, ranks)
 
         initial = model_folder.load_model(args.model) if args.model else None
         config = build_config(args, initial)
-        run_folder.check_memory(config, device)
+        machine.check_memory(config, device)
         corpus = load_corpus(args, config, initial, ranks)
         validation = [batch.to(device) for batch in corpus.validation_batches()]
         model = build_model(args, config, corpus, initial, ranks).to(device)
@@ -245,14 +244,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         step_tokens = args.accumulate * args.micro_batch_tokens
 
         # from here on the folder belongs to this run: what an earlier one left in it is removed
-        training = (model, optimizers, scaler, monitor)
-        first_step, points = run_folder.start_or_resume(
-            args, checkpoint, state, record, training, ranks
-        )
+        training = (model, *optimizers, scaler, monitor)
+        state = run_folder.start_or_resume(args, record, defaults, ranks)
+        first_step = state.get("step", 0)
+        points = state.get("points", [])
+        if state:
+            run_folder.restore(args.out, state, training)
+            ranks.log(f"resuming after step {first_step}")
         if args.compile:
             machine.compile_blocks(model.model.layers, device, ranks.log)
         # DDP regroups gradients after its first step, which a resumed run has behind it
-        rehearsal = corpus.batch(0, ranks.rank, ranks.n, args.mask_rate) if checkpoint else None
+        rehearsal = corpus.batch(0, ranks.rank, ranks.n, args.mask_rate) if state else None
         parallel_model = ranks.wrap(model, rehearsal)
         ranks.log(f"{n_weights:,} weights on {device}, {args.dtype}; {step_tokens:,} tokens a step")
 
@@ -316,25 +318,25 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             must_save = interrupted or done % args.save_every == 0 or is_last
             gave_up = monitor.gave_up
             if gave_up:  # skipped steps changed no weight: save them if they still predict
-                monitor.reset()
+                monitor.n_skipped_in_a_row = 0
                 validation_loss = validate(model, validation, autocast)["validation_loss"]
                 must_save = math.isfinite(validation_loss)
             if ranks.is_first:
                 run_folder.append_metrics(args.out, new_points)
                 if must_save:
-                    state = record | {"step": done}
+                    state = record | {"step": done, "points": points}
                     run_folder.save_checkpoint(
-                        args.out, training, corpus.tokenizer, state, args.keep, points
+                        args.out, training, corpus.tokenizer, state, args.keep
                     )
                 if is_snapshot:
                     snapshot = args.out / "snapshots" / f"step-{done}"
                     model_folder.save_model(snapshot, model, corpus.tokenizer)
             if gave_up:
-                advice = run_folder.how_to_continue(args.out)
+                advice = "--resume continues after the last checkpoint; lower rates may help"
                 ranks.log(f"stopped after {monitor.patience} skipped steps in a row; {advice}")
                 raise SystemExit(1)
             if interrupted:
-                message = "the same command with --resume goes on"
+                message = "the same command with --resume continues"
                 ranks.log(f"stopped after step {done}, saved; {message}")
                 # the signal may have reached another rank
                 raise SystemExit(128 + (signals[0] if signals else signal.SIGTERM))
@@ -368,4 +370,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_script(main, "stopped; the same command with --resume goes on after the last saved step")
+    run_script(main, "stopped; the same command with --resume continues after the last saved step")
