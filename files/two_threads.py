@@ -29,23 +29,21 @@ def answer_in_order(
         Exception: What `answer` or `write` raised; nothing is read or written after it.
     """
 
-    def run(batch: list, previous: Future | None) -> None:
+    def run(batch: list, previous: Future) -> None:
         result = answer(batch)
-        if previous:
-            previous.result()
+        previous.result()
         write(batch, result)
 
     n_threads = torch.get_num_threads()
     half = -(-n_threads // 2)
-    last = None
+    previous: Future = Future()
+    previous.set_result(None)
     try:
         with ThreadPoolExecutor(min(2, n_threads), "", torch.set_num_threads, (half,)) as pool:
             while batch := list(itertools.islice(items, batch_size)):
-                previous = last
-                last = pool.submit(run, batch, previous)
-                if previous:
-                    previous.result()
-        if last:
-            last.result()
+                current = pool.submit(run, batch, previous)
+                previous.result()
+                previous = current
+        previous.result()
     finally:
         torch.set_num_threads(n_threads)
