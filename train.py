@@ -332,7 +332,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                     snapshot = args.out / "snapshots" / f"step-{done}"
                     model_folder.save_model(snapshot, model, corpus.tokenizer)
             if gave_up:
-                advice = "--resume continues after the last checkpoint; lower rates may help"
+                advice = "start again with lower rates, or --resume after the last checkpoint"
                 ranks.log(f"stopped after {monitor.patience} skipped steps in a row; {advice}")
                 raise SystemExit(1)
             if interrupted:

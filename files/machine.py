@@ -26,7 +26,7 @@ TINY_ON_CPU = (
     ("float32", "avx512_fp16", 750, 8192),  # Sapphire Rapids without AMX
     ("float32", "avx512_f", 840, 4096),
 )
-TINY_ON_SLOW_CPU = (None, "neither AVX-512 nor AMX", 420, 4096)
+TINY_ON_SLOW_CPU = (None, "neither AVX-512 nor AMX for it", 420, 4096)
 
 
 class Ranks(NamedTuple):
@@ -128,7 +128,7 @@ def default_steps(
         features = torch.cpu.get_capabilities()
         rows = [row for row in TINY_ON_CPU if row[0] == dtype_name and features.get(row[1])]
         _, feature, n_steps, n_tokens = rows[0] if rows else TINY_ON_SLOW_CPU
-        reason += f" on a CPU with {feature}"
+        reason += f", in {dtype_name} on a CPU with {feature}"
     n_tokens = micro_batch_tokens or n_tokens
     return n_steps, n_tokens, f"{n_steps} steps of {n_tokens:,} tokens: {reason}"
 
