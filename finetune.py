@@ -219,9 +219,7 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
         record = {"flags": flags_to_json(args), "environment": run_folder.environment(device, 1)}
         record["data"] = run_folder.digest(content)
         defaults = flags_to_json(parse_args([]))
-        checkpoint, state = run_folder.find_checkpoint(args, record, defaults, Ranks(0, 1))
-        if checkpoint is None:
-            run_folder.start_run(args.out, record)
+        state = run_folder.start_or_resume(args, record, defaults, Ranks(0, 1))
         results = state.setdefault("results", {})  # of the methods that are finished
         predictions = state.setdefault("predictions", {})
         about = {"n_train": len(train), "n_test": len(test), "n_cut": n_cut + n_more}
@@ -247,10 +245,10 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
             optimizer = new_optimizer(args, model, is_pretrained)
             scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
             monitor = StepMonitor(has_scaler=scaler.is_enabled())
-            training = (model, [optimizer], scaler, monitor)
+            training = (model, optimizer, scaler, monitor)
             first_epoch = 0
             if state.get("method") == method:
-                run_folder.restore(checkpoint, state, record, training)
+                run_folder.restore(args.out, state, training)
                 first_epoch = state["epoch"]
                 print(f"resuming after epoch {first_epoch} of {method}", flush=True)
             elif isinstance(model, Classifier) and (is_pretrained or args.lr == 0):

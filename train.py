@@ -88,7 +88,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
         parser.error(f"{flags} are of a new model; --model brings its own")
     if args.d_model and args.d_model % 64:
         parser.error(f"--d-model {args.d_model}: it must be a multiple of 64")
-    args.preset = args.preset or "tiny"
+    args.preset = args.preset or (None if args.model else "tiny")
     return args
 
 
@@ -208,11 +208,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         environment = run_folder.environment(device, ranks.n)
         record = {"flags": flags_to_json(args), "environment": environment}
         defaults = flags_to_json(parse_args([]))
-        checkpoint, state = run_folder.find_checkpoint(args, record, defaults, ranks)
 
         initial = model_folder.load_model(args.model) if args.model else None
         config = build_config(args, initial)
-        run_folder.check_memory(config, device)
+        machine.check_memory(config, device)
         corpus = load_corpus(args, config, initial, ranks)
         validation = [batch.to(device) for batch in corpus.validation_batches()]
         model = build_model(args, config, corpus, initial, ranks).to(device)
@@ -225,10 +224,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         step_tokens = args.accumulate * args.micro_batch_tokens
 
         # from here on the folder belongs to this run: what an earlier one left in it is removed
-        training = (model, optimizers, scaler, monitor)
-        first_step, points = run_folder.start_or_resume(
-            args, checkpoint, state, record, training, ranks
-        )
+        training = (model, *optimizers, scaler, monitor)
+        state = run_folder.start_or_resume(args, record, defaults, ranks)
+        first_step = state.get("step", 0)
+        points = state.get("points", [])
+        if state:
+            run_folder.restore(args.out, state, training)
+            ranks.log(f"resuming after step {first_step}")
         if args.compile:
             machine.compile_blocks(model.model.layers, device, ranks.log)
         rehearsal = corpus.batch(0, ranks.rank, ranks.n, args.mask_rate).to(device)
@@ -285,33 +287,34 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 new_points.append(point)
                 show_progress(progress, point, (args.steps - done) * step_tokens, ranks)
             is_snapshot = done * args.snapshots // args.steps > step * args.snapshots // args.steps
-            gave_up = monitor.gave_up
             must_save = interrupted
-            if done % args.save_every == 0 or done == args.steps or is_snapshot or gave_up:
+            if done % args.save_every == 0 or done == args.steps or is_snapshot or monitor.gave_up:
                 new_points.append({"step": done} | validate(model, validation, autocast))
                 validation_loss = new_points[-1]["validation_loss"]
                 ranks.log(f"step {done}: validation loss {validation_loss:.3f}")
                 must_save = math.isfinite(validation_loss)  # skipped steps changed no weight
             points += new_points
 
+            gave_up = monitor.gave_up
             if gave_up:
-                monitor.reset()
+                monitor.n_skipped_in_a_row = 0
             if ranks.is_first:
                 run_folder.append_metrics(args.out, new_points)
                 if must_save:
-                    state = record | {"step": done}
+                    state = record | {"step": done, "points": points}
                     run_folder.save_checkpoint(
-                        args.out, training, corpus.tokenizer, state, args.keep, points
+                        args.out, training, corpus.tokenizer, state, args.keep
                     )
                 if is_snapshot:
                     snapshot = args.out / "snapshots" / f"step-{done}"
                     model_folder.save_model(snapshot, model, corpus.tokenizer)
             if gave_up:
-                advice = run_folder.how_to_continue(args.out)
+                advice = "start again with lower rates, or --resume after the last checkpoint"
                 ranks.log(f"stopped after {monitor.patience} skipped steps in a row; {advice}")
                 raise SystemExit(1)
             if interrupted:
-                ranks.log(f"stopped after step {done}; the same command with --resume continues")
+                message = "the same command with --resume continues"
+                ranks.log(f"stopped after step {done}, saved; {message}")
                 # the signal may have reached another rank
                 raise SystemExit(128 + (signals[0] if signals else signal.SIGTERM))
         progress.close()

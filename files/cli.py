@@ -54,10 +54,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind: type, low: float, high: float | None = None) -> Callable[[str], int | float]:
-    """The `type`, for argparse, of a flag whose value is an int or a float between two limits.
-
-    Without `high` the limit is the largest int32, or the largest float.
-    """
+    """The argparse `type` of an int or a float from `low` to `high`, by default the largest."""
     if high is None:
         high = 2**31 - 1 if kind is int else sys.float_info.max
 
@@ -81,31 +78,21 @@ def choose_hardware(device_name: str | None, dtype_name: str) -> tuple[torch.dev
     """Choose the device and the dtype of its matrix multiplications.
 
     Args:
-        device_name: the value of --device; None is the fastest device of this machine. Under
-            torchrun, "cuda" is the GPU of this process's LOCAL_RANK.
-        dtype_name: the value of --dtype; "auto" is bfloat16 only where the hardware multiplies it
-            natively, because elsewhere it is slower than float32.
+        device_name: None is the fastest; "cuda" under torchrun is the GPU of LOCAL_RANK.
+        dtype_name: "auto" is bfloat16 where the hardware multiplies it natively, else float32.
 
     Raises:
         UserError: there is no such device, or the kernels of CLOZE_KERNELS do not run on it.
     """
-    available = ["cpu"]
-    if torch.backends.mps.is_available():
-        available.insert(0, "mps")
-    if torch.cuda.is_available():
-        available.insert(0, "cuda")
+    available = ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
+    if n_gpus := torch.cuda.device_count():
+        available = ["cuda", *(f"cuda:{i}" for i in range(n_gpus)), *available]
     name = device_name or available[0]
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-
-    choices = f"available: {', '.join(available)}"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: no such device; {choices}") from None
-    n_devices = torch.cuda.device_count() if device.type == "cuda" else 1
-    if device.type not in available or (device.index or 0) >= n_devices:
-        raise UserError(f"--device {name}: not on this machine; {choices}")
+    if name not in available:
+        raise UserError(f"--device {name}: not on this machine; available: {', '.join(available)}")
+    device = torch.device(name)
     try:
         kernels.dispatch.check_kernel_choice(device)
     except ValueError as error:
@@ -131,8 +118,8 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
 def run_script(main: Callable[[], dict[str, Any]], stopped: str = "stopped") -> dict[str, Any]:
     """Run a script's `main`, and return what it returns.
 
-    A UserError ends the process with exit code 2 and one line on stderr; Ctrl-C and SIGTERM end it
-    with 130 and 143, and the line `stopped`.
+    A UserError ends the process with exit code 2, and Ctrl-C and SIGTERM, with the line `stopped`,
+    end it with 130 and 143.
     """
 
     def stop(signal_number: int, _: Any) -> None:

@@ -60,10 +60,8 @@ def sync_folder(folder: Path) -> None:
         descriptor = os.open(folder, os.O_RDONLY)
     except PermissionError:  # Windows cannot open a folder
         return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def make_folder(out: Path, model: Path | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What a run needs of its machine: processes, signals, a compiler, and how many steps to take."""
+"""What a run needs of its machine: processes, signals, memory, a compiler, and how many steps."""
 
 import argparse
 import atexit
@@ -13,21 +13,21 @@ import torch.distributed as dist
 from torch import nn
 
 from files.disk import UserError, first_line
+from model import Config
 
-# For tiny, steps that end within 10 minutes on 2 CPU cores; for the others, which need a GPU, a
-# first guess.
+# What tiny does in 10 minutes on 2 fast CPU cores; for the others, which need a GPU, a first guess.
 STEPS = {"tiny": 1500, "small": 20_000, "base": 100_000}
 MICRO_BATCH_TOKENS = 8192
-FEW_STEPS = 500  # where the default is fewer, twice as many of half the tokens learn more
-# (precision, CPU feature, share of STEPS that takes as long as all of them do with AMX)
-CPU_SHARES = (
-    ("bfloat16", "amx_bf16", 1.0),
-    ("bfloat16", "avx512_vp2intersect", 1.2),  # Zen 5
-    ("bfloat16", "avx512_bf16", 0.6),  # Zen 4
-    ("float32", "avx512_fp16", 0.5),  # Sapphire Rapids without AMX
-    ("float32", "avx512_f", 0.28),
+# What tiny does in 10 minutes on other CPUs: (precision, feature of the CPU, steps, tokens of a
+# micro-batch). Where only few steps are possible, twice as many of half the tokens learn more.
+TINY_ON_CPU = (
+    ("bfloat16", "amx_bf16", 1500, 8192),
+    ("bfloat16", "avx512_vp2intersect", 1800, 8192),  # Zen 5
+    ("bfloat16", "avx512_bf16", 900, 8192),  # Zen 4
+    ("float32", "avx512_fp16", 750, 8192),  # Sapphire Rapids without AMX
+    ("float32", "avx512_f", 840, 4096),
 )
-SLOWEST_SHARE = 0.14  # of all other CPUs
+TINY_ON_SLOW_CPU = (None, "neither AVX-512 nor AMX for it", 420, 4096)
 
 
 class Ranks(NamedTuple):
@@ -116,36 +116,41 @@ def set_steps(args: argparse.Namespace, device: torch.device) -> str:
 
     The default is a number of steps and not of seconds, so that runs repeat.
     """
-    if args.preset not in STEPS:
-        raise UserError(f"--preset {args.preset} has no default number of steps: give --steps")
-    args.steps = STEPS[args.preset]
-    reason = f"the default of {args.preset}"
-    if device.type == "cpu":
-        share, feature = cpu_share(args.dtype)
-        args.steps = round(args.steps * share)
-        if share != 1:
-            reason += f" x {share:g}, for a CPU that multiplies in {args.dtype} with {feature}"
-    if args.steps < FEW_STEPS and args.micro_batch_tokens is None:
-        args.steps *= 2
-        args.micro_batch_tokens = MICRO_BATCH_TOKENS // 2
-        reason += f"; few, so twice as many of {args.micro_batch_tokens:,} tokens"
-    return f"{args.steps} steps: {reason}"
+    preset = args.preset or "tiny"  # --model has no preset
+    if preset not in STEPS:
+        raise UserError(f"--preset {preset} has no default number of steps: give --steps")
+    args.steps = STEPS[preset]
+    n_tokens = MICRO_BATCH_TOKENS
+    reason = f"the default of {preset}"
+    if preset == "tiny" and device.type == "cpu":
+        features = torch.cpu.get_capabilities()
+        rows = [row for row in TINY_ON_CPU if row[0] == args.dtype and features.get(row[1])]
+        _, feature, args.steps, n_tokens = rows[0] if rows else TINY_ON_SLOW_CPU
+        reason += f", in {args.dtype} on a CPU with {feature}"
+    args.micro_batch_tokens = args.micro_batch_tokens or n_tokens
+    return f"{args.steps} steps of {args.micro_batch_tokens:,} tokens: {reason}"
 
 
-def cpu_share(dtype_name: str) -> tuple[float, str]:
-    """The share of STEPS that this CPU takes, by its speed, and the feature that decides it."""
-    features = torch.cpu.get_capabilities()
-    for precision, feature, share in CPU_SHARES:
-        if precision == dtype_name and features.get(feature):
-            return share, feature
-    return SLOWEST_SHARE, "no AVX-512 or AMX for it"
+def check_memory(config: Config, device: torch.device) -> None:
+    """Raise UserError if weights, gradients and two optimizer states exceed the memory."""
+    if device.type == "cuda":
+        available = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf"):
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:  # Windows
+        return
+    in_block = 4 * config.d_model**2 + (3 if config.is_modern else 2) * config.d_model * config.d_ff
+    n_bytes = 16 * (config.vocab_size * config.d_model + config.n_layers * in_block)
+    if n_bytes > available:
+        sizes = f"needs {n_bytes / 1e9:,.0f} GB of memory, and there are {available / 1e9:,.0f}"
+        raise UserError(f"the model {sizes}: choose fewer --layers or a smaller --d-model")
 
 
 def compile_blocks(blocks: Iterable[nn.Module], device: torch.device, log) -> None:
     """Compile blocks in place, so that all names stay, where torch.compile works."""
     problem = compiler_problem(device)
     if problem:
-        log(f"--compile: {problem}: going on without")
+        log(f"--compile: {problem}: continuing without it")
         return
     for block in blocks:
         block.compile()

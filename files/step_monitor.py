@@ -9,13 +9,11 @@ import numpy as np
 class StepMonitor:
     """Decides which optimizer steps are skipped, and reports spikes of the loss.
 
-    A step whose loss or gradient norm is not finite is skipped. After several in a row the run
-    should end: one bad batch passes, lost weights do not. A GradScaler begins at 2**16, and may
-    halve that at each of 16 skipped steps before the gradients fit.
+    A step whose loss or gradient norm is not finite is skipped; after several in a row the run
+    should end. A GradScaler may halve its 2**16 at 16 skipped steps before the gradients fit.
 
     A spike is a loss more than 6 standard deviations above the mean of the recent losses, which
-    the noise of batches does not reach in a million steps, and more than 0.1 nats above it, for
-    losses that hardly vary.
+    the noise of batches does not reach, and more than 0.1 above it, for losses that hardly vary.
     """
 
     N_RECENT = 100
@@ -54,10 +52,6 @@ class StepMonitor:
             return ""
         self.n_spikes += 1
         return f"loss spike: {loss:.3f}, after a mean of {mean:.3f} in the steps before"
-
-    def reset(self) -> None:
-        """Forget the skipped steps in a row, so that a resumed run can go on behind them."""
-        self.n_skipped_in_a_row = 0
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))

@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,38 +16,34 @@ def answer_in_order(
 ) -> None:
     """Answer batches on two threads, each with half of the cores, and write the answers in order.
 
-    Matrix multiplications as small as those of a prediction use several cores badly. On 2 cores
-    predict.py answers 17,050 sentences in 18.7 s, and in 23.1 s on a single thread; 1,000 reviews
-    take 11.8 s and 13.1 s.
+    Matrix multiplications as small as those of a prediction use several cores badly: on 2 cores
+    predict.py answers 17,050 sentences in 18.7 s, and in 23.1 s on a single thread.
 
     Args:
-        items: Read on the main thread, and no more than three batches ahead of the writing.
-        answer: Called with a batch, on one of the threads.
-        write: Called with a batch and its answer, after the batch before it has been written. The
-            thread that computed an answer writes it: the main thread may be waiting for input.
-        batch_size: Items of a batch.
+        items: Read no more than three batches ahead of the writing.
+        answer: Called with a batch.
+        write: Called with a batch and its answer, on the thread that computed it: the main thread
+            may be waiting for input.
 
     Raises:
         Exception: What `answer` or `write` raised; nothing is read or written after it.
     """
 
-    def run(batch: list, previous: Future | None) -> None:
+    def run(batch: list, previous: Future) -> None:
         result = answer(batch)
-        if previous:
-            previous.result()
+        previous.result()
         write(batch, result)
 
     n_threads = torch.get_num_threads()
-    halve_cores = partial(torch.set_num_threads, -(-n_threads // 2))
-    last = None
+    half = -(-n_threads // 2)
+    previous: Future = Future()
+    previous.set_result(None)
     try:
-        with ThreadPoolExecutor(min(2, n_threads), initializer=halve_cores) as pool:
+        with ThreadPoolExecutor(min(2, n_threads), "", torch.set_num_threads, (half,)) as pool:
             while batch := list(itertools.islice(items, batch_size)):
-                previous = last
-                last = pool.submit(run, batch, previous)
-                if previous:
-                    previous.result()
-        if last:
-            last.result()
+                current = pool.submit(run, batch, previous)
+                previous.result()
+                previous = current
+        previous.result()
     finally:
         torch.set_num_threads(n_threads)

@@ -310,7 +310,7 @@ def test_a_signal_saves_and_says_how_to_go_on(flags, tmp_path, number, code):
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == code and "Traceback" not in output
-    assert "the same command with --resume continues" in output.splitlines()[-1]
+    assert "saved; the same command with --resume continues" in output.splitlines()[-1]
     [step] = run_folder.checkpoint_folders(tmp_path)
     assert step >= 3 and run_folder.latest_checkpoint(tmp_path, pytest.fail)
 
@@ -336,7 +336,7 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(flags, tmp_path):
     run.await_words("step 3:")
     os.kill(run.pids[1], signal.SIGTERM)
     code, log = run.wait()
-    assert code == 143 and log.count("the same command with --resume continues") == 1
+    assert code == 143 and log.count("saved; the same command with --resume continues") == 1
     assert len(run_folder.checkpoint_folders(tmp_path)) == 1 and run_folder.latest_checkpoint(
         tmp_path, pytest.fail
     )
@@ -382,7 +382,7 @@ def begin():
         train.main(argv)
     except UserError as error:
         print("error:", error)
-mount("size=800k")
+mount("size=200k")
 begin()
 mount("remount,size=4m")
 threading.Thread(target=fill, daemon=True).start()
@@ -418,8 +418,8 @@ def test_a_full_disk_leaves_the_checkpoint_before(flags, tmp_path):
         pytest.skip(f"no file system can be mounted here: {done.stderr.strip().splitlines()[-1]}")
     assert done.returncode == 0, done.stderr
     small, full = [line for line in done.stdout.splitlines() if line.startswith("error:")]
-    assert f"error: --out {disk}: the run needs 1 MB, and 1 MB are free" in small
-    assert "cannot be written: No space left on device" in full
+    for error in (small, full):
+        assert "cannot be written: No space left on device" in error
     copy, finished = (disk.with_name(disk.name + end) for end in ("-copy", "-finished"))
     [*_, step] = run_folder.checkpoint_folders(copy)
     assert (
@@ -456,8 +456,7 @@ def test_a_damaged_checkpoint_is_stepped_over_by_a_run(flags, tmp_path, capsys):
     train.main(flags(damaged, "--resume", steps=6))
     log = capsys.readouterr().out
     assert (
-        "step-6: damaged, training.pt is not as it was written" in log
-        and "resuming after step 3" in log
+        "step-6: damaged (changed: training.pt), skipped" in log and "resuming after step 3" in log
     )
     assert_equal(result(damaged), result(straight))
 
@@ -478,7 +477,7 @@ def test_another_environment_is_logged_and_the_run_continues(flags, tmp_path, mo
         run_folder, "environment", lambda *arguments: real(*arguments) | {"torch": "1.0"}
     )
     train.main(flags(tmp_path, "--resume", steps=3))
-    assert f"torch {torch.__version__}, now 1.0" in capsys.readouterr().out
+    assert f"{{'torch': '{torch.__version__}'}}, now {{'torch': '1.0'}}" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------ going wrong
@@ -533,8 +532,7 @@ def test_five_skipped_steps_in_a_row_stop_the_run_with_the_last_good_state(
         train.main(argv)
     log, folder = capsys.readouterr().out, tmp_path / "checkpoints" / "step-12"
     assert ended.value.code == 1
-    message = f"5 skipped steps in a row; the last good state is in {folder}: --resume"
-    assert message in log
+    assert "5 skipped steps in a row; start again with lower rates, or --resume" in log
     last_good = (tmp_path / "snapshots" / "step-7" / "model.safetensors").read_bytes()
     assert (folder / "model.safetensors").read_bytes() == last_good
     train.main([*argv, "--resume"])  # behind the bad ones
@@ -549,9 +547,7 @@ def test_diverged_weights_are_not_saved(flags, tmp_path, capsys):
             flags(tmp_path, "--lr-adamw", "1e30", "--lr-muon", "1e30", "--save-every", "100")
         )
     assert ended.value.code == 1 and not run_folder.checkpoint_folders(tmp_path)
-    assert (
-        "there is no checkpoint yet: begin anew, with a lower --lr-adamw" in capsys.readouterr().out
-    )
+    assert "start again with lower rates" in capsys.readouterr().out
 
 
 def test_a_spike_of_the_loss_is_logged_and_counted(flags, tmp_path, monkeypatch, capsys):
@@ -570,10 +566,7 @@ def test_ranks_decide_alike_on_a_loss_that_is_bad_on_one(flags, tmp_path):
             train.main(argv)
 
     log = finish(flags(tmp_path), ranks=2, code=1, main=one_rank_bad)
-    assert (
-        log.count(": skipped\n") == 5
-        and "5 skipped steps in a row; the last good state is in" in log
-    )
+    assert log.count(": skipped\n") == 5 and "stopped after 5 skipped steps in a row" in log
     assert [*run_folder.checkpoint_folders(tmp_path)] == [6, 9]
 
 
@@ -674,7 +667,7 @@ def test_a_fine_tuning_is_resumed_with_its_own_flags_and_examples_only(
     more = ("--methods", "random_weights", "--train", str(copy))
     flags = finetuning(tmp_path / "out", "classify", *more)
     finetune.main([*flags, "--resume"])
-    assert "no checkpoint in" in capsys.readouterr().out
+    assert "no checkpoint yet" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"--resume with --seed 1, but the run in .* has 0"):
         finetune.main([*flags, "--resume", "--seed", "1"])
     copy.write_text(copy.read_text().replace("bal", "kir"))

@@ -4,6 +4,7 @@ Hypothesis searches for inputs that break the readers and the flags; the other t
 accidents that are known to happen. CI runs a sample; -m slow runs the full count.
 """
 
+import argparse
 import contextlib
 import gzip
 import hashlib
@@ -37,6 +38,7 @@ import train
 from data import Corpus
 from files import cli, disk, entities, model_folder, readers, reviews, run_folder
 from files.disk import UserError
+from files.machine import Ranks
 
 ROOT = Path(__file__).parent.parent
 # the folder is shared by the examples of a test: each writes its files anew
@@ -549,7 +551,8 @@ def test_a_checkpoint_runs_no_code(pretrained, malicious, tmp_path):
         (folder / run_folder.MANIFEST).write_bytes(run_folder.manifest(folder, 20))
         assert run_folder.latest_checkpoint(run, pytest.fail) == folder
         with pytest.raises(UserError) as error:
-            run_folder.load_state(folder, {}, {}, pytest.fail)
+            args = argparse.Namespace(out=run, resume=True)
+            run_folder.start_or_resume(args, {}, {}, Ranks(0, 1))
         assert_one_line(error.value)
 
 
@@ -574,8 +577,8 @@ def test_the_cache_runs_no_code(pretrained, malicious, tmp_path, name):
     "change",
     [
         {"pretraining_only": None},
-        {"optimizers": []},
-        {"optimizers": [{}, {}]},
+        {"parts": []},
+        {"parts": [{}, {}, {}, {}]},
         {"pretraining_only": {"bias": torch.zeros(1, 2)}},
     ],
     ids=str,
