@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from scipy import stats
-from sklearn.metrics import confusion_matrix, f1_score
+from sklearn.metrics import f1_score
 from torch import nn
 
 from analysis.baselines import constant_scores
 from files import entities
-from files.disk import first_line, to_json, write_file
+from files.disk import to_json, write_file
 from files.entities import OUTSIDE, TaggedDataset
 from labels import LabeledDataset, batches
 from model import Classifier, Tagger
@@ -114,14 +114,6 @@ def measure(targets: Any, predictions: Any) -> dict[str, float]:
     return {"rmse": rmse, "pearson": pearson, "spearman": spearman}
 
 
-def measure_majority(train: Dataset, test: Dataset) -> dict[str, float]:
-    """The metrics of the most frequent class, of the mean number, or of no entities."""
-    if isinstance(train, TaggedDataset):
-        return measure(test.targets, [[OUTSIDE] * len(words) for words in test.words])
-    n_classes = len(train.names) if train.names else None
-    return measure(test.targets, constant_scores(train.targets, len(test), n_classes))
-
-
 def print_summary(about: dict[str, Any], n_epochs: int, max_len: int) -> None:
     """Print what is going to be trained on."""
     sizes = f"{about['n_train']:,} training and {about['n_test']:,} test examples"
@@ -165,7 +157,12 @@ def write_results(
     Returns:
         The content of metrics.json.
     """
-    majority = measure_majority(train, test)
+    if isinstance(train, TaggedDataset):
+        constant = [[OUTSIDE] * len(words) for words in test.words]
+    else:
+        n_classes = len(train.names) if train.names else None
+        constant = constant_scores(train.targets, len(test), n_classes)
+    majority = measure(test.targets, constant)
     print(f"{'majority' if train.names else 'mean':<15} {to_line(majority)}", flush=True)
     metrics = {"test": results, "majority": majority, "names": train.names} | about
     arrays = {"targets": test.targets} | predictions
@@ -175,20 +172,9 @@ def write_results(
     np.savez_compressed(content, **arrays)
     write_file(out / "predictions.npz", content.getbuffer())
     write_file(out / "metrics.json", to_json(metrics))
-    is_classification = isinstance(test, LabeledDataset) and test.names
-    if draws and is_classification and "pretrained" in arrays:
-        classes = arrays["pretrained"].argmax(1)
-        draw_confusion(test.targets, classes, test.names, out / "confusion.png")
-    return metrics
-
-
-def draw_confusion(targets: np.ndarray, classes: np.ndarray, names: list[str], path: Path) -> None:
-    """Draw the confusion matrix. A figure is no result: if it fails, a warning is printed."""
-    if len(names) > MOST_CLASSES:
-        return
-    try:
+    pretrained = arrays.get("pretrained", np.empty(0))
+    if draws and pretrained.ndim == 2 and len(train.names) <= MOST_CLASSES:
         from analysis import plots  # matplotlib takes a second to import
 
-        plots.confusion(confusion_matrix(targets, classes, labels=range(len(names))), names, path)
-    except Exception as error:  # of fonts, of memory, of the disk
-        print(f"{path}: not drawn: {first_line(error)}", flush=True)
+        plots.confusion(test.targets, pretrained.argmax(1), test.names, out / "confusion.png")
+    return metrics
