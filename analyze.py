@@ -74,7 +74,6 @@ def run_missing(plan: Plan, results: Results, setup: Setup) -> None:
     """Run what is not in the results. The output of finetune.py goes to OUT/log.txt."""
     runs = [run for cells in plan.values() for cell in cells.values() for run in cell]
     missing = [run for run in runs if run not in results]
-    missing.sort(key=lambda run: (run.labels, run.seed))  # a stop leaves draws that are complete
     # for the time left: the relative durations of the runs
     is_network = {"pretrained", "random_weights"}
     sizes = [6 * run.labels**0.35 if run.method in is_network else 4 for run in missing]
@@ -90,7 +89,7 @@ def run_missing(plan: Plan, results: Results, setup: Setup) -> None:
                 with contextlib.redirect_stdout(log):
                     print(f"# {title}", flush=True)
                     metrics, predictions = experiment.run_method(run, setup)
-                results.add(run, metrics, setup.test.targets, predictions)
+                results.add(run, metrics, predictions)
             except SystemExit as stop:
                 if stop.code != 1:  # Ctrl-C
                     raise
@@ -130,22 +129,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         run_missing(plan, results, setup)
 
         table = Table(results, plan, test.targets)
-        sections = {
-            "Test scores": report.accuracy(table, train, test, args.seeds),
-            "Differences": report.differences(table),
-            "Costs": report.costs(table, costs.measure(plan, setup)),
-        }
-        lines = [f"# What the pretraining was worth: {data}", ""]
         numbers = str(dtype).removeprefix("torch.")
+        lines = [f"# What the pretraining was worth: {data}", ""]
         lines += [f"{len(train):,} training and {len(test):,} test examples; {numbers}.", ""]
         lines += ["Every choice is made inside the labels; every score is on the test set.", ""]
-        for title, section in sections.items():
-            lines += [f"## {title}", "", *section]
+        lines += ["## Test scores", "", *report.accuracy(table, train, test, args.seeds)]
+        lines += ["## Differences", "", *report.differences(table)]
+        lines += ["## Costs", "", *report.costs(table, costs.measure(plan, setup)), ""]
         disk.write_file(args.out / "report.md", "\n".join(lines).encode())
         print(f"{args.out / 'report.md'}: {len(results.lines)} runs")
         plots.learning_curves(table.estimates, table.metric, args.out / "curves.png")
     return {
-        name: {n: [*vars(estimate).values()] for n, estimate in cells.items()}
+        name: {n: list(estimate) for n, estimate in cells.items()}
         for name, cells in table.estimates.items()
     }
 

@@ -20,7 +20,7 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer, TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.multiclass import OneVsRestClassifier
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import normalize
 
 from data import Corpus
@@ -157,39 +157,34 @@ def lsa(examples: LabeledDataset, n_train: int, pretrained: Path) -> tuple[Fit, 
 
 
 def document_vectors(texts: list[str], labelled: list[str], pretrained: Path) -> np.ndarray:
-    """Latent semantic analysis: TF-IDF and its truncated SVD, fitted on unlabelled text.
+    """Latent semantic analysis of texts, (texts, components): TF-IDF and its truncated SVD.
 
     Args:
-        texts: The texts to embed.
         labelled: The texts to fit on if the text of the pretraining is not in the cache.
         pretrained: The folder of the pretrained model, whose metrics.json names this text.
-
-    Returns:
-        (texts, components).
     """
     path = pretrained / "metrics.json"
     with model_folder.reading(path):
         metrics = json.loads(path.read_text()) if path.is_file() else {}
         cache = CACHE / metrics.get("tokens_folder", "none")
-    fitted = latent_semantics_of(cache) if cache.is_dir() else fit_latent_semantics(labelled)
-    tfidf, svd = fitted
-    return svd.transform(tfidf.transform(texts))
+    model = latent_semantics_of(cache) if cache.is_dir() else fit_latent_semantics(labelled)
+    return model.transform(texts)
 
 
 @functools.lru_cache(1)  # an experiment embeds many draws of labels in one space
-def latent_semantics_of(cache: Path) -> tuple[TfidfVectorizer, TruncatedSVD]:
+def latent_semantics_of(cache: Path) -> Pipeline:
     corpus = Corpus(cache, max_len=256, micro_batch_tokens=1, seed=0)
     return fit_latent_semantics(corpus.sample_texts(LSA_WINDOWS, seed=0))
 
 
-def fit_latent_semantics(texts: list[str]) -> tuple[TfidfVectorizer, TruncatedSVD]:
+def fit_latent_semantics(texts: list[str]) -> Pipeline:
     """TF-IDF of the texts, and its SVD with as many components as the widest choice has."""
     min_df = 2 if len(texts) > 1000 else 1
     # the SVD in float64 takes longer and gives the same accuracies
     tfidf = TfidfVectorizer(sublinear_tf=True, min_df=min_df, dtype=np.float32)
     features = tfidf.fit_transform(texts)
     width = min(max(LSA_WIDTHS), min(features.shape) - 1)
-    return tfidf, TruncatedSVD(width, random_state=0).fit(features)
+    return make_pipeline(tfidf, TruncatedSVD(width, random_state=0).fit(features))
 
 
 # ------------------------------------------------------------------------------- what they share
@@ -220,15 +215,17 @@ def fit_and_score(
     """Fit a model of scikit-learn on some examples and score others; features (examples, width)."""
     targets = examples.targets[train_idx]
     n_classes = len(examples.names) if examples.names else None
+    inputs, eval_inputs = features[train_idx], features[eval_idx]
     if issparse(features):  # the words of other examples are not known
-        features = features[:, features[train_idx].getnnz(axis=0) > 0]
-    if features.shape[1] == 0 or len(np.unique(targets)) == 1:
+        is_known = inputs.getnnz(axis=0) > 0
+        inputs, eval_inputs = inputs[:, is_known], eval_inputs[:, is_known]
+    if inputs.shape[1] == 0 or len(np.unique(targets)) == 1:
         return constant_scores(targets, len(eval_idx), n_classes)
-    model.fit(features[train_idx], targets)
+    model.fit(inputs, targets)
     if n_classes is None:
-        return model.predict(features[eval_idx])
+        return model.predict(eval_inputs)
     scores = np.zeros((len(eval_idx), n_classes))  # for a class without examples
-    scores[:, model.classes_] = model.predict_proba(features[eval_idx])
+    scores[:, model.classes_] = model.predict_proba(eval_inputs)
     return scores
 
 

@@ -1,38 +1,37 @@
-"""What a prediction costs: time and weights."""
+"""What a prediction costs: milliseconds per single text."""
 
 import functools
-import time
+import timeit
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import Normalizer
 
-from analysis.baselines import LSA_WIDTHS
+from analysis.baselines import LSA_WIDTHS, linear_model
 from analysis.evaluation import forward_all
 from analysis.experiment import Setup, load_classifier
 from analysis.results import Plan
 from labels import LabeledDataset, encode
 
 TIMED_TEXTS = 64
-ROUNDS = 5
+ROUNDS = 6
 
 
-def measure(plan: Plan, setup: Setup) -> dict[str, dict[str, float]]:
-    """{method: {"milliseconds": of a single text, and "weights": of a network}}."""
-    measured = {}
+def measure(plan: Plan, setup: Setup) -> dict[str, float]:
+    """{method: milliseconds per text}."""
+    milliseconds = {}
     for name, cells in plan.items():
         run = next(iter(cells.values()))[0]
         if run.method in ("ngrams", "lsa", "bag_of_words"):
             pipeline = baseline_pipeline(run.method, setup)
-            measured[name] = {"milliseconds": time_predictions(pipeline.predict, setup)}
+            milliseconds[name] = time_predictions(pipeline.predict, setup)
         else:
-            measured[name] = network_costs(run.model, setup)
-    return measured
+            milliseconds[name] = time_network(run.model, setup)
+    return milliseconds
 
 
 def baseline_pipeline(method: str, setup: Setup) -> Pipeline:
@@ -44,30 +43,26 @@ def baseline_pipeline(method: str, setup: Setup) -> Pipeline:
     if method == "lsa":
         n_components = min(LSA_WIDTHS[1], len(words.fit(texts).vocabulary_))
         steps += [TruncatedSVD(n_components, random_state=0), Normalizer()]
-    linear = LogisticRegression() if setup.train.names else Ridge()
+    linear = linear_model(setup.train.names is not None, c=1.0)
     return make_pipeline(*steps, linear).fit(texts, setup.train.targets)
 
 
 @functools.cache  # methods share a network
-def network_costs(model: str, setup: Setup) -> dict[str, float]:
+def time_network(model: str, setup: Setup) -> float:
     network, tokenizer, max_len = load_classifier(model, setup)
 
-    def predict(texts: list[str]) -> np.ndarray:
-        examples = LabeledDataset(texts, None, np.zeros(len(texts)), None)
-        rows, _ = encode(examples, tokenizer, max_len)
-        return forward_all(network, rows, np.arange(len(rows)), setup.autocast, network)
+    def predict(texts: list[str]) -> None:
+        rows, _ = encode(LabeledDataset(texts, None, np.zeros(1), None), tokenizer, max_len)
+        forward_all(network, rows, np.arange(1), setup.autocast, network)
 
-    weights = sum(parameter.numel() for parameter in network.parameters())
-    return {"milliseconds": time_predictions(predict, setup), "weights": weights}
+    return time_predictions(predict, setup)
 
 
 def time_predictions(predict: Callable[[list[str]], Any], setup: Setup) -> float:
-    """Milliseconds per single text, the median of several rounds after one that warms up."""
     texts = setup.test.texts[:TIMED_TEXTS]
-    seconds = []
-    for _ in range(ROUNDS + 1):
-        start = time.perf_counter()
+
+    def predict_each() -> None:
         for text in texts:
             predict([text])
-        seconds.append((time.perf_counter() - start) / len(texts))
-    return 1000 * float(np.median(seconds[1:]))
+
+    return 1000 * min(timeit.repeat(predict_each, number=1, repeat=ROUNDS)) / len(texts)

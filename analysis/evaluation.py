@@ -32,13 +32,10 @@ MOST_CLASSES = 50  # of a confusion matrix that is worth drawing
 def forward_all(
     model: nn.Module, rows: list[np.ndarray], indices: np.ndarray, autocast, function: Callable
 ) -> np.ndarray:
-    """Apply a function of the model to many examples, without dropout.
+    """Apply a function of the model, which is left in evaluation mode, to many examples.
 
     Args:
-        model: The model of the function; it is left in evaluation mode.
         rows: (tokens, 2) of each example, as `labels.encode` returns them.
-        indices: The examples to apply it to.
-        autocast: The precision.
         function: (ids, cu_seqlens, max_seqlen, token_types) to (S, ...) or to (T, ...).
 
     Returns:
@@ -69,8 +66,7 @@ def predict(
     """What a fine-tuned network predicts.
 
     Args:
-        model: A classifier, or a tagger.
-        rows: (tokens, 2) of each example.
+        rows: (tokens, 2) of each example, as `labels.encode` returns them.
         first_pieces: For a tagger, (words,) of each example: where its words begin in its row.
         names: The class names or tags; None for regression.
         autocast: The precision of the features; the last layer of a classifier is in float32.
@@ -104,9 +100,8 @@ def measure(targets: Any, predictions: Any) -> dict[str, float]:
     predictions = np.asarray(predictions)
     if predictions.ndim == 2:
         classes = predictions.argmax(1)
-        accuracy = float(np.mean(targets == classes))
-        macro_f1 = float(f1_score(targets, classes, average="macro"))
-        return {"accuracy": accuracy, "macro_f1": macro_f1}
+        macro_f1 = f1_score(targets, classes, average="macro")
+        return {"accuracy": float(np.mean(targets == classes)), "macro_f1": float(macro_f1)}
     rmse = float(np.sqrt(np.mean((targets - predictions) ** 2)))
     varies = np.ptp(predictions) > 0  # a constant has no correlation
     pearson = float(stats.pearsonr(targets, predictions).statistic) if varies else 0.0
@@ -143,16 +138,13 @@ def write_results(
     about: dict[str, Any],
     draws: bool,
 ) -> dict[str, Any]:
-    """Write metrics.json, predictions.npz and confusion.png.
+    """Write metrics.json and predictions.npz, where tags of sentences are written end to end.
 
     Args:
-        out: The folder of the run.
-        train: The training examples.
-        test: The test examples.
         results: The metrics of each method.
-        predictions: Its predictions. Tags of sentences are written end to end.
+        predictions: Its predictions.
         about: More for metrics.json.
-        draws: Whether to draw the confusion matrix of the pretrained network.
+        draws: Whether to draw confusion.png, the confusion matrix of the pretrained network.
 
     Returns:
         The content of metrics.json.

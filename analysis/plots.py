@@ -2,7 +2,6 @@
 can tell apart, and a different marker for each line."""
 
 import contextlib
-import dataclasses
 import itertools
 import sys
 from collections.abc import Iterator
@@ -71,7 +70,7 @@ def learning_curves(curves: dict[str, dict[int, Estimate]], metric: str, path: P
         styles = itertools.cycle(zip(COLOURS, MARKERS, strict=True))
         for (method, points), (colour, marker) in zip(curves.items(), styles, strict=False):
             budgets = list(points)
-            mean, low, high = np.array([dataclasses.astuple(e) for e in points.values()]).T
+            mean, low, high = np.array(list(points.values())).T
             axes.plot(budgets, mean, label=method, color=colour, marker=marker, markersize=5)
             axes.fill_between(budgets, low, high, color=colour, alpha=0.13, linewidth=0)
         axes.legend(frameon=False)

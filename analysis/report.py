@@ -50,17 +50,9 @@ def differences(table: Table) -> list[str]:
     return lines
 
 
-def costs(table: Table, measured: dict[str, dict[str, float]]) -> list[str]:
-    """The costs {method: {cost: value}} of the methods, and which of them to use."""
-    rows = []
-    for method, values in measured.items():
-        weights = f"{values['weights']:,}" if "weights" in values else ""
-        rows.append([method, f"{values['milliseconds']:.2f}", weights])
-    latency = {method: values["milliseconds"] for method, values in measured.items()}
-    advice = [s for n in table.budgets for s in statistics.advise(table.scores, latency, n)]
-    return [
-        "Measured on this machine, one text at a time.",
-        *markdown(["", "milliseconds per text", "weights"], rows),
-        *(f"- {sentence}" for sentence in advice),
-        "",
-    ]
+def costs(table: Table, milliseconds: dict[str, float]) -> list[str]:
+    """The times {method: milliseconds per text} of the methods, and which of them to use."""
+    rows = [[method, f"{time:.2f}"] for method, time in milliseconds.items()]
+    advice = [s for n in table.budgets for s in statistics.advise(table.scores, milliseconds, n)]
+    lines = markdown(["", "milliseconds per text"], rows)
+    return ["Measured on this machine, one text at a time.", *lines, *(f"- {s}" for s in advice)]

@@ -51,12 +51,10 @@ class Results:
     def __contains__(self, run: Run) -> bool:
         return tuple(map(str, run)) in self.lines and self.predictions_path(run).is_file()
 
-    def add(
-        self, run: Run, metrics: dict[str, Any], targets: np.ndarray, predictions: np.ndarray
-    ) -> None:
+    def add(self, run: Run, metrics: dict[str, Any], predictions: np.ndarray) -> None:
         """Save a run, its predictions before its line in the table."""
         content = io.BytesIO()
-        np.savez_compressed(content, targets=targets, predictions=predictions)
+        np.savez_compressed(content, predictions=predictions)
         disk.write_file(self.predictions_path(run), content.getbuffer())
 
         values = dict.fromkeys(COLUMNS, "") | run._asdict() | metrics
@@ -66,9 +64,6 @@ class Results:
         table.writeheader()
         table.writerows(self.lines.values())
         disk.write_file(self.path, text.getvalue().encode())
-
-    def line(self, run: Run) -> dict[str, str]:
-        return self.lines[tuple(map(str, run))]
 
     def load(self, run: Run) -> np.ndarray:
         """Probabilities (N, K) or numbers (N,) for the test examples."""
@@ -97,7 +92,8 @@ class Table:
                 score = statistics.mean_score(correct, counts)
                 self.scores.setdefault(method, {})[labels] = score
                 if self.metric == "accuracy":
-                    of_draws = [float(results.line(run)["macro_f1"]) for run in runs]
+                    lines = [results.lines[tuple(map(str, run))] for run in runs]
+                    of_draws = [float(line["macro_f1"]) for line in lines]
                     self.macro_f1.setdefault(method, {})[labels] = f"{np.mean(of_draws):.3f}"
         if not self.scores:
             raise UserError(f"{results.path}: no method has finished: there is nothing to report")

@@ -6,6 +6,7 @@ Axes: D draws of the labels, N test examples, B bootstrap samples of them.
 import functools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy import special
@@ -14,8 +15,7 @@ N_BOOTSTRAP = 4000
 CONFIDENCE = 0.95
 
 
-@dataclass(frozen=True)
-class Estimate:
+class Estimate(NamedTuple):
     """A mean over draws and test examples with its 95% confidence interval."""
 
     mean: float

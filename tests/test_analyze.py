@@ -179,7 +179,7 @@ def test_whole_experiment(analysis):
         if (line["method"], line["labels"]) == ("frozen", "30")
     ]
     assert f" {np.mean(of_draws):.3f} |" in text
-    assert re.search(r"^\| bag_of_words \| \d+\.\d\d \|  \|$", text, re.MULTILINE)
+    assert re.search(r"^\| bag_of_words \| \d+\.\d\d \|$", text, re.MULTILINE)
     assert "With 30 labels use " in text
 
 
