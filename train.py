@@ -83,7 +83,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--keep", type=positive, default=2, help="last checkpoints to keep, beside the best one")
     best = "save the checkpoint with the best validation loss in place of the last weights"
     add("--keep-best", action="store_true", help=best)
-    along = "models to save along the way, in OUT/snapshots; analyze.py draws a curve over them"
+    along = "models to save along the way, in OUT/snapshots, for analyze.py --model"
     add("--snapshots", type=number(int, 0), default=0, help=along)
     add("--resume", action="store_true", help="continue after the last checkpoint in --out")
     args = parser.parse_args(argv)

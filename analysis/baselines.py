@@ -78,14 +78,16 @@ def choose(fit: Fit, grid: Sequence, train: LabeledDataset) -> tuple[Any, float]
     for train_idx, eval_idx in splits:
         targets = train.targets[eval_idx]
         for choice in grid:
-            predictions = fit(choice, train_idx, eval_idx)
-            if train.names:
-                score = np.mean(predictions.argmax(1) == targets)
-            else:
-                score = -np.mean((predictions - targets) ** 2)
-            scores[choice] += float(score) / len(splits)
+            values = goodness(fit(choice, train_idx, eval_idx), targets)
+            scores[choice] += float(values.mean()) / len(splits)
     best = max(grid, key=scores.get)
     return best, scores[best]
+
+
+def goodness(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Of each example, 1 if it is classified correctly, else 0; of a number, minus its squared
+    error."""
+    return scores.argmax(1) == targets if scores.ndim == 2 else -((scores - targets) ** 2)
 
 
 # ---------------------------------------------------------------------------------- the methods

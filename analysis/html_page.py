@@ -38,8 +38,7 @@ def attention_maps(model: Classifier, row: np.ndarray) -> list[Tensor]:
     identity matrix, given as values, come out as columns of the probabilities.
 
     Args:
-        model: The classifier.
-        row: (L, 2) token ids and types of a text, as `labels.encode` returns them.
+        row: (L, 2), as `labels.encode` returns it.
 
     Returns:
         (H, L, L) of each layer: how much each token (row) attends to each token (column).
@@ -50,10 +49,9 @@ def attention_maps(model: Classifier, row: np.ndarray) -> list[Tensor]:
         x, cu_seqlens, max_seqlen, rope = inputs
         q, k, _ = layer.Wqkv(x).unflatten(-1, (3, layer.n_heads, -1)).unbind(1)  # (L, H, D) each
         columns = []
-        for unit_vectors in torch.eye(len(x), device=x.device).split(q.shape[-1], dim=1):
-            padding = (0, q.shape[-1] - unit_vectors.shape[1])
-            values = F.pad(unit_vectors, padding)[:, None].expand_as(q)
-            qkv = torch.stack((q, k, values), dim=1)  # (L, 3, H, D)
+        identity = F.pad(torch.eye(len(x), device=x.device), (0, -len(x) % q.shape[-1]))
+        for unit_vectors in identity.split(q.shape[-1], dim=1):  # (L, D)
+            qkv = torch.stack((q, k, unit_vectors[:, None].expand_as(q)), dim=1)  # (L, 3, H, D)
             columns.append(attention(qkv, cu_seqlens, max_seqlen, rope, layer.window))
         maps.append(torch.cat(columns, dim=-1)[..., : len(x)].transpose(0, 1).cpu())
 

@@ -2,7 +2,6 @@
 can tell apart, and a different marker for each line."""
 
 import contextlib
-import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from analysis.statistics import Estimate
 from files.disk import first_line
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555", "#000000")
-MARKERS = "osD^vP*X"
+MARKERS = list("osD^vP*X")
 
 
 @contextlib.contextmanager
@@ -67,12 +66,12 @@ def learning_curves(curves: dict[str, dict[int, Estimate]], metric: str, path: P
         curves: {method: {number of labels: estimate}}.
     """
     with new_figure(path) as axes:
-        styles = itertools.cycle(zip(COLOURS, MARKERS, strict=True))
-        for (method, points), (colour, marker) in zip(curves.items(), styles, strict=False):
+        axes.set_prop_cycle(color=COLOURS, marker=MARKERS)
+        for method, points in curves.items():
             budgets = list(points)
             mean, low, high = np.array(list(points.values())).T
-            axes.plot(budgets, mean, label=method, color=colour, marker=marker, markersize=5)
-            axes.fill_between(budgets, low, high, color=colour, alpha=0.13, linewidth=0)
+            (line,) = axes.plot(budgets, mean, label=method, markersize=5)
+            axes.fill_between(budgets, low, high, color=line.get_color(), alpha=0.13, linewidth=0)
         axes.legend(frameon=False)
         budgets = sorted({n for points in curves.values() for n in points})
         axes.set(xscale="log", xlabel="labels", ylabel=f"{metric} on the test set")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from analysis import statistics
+from analysis.baselines import goodness
 from analysis.statistics import Estimate, Score
 from files import disk
 from files.disk import UserError
@@ -88,8 +89,10 @@ class Table:
             for labels, runs in cells.items():
                 if any(run not in results for run in runs):
                     continue
-                correct = np.stack([goodness(results.load(run), targets) for run in runs])
-                score = statistics.mean_score(correct, counts)
+                values = np.stack([goodness(results.load(run), targets) for run in runs])
+                if self.metric == "R squared":
+                    values = 1 + values / targets.var()
+                score = statistics.mean_score(values, counts)
                 self.scores.setdefault(method, {})[labels] = score
                 if self.metric == "accuracy":
                     lines = [results.lines[tuple(map(str, run))] for run in runs]
@@ -102,10 +105,3 @@ class Table:
             method: {labels: score.estimate(maximum=1) for labels, score in cells.items()}
             for method, cells in self.scores.items()
         }
-
-
-def goodness(predictions: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Of each example, (N,): values whose mean is the accuracy, or for numbers R squared."""
-    if predictions.ndim == 2:
-        return (predictions.argmax(1) == targets).astype(np.float32)
-    return 1 - (predictions - targets) ** 2 / targets.var()

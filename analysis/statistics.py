@@ -76,7 +76,7 @@ def bootstrap_counts(n_examples: int) -> np.ndarray:
 def mean_score(values: np.ndarray, counts: np.ndarray) -> Score:
     """The score of a metric that is the mean of `values` (D, N) over the examples, for accuracy 1
     where the prediction is right and 0 elsewhere; `counts` are `bootstrap_counts`."""
-    return Score(values.mean(1), counts @ values.mean(0) / values.shape[1])
+    return Score(values.mean(1), counts @ values.mean(0, dtype=np.float32) / values.shape[1])
 
 
 def compare(one: str, other: str, difference: Score) -> str:
