@@ -23,10 +23,8 @@ STYLE = """
 :root { color-scheme: light dark; font: 16px/1.6 system-ui, sans-serif }
 body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 p.text { font-size: 1.2rem; white-space: pre-wrap }
-p.text span { border-radius: .2em; padding: .1em 0 }
 figure { display: inline-block; margin: .5rem } figcaption { font-size: .8rem }
 img { width: 11rem; height: 11rem; image-rendering: pixelated; border: 1px solid gray }
-summary { cursor: pointer }
 """
 
 
@@ -65,13 +63,11 @@ def attention_maps(model: Classifier, row: np.ndarray) -> list[Tensor]:
 
 
 def to_png(weights: Tensor) -> str:
-    """An (L, L) map as a data: URL; weight is opacity, for light and dark backgrounds alike."""
+    """An (L, L) map as a data: URL."""
     from matplotlib import image
 
-    colour = np.broadcast_to(np.array(FOR) / 255, (*weights.shape, 3))
-    opacity = (weights / weights.max()).numpy()[..., None]
     buffer = io.BytesIO()
-    image.imsave(buffer, np.concatenate((colour, opacity), axis=2), format="png")
+    image.imsave(buffer, weights.numpy(), vmin=0, cmap="Blues", format="png")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
