@@ -16,7 +16,7 @@ from tqdm import tqdm
 from analysis import costs, experiment, plots, report
 from analysis.experiment import METHODS, Setup, plan_runs
 from analysis.results import Plan, Results, Table
-from files import disk, run_folder
+from files import disk, model_folder, run_folder
 from files.cli import Parser, choose_hardware, flags_to_json, number, run_script
 from files.disk import UserError
 from labels import load, subsample
@@ -106,6 +106,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse_args(argv)
     for folder in args.model:
         disk.make_folder(args.out, folder)  # results never replace the files of a model
+        model_folder.load_model(folder)  # raises UserError now, not after hours
     with run_folder.lock(args.out):
         device, dtype = choose_hardware(args.device, args.dtype)
         models = name_models(args.model)

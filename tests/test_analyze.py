@@ -298,13 +298,16 @@ def test_flags_change_what_quick_runs():
         (["--labels", "12,121"], "--labels 121: there are only 120"),
         (["--labels", "4"], "--labels 4: 3 classes need at least 6"),
         (["--labels", "12", "--model", "nowhere"], "nowhere"),
+        (["--labels", "12", "--model", "{model}", "{empty}"], "{empty}: no checkpoint"),
     ],
 )
 def test_what_cannot_run_is_refused_before_the_first_run(
     analysis, topics, tmp_path, flags, problem
 ):
     model, _, _ = analysis
-    with pytest.raises(UserError, match=re.escape(problem)):
+    names = {"model": model, "empty": tmp_path}
+    flags = [flag.format(**names) for flag in flags]
+    with pytest.raises(UserError, match=re.escape(problem.format(**names))):
         analyze.main([*flags_of(topics, model, tmp_path / "out"), *flags])
     assert not (tmp_path / "out" / "results.csv").exists()
 
