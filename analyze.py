@@ -6,7 +6,6 @@ gets results.csv (a line per run), predictions/, report.md and its figures. Fini
 
 import argparse
 import contextlib
-import functools
 import re
 import sys
 from pathlib import Path
@@ -15,14 +14,13 @@ from typing import Any
 from tqdm import tqdm
 
 from analysis import costs, experiment, plots, report
-from analysis.experiment import GRIDS, NETWORKS, Setup, plan_runs
+from analysis.experiment import METHODS, Setup, plan_runs
 from analysis.results import Plan, Results, Table
 from files import disk, model_folder, run_folder
 from files.cli import Parser, choose_hardware, flags_to_json, number, run_script
 from files.disk import UserError
 from labels import load, subsample
 
-METHODS = tuple(GRIDS)
 QUICK = {"labels": "100,500", "seeds": 2, "methods": "pretrained,frozen,ngrams,lsa"}
 
 
@@ -41,13 +39,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--seeds", type=number(int, 1), default=5, help=draws)
     add("--methods", default=",".join(METHODS), help="which methods to run")
     quick = " ".join(f"--{flag} {value}" for flag, value in QUICK.items())
-    add("--quick", action="store_true", help=f"minutes, not hours: {quick}, no snapshots")
+    add("--quick", action="store_true", help=f"minutes, not hours: {quick}")
     parser.add_device()
     parser.add_dtype()
     add("--out", type=Path, default=Path("runs/analysis"), help="folder of the results")
     args = parser.parse_args(argv)
     if args.quick:
-        vars(args).update(QUICK)
+        parser.set_defaults(**QUICK)
+        args = parser.parse_args(argv)
     args.methods = args.methods.split(",")
     for method in args.methods:
         if method not in METHODS:
@@ -71,13 +70,13 @@ def name_models(folders: list[Path]) -> dict[str, Path]:
     return {name.replace("/", "-"): folder for name, folder in zip(names, folders, strict=True)}
 
 
-def run_missing(plans: list[Plan], results: Results, setup: Setup) -> None:
+def run_missing(plan: Plan, results: Results, setup: Setup) -> None:
     """Run what is not in the results. The output of finetune.py goes to OUT/log.txt."""
-    cells = [cell for plan in plans for runs in plan.values() for cell in runs.values()]
-    missing = [run for cell in cells for run in cell if run not in results]
-    missing.sort(key=lambda run: (run.labels, run.seed))  # a stop leaves draws that are complete
+    runs = [run for cells in plan.values() for cell in cells.values() for run in cell]
+    missing = [run for run in runs if run not in results]
     # for the time left: the relative durations of the runs
-    sizes = [6 * run.labels**0.35 if run.method in NETWORKS else 4 for run in missing]
+    is_network = {"pretrained", "random_weights"}
+    sizes = [6 * run.labels**0.35 if run.method in is_network else 4 for run in missing]
     form = "{desc}: {percentage:3.0f}% {elapsed}, {remaining} left"
     bar = tqdm(total=sum(sizes), disable=None, bar_format=form)
     with bar, open(setup.out / "log.txt", "a", encoding="utf-8") as log:
@@ -86,10 +85,15 @@ def run_missing(plans: list[Plan], results: Results, setup: Setup) -> None:
             bar.set_description_str(title)
             if bar.disable:  # stderr is no terminal
                 print(f"run {i + 1} of {len(missing)}: {title}", file=sys.stderr, flush=True)
-            with contextlib.redirect_stdout(log):
-                print(f"# {title}", flush=True)
-                metrics, predictions = experiment.run_method(run, setup)
-            results.add(run, metrics, setup.test.targets, predictions)
+            try:
+                with contextlib.redirect_stdout(log):
+                    print(f"# {title}", flush=True)
+                    metrics, predictions = experiment.run_method(run, setup)
+                results.add(run, metrics, predictions)
+            except SystemExit as stop:
+                if stop.code != 1:  # Ctrl-C
+                    raise
+                bar.write(f"{title}: training diverged; the report leaves it out", sys.stderr)
             bar.update(size)
 
 
@@ -102,11 +106,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse_args(argv)
     for folder in args.model:
         disk.make_folder(args.out, folder)  # results never replace the files of a model
+        model_folder.load_model(folder)  # raises UserError now, not after hours
     with run_folder.lock(args.out):
         device, dtype = choose_hardware(args.device, args.dtype)
         models = name_models(args.model)
-        first = next(iter(models))
-        n_layers = model_folder.load_model(models[first])[0].n_layers
         with contextlib.redirect_stdout(sys.stderr):
             train, test = load(args.data, args.train, args.test)
         budgets = sorted({len(train) if n == "all" else int(n) for n in args.labels})
@@ -115,67 +118,30 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         results = Results(args.out)
         disk.write_file(args.out / "flags.json", disk.to_json(flags_to_json(args)))
 
-        losses = {}  # of the snapshots of the first model
-        if "frozen" in args.methods and not args.quick:
-            losses = report.read_losses(models[first])
-        folders = {f"{first}@{n}": models[first] / "snapshots" / f"step-{n}" for n in losses}
         data = args.train.name if args.train else args.data
-        setup = Setup(data, models | folders, train, test, device, dtype, args.out)
-
-        # Plan the runs: {name in the report: {number of labels: a run per draw}}.
+        setup = Setup(data, models, train, test, device, dtype, args.out)
         plan: Plan = {}
-        for model in models:
+        for i, model in enumerate(models):
             for method in args.methods:
-                is_trained = method in ("pretrained", "frozen")
-                if is_trained or model == first:  # the others do not depend on the weights
-                    name = f"{model}, {method}" if is_trained and len(models) > 1 else method
+                is_pretrained = method in ("pretrained", "frozen")
+                if is_pretrained or i == 0:  # the others do not depend on the weights
+                    name = f"{model}, {method}" if is_pretrained and len(models) > 1 else method
                     plan[name] = plan_runs(setup, model, method, budgets, args.seeds)
-        small_budgets = [n for n in budgets if n < len(train)] or budgets
-        plan_small = functools.partial(plan_runs, setup, budgets=small_budgets, n_draws=args.seeds)
-        layers: Plan = {}
-        if "frozen" in args.methods:
-            names = [f"layer {i}" for i in range(n_layers + 1)]  # 0 is the embedding
-            layers = {layer: plan_small(first, layer) for layer in names}
-        snapshots: Plan = {str(n): plan_small(f"{first}@{n}", "frozen") for n in losses}
-
-        problem = None
-        try:
-            run_missing([plan, layers, snapshots], results, setup)
-        except UserError as error:  # perhaps a model was deleted
-            if not results.lines:
-                raise
-            problem = error  # after the report of what was computed
+        run_missing(plan, results, setup)
 
         table = Table(results, plan, test.targets)
-        sections = {"Test scores": report.accuracy(table, train)}
-        sections["Differences"] = report.differences(table)
-        if table.is_classification:
-            sections["Calibration"] = report.calibration(table)
-            sections["Hardest texts"] = report.hardest(table, test)
-        snapshot_table = None
-        if problem is None:
-            sections["Costs"] = report.costs(table, costs.measure(plan, setup))
-        if problem is None and layers:
-            sections["Layers"] = report.layers(Table(results, layers, test.targets))
-        if problem is None and snapshots:
-            snapshot_table = Table(results, snapshots, test.targets)
-            sections["Snapshots"] = report.snapshots(snapshot_table, losses)
-        lines = [f"# What the pretraining was worth: {data}", ""]
         numbers = str(dtype).removeprefix("torch.")
+        lines = [f"# What the pretraining was worth: {data}", ""]
         lines += [f"{len(train):,} training and {len(test):,} test examples; {numbers}.", ""]
         lines += ["Every choice is made inside the labels; every score is on the test set.", ""]
-        for title, section in sections.items():
-            lines += [f"## {title}", "", *section]
+        lines += ["## Test scores", "", *report.accuracy(table, train, test, args.seeds)]
+        lines += ["## Differences", "", *report.differences(table)]
+        lines += ["## Costs", "", *report.costs(table, costs.measure(plan, setup)), ""]
         disk.write_file(args.out / "report.md", "\n".join(lines).encode())
         print(f"{args.out / 'report.md'}: {len(results.lines)} runs")
-
-        plots.learning_curves(table.estimates, table.metric, args.out)
-        if snapshot_table:
-            plots.snapshots(losses, snapshot_table.estimates, table.metric, args.out)
-        if problem:
-            raise problem
+        plots.learning_curves(table.estimates, table.metric, args.out / "curves.png")
     return {
-        name: {n: [*vars(estimate).values()] for n, estimate in cells.items()}
+        name: {n: list(estimate) for n, estimate in cells.items()}
         for name, cells in table.estimates.items()
     }
 

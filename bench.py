@@ -286,10 +286,6 @@ def main(argv: list[str] | None = None) -> dict:
             result["compiler_problem"] = compiler_problem(hardware.device)
             args.compiles = not result["compiler_problem"]
             result |= {part: PARTS[part](args, hardware) for part in args.parts}
-    if "step" in result:
-        from analysis import plots  # matplotlib takes a second to import
-
-        plots.speeds(result | {"steps": result["step"]}, args.out / "bench.png")
     disk.write_file(args.out / "bench.json", disk.to_json(result))
     if args.json:
         print(json.dumps(result))

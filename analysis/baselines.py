@@ -1,22 +1,26 @@
-"""Baselines: linear models on word counts, on latent semantics, on frozen features.
+"""Baselines: linear models of words and word pairs, of latent semantics, of given features.
 
-Scores are the probabilities of the classes, (examples, classes), or for regression, where
-`n_classes` is None, the predicted numbers, (examples,).
+A method is a function that returns its `fit` and the grid of its choices. `fit(choice, train_idx,
+eval_idx)` learns from some examples and scores others. Scores are probabilities (examples,
+classes), or for regression the predicted numbers (examples,).
 """
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, issparse
+from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer, TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.multiclass import OneVsRestClassifier
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import normalize
 
 from data import Corpus
@@ -27,18 +31,20 @@ from labels import LabeledDataset, validation_splits
 from model import Classifier
 
 BASELINES = ("ngrams", "most_frequent")
-# Inverse regularization strengths C of the n-gram models.
+# Inverse regularization strengths C.
 NGRAM_GRID = (
     *(("tfidf", 1.0), ("tfidf", 3.0), ("tfidf", 10.0), ("tfidf", 30.0), ("tfidf", 100.0)),
     *(("nbsvm", 0.01), ("nbsvm", 0.1), ("nbsvm", 0.3), ("nbsvm", 1.0), ("nbsvm", 3.0)),
 )
 RIDGE_GRID = tuple(("ridge", c) for c in (0.1, 0.3, 1.0, 3.0, 10.0))
-WORD = r"(?u)\b\w+\b"  # scikit-learn's own pattern ignores words of one letter
-HEAD_C = 1e-3  # fine-tuning from a head that fits better ends lower
+BAG_OF_WORDS_GRID = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 LSA_WIDTHS = (100, 256, 512)
+LSA_GRID = tuple((width, c) for width in LSA_WIDTHS for c in (1.0, 10.0))
 LSA_WINDOWS = 50_000
+HEAD_C = 1e-3  # fine-tuning from a head that fits better ends lower
+WORD = r"(?u)\b\w+\b"  # scikit-learn's own pattern ignores words of one letter
 
-Scores = dict[Any, np.ndarray]  # hyperparameters: scores
+Fit = Callable[[Any, np.ndarray, np.ndarray], np.ndarray]
 
 
 def fit_baseline(
@@ -51,60 +57,178 @@ def fit_baseline(
     """
     if isinstance(train, TaggedDataset):
         return most_frequent_tags(train, test.words)
-    n_classes = len(train.names) if train.names else None
-    texts = (train.joined_texts(), train.targets, test.joined_texts())
-    return torch.from_numpy(ngrams(*texts, n_classes, seed))
+    examples = concatenate(train, test)
+    fit, grid = ngrams(examples, seed)
+    choice, _ = choose(fit, grid, train)
+    train_idx, test_idx = np.split(np.arange(len(examples)), [len(train)])
+    return torch.from_numpy(fit(choice, train_idx, test_idx))
 
 
-# -------------------------------------------------------------------------------------- n-grams
+def concatenate(train: LabeledDataset, test: LabeledDataset) -> LabeledDataset:
+    pairs = None if train.pairs is None else train.pairs + test.pairs
+    targets = np.concatenate((train.targets, test.targets))
+    return replace(train, texts=train.texts + test.texts, pairs=pairs, targets=targets)
 
 
-def ngrams(
-    texts: list[str],
-    targets: np.ndarray,
-    eval_texts: list[str],
-    n_classes: int | None,
-    seed: int = 0,
-) -> np.ndarray:
+def choose(fit: Fit, grid: Sequence, train: LabeledDataset) -> tuple[Any, float]:
+    """The choice with the best mean validation score, and this score: the accuracy, or for numbers
+    the negative mean squared error. `train` are the first of the examples that `fit` knows."""
+    scores = dict.fromkeys(grid, 0.0)
+    splits = validation_splits(train)
+    for train_idx, eval_idx in splits:
+        targets = train.targets[eval_idx]
+        for choice in grid:
+            values = goodness(fit(choice, train_idx, eval_idx), targets)
+            scores[choice] += float(values.mean()) / len(splits)
+    best = max(grid, key=scores.get)
+    return best, scores[best]
+
+
+def goodness(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Of each example, 1 if it is classified correctly, else 0; of a number, minus its squared
+    error."""
+    return scores.argmax(1) == targets if scores.ndim == 2 else -((scores - targets) ** 2)
+
+
+# ---------------------------------------------------------------------------------- the methods
+
+
+def ngrams(examples: LabeledDataset, seed: int) -> tuple[Fit, Sequence]:
     """The better of two linear classifiers of unigrams and bigrams; for numbers, ridge regression.
 
     One is logistic regression on TF-IDF, the other NB-SVM (Wang & Manning 2012, section 2.3) with
-    logistic regression as its classifier. The variant and its C are those with the best accuracy
-    (for numbers, the least squared error) on `labels.validation_splits` of the training texts.
+    logistic regression as its classifier, each of one class against the rest.
+    """
+    counts = count_words(examples, ngram_range=(1, 2), token_pattern=WORD)
+
+    def fit(choice: tuple, train_idx: np.ndarray, eval_idx: np.ndarray) -> np.ndarray:
+        variant, c = choice
+        tfidf = TfidfTransformer(sublinear_tf=True)
+        # dual coordinate descent is the fastest solver for more n-grams than examples
+        solver = {"solver": "liblinear", "dual": True, "random_state": seed, "max_iter": 1000}
+        logistic = LogisticRegression(C=c, **solver)
+        if variant == "tfidf":
+            model = make_pipeline(tfidf, OneVsRestClassifier(logistic))
+        elif variant == "nbsvm":
+            model = OneVsRestClassifier(make_pipeline(LogCountRatio(), logistic))
+        else:
+            model = make_pipeline(tfidf, Ridge(alpha=1 / c))
+        return fit_and_score(model, counts, examples, train_idx, eval_idx)
+
+    return fit, NGRAM_GRID if examples.names else RIDGE_GRID
+
+
+class LogCountRatio(TransformerMixin, BaseEstimator):
+    """The features of NB-SVM: binarized counts f times r = log((p / |p|) / (q / |q|)), where p = 1
+    + (the sum of f over the class) and q = 1 + (its sum over the rest)."""
+
+    def fit(self, counts: csr_matrix, is_class: np.ndarray) -> "LogCountRatio":
+        present = counts > 0
+        p = 1 + present[is_class == 1].sum(axis=0)
+        q = 1 + present[is_class == 0].sum(axis=0)
+        self.ratio = np.log(p / p.sum()) - np.log(q / q.sum())
+        return self
+
+    def transform(self, counts: csr_matrix) -> csr_matrix:
+        return (counts > 0).multiply(self.ratio).tocsr()
+
+
+def bag_of_words(examples: LabeledDataset) -> tuple[Fit, Sequence]:
+    """A linear model of the TF-IDF of the words of the training texts."""
+    counts = count_words(examples)
+
+    def fit(c: float, train_idx: np.ndarray, eval_idx: np.ndarray) -> np.ndarray:
+        linear = linear_model(examples.names is not None, c)
+        model = make_pipeline(TfidfTransformer(sublinear_tf=True), linear)
+        return fit_and_score(model, counts, examples, train_idx, eval_idx)
+
+    return fit, BAG_OF_WORDS_GRID
+
+
+def lsa(examples: LabeledDataset, n_train: int, pretrained: Path) -> tuple[Fit, Sequence]:
+    """A linear model of the first components of document vectors, whose number is chosen too."""
+    texts = examples.joined_texts()
+    vectors = document_vectors(texts, texts[:n_train], pretrained)
+
+    def fit(choice: tuple, train_idx: np.ndarray, eval_idx: np.ndarray) -> np.ndarray:
+        width, c = choice
+        model = linear_model(examples.names is not None, c)
+        return fit_and_score(model, normalize(vectors[:, :width]), examples, train_idx, eval_idx)
+
+    return fit, LSA_GRID
+
+
+def document_vectors(texts: list[str], labelled: list[str], pretrained: Path) -> np.ndarray:
+    """Latent semantic analysis of texts, (texts, components): TF-IDF and its truncated SVD.
 
     Args:
-        texts: The training texts.
-        targets: Their class numbers, or numbers to predict.
-        eval_texts: The texts to score.
-        n_classes: The number of classes, or None for regression.
-        seed: Of the solver, which visits the examples in random order.
-
-    Returns:
-        Probabilities (examples, n_classes), or numbers (examples,).
+        labelled: The texts to fit on if the text of the pretraining is not in the cache.
+        pretrained: The folder of the pretrained model, whose metrics.json names this text.
     """
-    vectorizer = CountVectorizer(ngram_range=(1, 2), token_pattern=WORD)
+    path = pretrained / "metrics.json"
+    with model_folder.reading(path):
+        metrics = json.loads(path.read_text()) if path.is_file() else {}
+        cache = CACHE / metrics.get("tokens_folder", "none")
+    model = latent_semantics_of(cache) if cache.is_dir() else fit_latent_semantics(labelled)
+    return model.transform(texts)
+
+
+@functools.lru_cache(1)  # an experiment embeds many draws of labels in one space
+def latent_semantics_of(cache: Path) -> Pipeline:
+    corpus = Corpus(cache, max_len=256, micro_batch_tokens=1, seed=0)
+    return fit_latent_semantics(corpus.sample_texts(LSA_WINDOWS, seed=0))
+
+
+def fit_latent_semantics(texts: list[str]) -> Pipeline:
+    """TF-IDF of the texts, and its SVD with as many components as the widest choice has."""
+    min_df = 2 if len(texts) > 1000 else 1
+    # the SVD in float64 takes longer and gives the same accuracies
+    tfidf = TfidfVectorizer(sublinear_tf=True, min_df=min_df, dtype=np.float32)
+    features = tfidf.fit_transform(texts)
+    width = min(max(LSA_WIDTHS), min(features.shape) - 1)
+    return make_pipeline(tfidf, TruncatedSVD(width, random_state=0).fit(features))
+
+
+# ------------------------------------------------------------------------------- what they share
+
+
+def count_words(examples: LabeledDataset, **options) -> csr_matrix:
+    """How often each example has each word or n-gram, (examples, n-grams); the options are those
+    of CountVectorizer."""
+    texts = examples.joined_texts()
     try:
-        counts = vectorizer.fit_transform(texts)
-    except ValueError:  # of an empty vocabulary
-        print("ngrams: no word in the training texts; it predicts the majority class", flush=True)
-        return constant_scores(targets, len(eval_texts), n_classes)
-    grid = RIDGE_GRID if n_classes is None else NGRAM_GRID
-    examples = LabeledDataset(texts, None, targets, None if n_classes is None else range(n_classes))
-    totals = dict.fromkeys(grid, 0.0)
-    for train_idx, eval_idx in validation_splits(examples):
-        split = (counts[train_idx], targets[train_idx], counts[eval_idx])
-        for choice, scores in ngram_scores(*split, n_classes, grid, seed).items():
-            totals[choice] += goodness(targets[eval_idx], scores)
-    best = max(totals, key=totals.get)
-    eval_counts = vectorizer.transform(eval_texts)
-    return ngram_scores(counts, targets, eval_counts, n_classes, (best,), seed)[best]
+        return CountVectorizer(**options).fit_transform(texts)
+    except ValueError:  # there is no word
+        return csr_matrix((len(texts), 0))
 
 
-def goodness(targets: np.ndarray, scores: np.ndarray) -> float:
-    """Accuracy, or for numbers the negative mean squared error."""
-    if scores.ndim == 2:
-        return float(np.mean(scores.argmax(1) == targets))
-    return -float(np.mean((scores - targets) ** 2))
+def linear_model(is_classification: bool, c: float) -> LogisticRegression | Ridge:
+    """Logistic regression, or for numbers ridge regression, with inverse regularization c."""
+    return LogisticRegression(C=c, max_iter=2000) if is_classification else Ridge(alpha=1 / c)
+
+
+def fit_and_score(
+    model: Any,
+    features: np.ndarray | csr_matrix,
+    examples: LabeledDataset,
+    train_idx: np.ndarray,
+    eval_idx: np.ndarray,
+) -> np.ndarray:
+    """Fit a model of scikit-learn on some examples and score others; features (examples, width)."""
+    targets = examples.targets[train_idx]
+    n_classes = len(examples.names) if examples.names else None
+    inputs, eval_inputs = features[train_idx], features[eval_idx]
+    if issparse(features):  # the words of other examples are not known
+        is_known = inputs.getnnz(axis=0) > 0
+        inputs, eval_inputs = inputs[:, is_known], eval_inputs[:, is_known]
+    if inputs.shape[1] == 0 or len(np.unique(targets)) == 1:
+        return constant_scores(targets, len(eval_idx), n_classes)
+    model.fit(inputs, targets)
+    if n_classes is None:
+        return model.predict(eval_inputs)
+    scores = np.zeros((len(eval_idx), n_classes))  # for a class without examples
+    scores[:, model.classes_] = model.predict_proba(eval_inputs)
+    return scores
 
 
 def constant_scores(targets: np.ndarray, n_examples: int, n_classes: int | None) -> np.ndarray:
@@ -114,107 +238,11 @@ def constant_scores(targets: np.ndarray, n_examples: int, n_classes: int | None)
     return np.tile(np.bincount(targets, minlength=n_classes) / len(targets), (n_examples, 1))
 
 
-def ngram_scores(
-    counts: csr_matrix,
-    targets: np.ndarray,
-    eval_counts: csr_matrix,
-    n_classes: int | None,
-    grid: Sequence[tuple[str, float]],
-    seed: int,
-) -> Scores:
-    """The scores of each (variant, C) of the grid, fitted on counts (examples, n-grams)."""
-    seen = np.flatnonzero(counts.getnnz(axis=0))  # a split does not know the n-grams of others
-    if len(seen) == 0 or len(np.unique(targets)) == 1:
-        constant = constant_scores(targets, eval_counts.shape[0], n_classes)
-        return dict.fromkeys(grid, constant)
-    inputs = (counts[:, seen], targets, eval_counts[:, seen], n_classes)
-    nbsvm_grid = [c for variant, c in grid if variant == "nbsvm"]
-    tfidf_grid = [(variant, c) for variant, c in grid if variant != "nbsvm"]
-    scores = tfidf_scores(*inputs, tfidf_grid, seed) if tfidf_grid else {}
-    return scores | (nbsvm_scores(*inputs, nbsvm_grid, seed) if nbsvm_grid else {})
-
-
-def tfidf_scores(
-    counts: csr_matrix,
-    targets: np.ndarray,
-    eval_counts: csr_matrix,
-    n_classes: int | None,
-    grid: Sequence[tuple[str, float]],
-    seed: int,
-) -> Scores:
-    """Logistic regression of one class against the rest on TF-IDF; ridge regression for numbers."""
-    tfidf = TfidfTransformer(sublinear_tf=True).fit(counts)
-    features = tfidf.transform(counts)
-    eval_features = tfidf.transform(eval_counts)
-    scores = {}
-    for variant, c in grid:
-        if variant == "ridge":
-            model = Ridge(alpha=1 / c).fit(features, targets)
-            scores[variant, c] = model.predict(eval_features)
-        else:
-            model = OneVsRestClassifier(sparse_logistic_regression(c, seed)).fit(features, targets)
-            scores[variant, c] = np.zeros((eval_counts.shape[0], n_classes))
-            scores[variant, c][:, model.classes_] = model.predict_proba(eval_features)
-    return scores
-
-
-def nbsvm_scores(
-    counts: csr_matrix,
-    targets: np.ndarray,
-    eval_counts: csr_matrix,
-    n_classes: int,
-    strengths: Sequence[float],
-    seed: int,
-) -> Scores:
-    """NB-SVM (Wang & Manning 2012, section 2.3) of one class against the rest, for each C.
-
-    With f the binarized counts, p = 1 + (sum of f over the class) and q = 1 + (sum over the rest),
-    the features are f * r with the log-count ratio r = log((p / |p|) / (q / |q|)).
-    """
-    present = (counts > 0).astype(np.float64)
-    eval_present = (eval_counts > 0).astype(np.float64)
-    totals = np.asarray(present.sum(axis=0)).ravel()
-    classes = np.unique(targets)
-    scores = {("nbsvm", c): np.zeros((eval_counts.shape[0], n_classes)) for c in strengths}
-    for k in classes[1:] if len(classes) == 2 else classes:
-        is_class = targets == k
-        of_class = np.asarray(present[is_class].sum(axis=0)).ravel()
-        p = 1 + of_class
-        q = 1 + totals - of_class
-        ratio = np.log(p / p.sum()) - np.log(q / q.sum())
-        features = present.multiply(ratio).tocsr()
-        eval_features = eval_present.multiply(ratio).tocsr()
-        for c in strengths:
-            model = sparse_logistic_regression(c, seed).fit(features, is_class)
-            scores["nbsvm", c][:, k] = model.predict_proba(eval_features)[:, 1]
-    for probabilities in scores.values():
-        if len(classes) == 2:
-            probabilities[:, classes[0]] = 1 - probabilities[:, classes[1]]
-        probabilities /= probabilities.sum(axis=1, keepdims=True)
-    return scores
-
-
-def sparse_logistic_regression(c: float, seed: int) -> LogisticRegression:
-    """Dual coordinate descent: the fastest solver for more n-grams than examples."""
-    return LogisticRegression(C=c, solver="liblinear", dual=True, random_state=seed, max_iter=1000)
-
-
-# ------------------------------------------------------ words, latent semantics, frozen features
-
-
-def fit_linear(
-    features: Any, targets: np.ndarray, is_classification: bool, c: float
-) -> LogisticRegression | Ridge:
-    """Logistic regression, or for numbers ridge regression, with inverse regularization c."""
-    model = LogisticRegression(C=c, max_iter=2000) if is_classification else Ridge(alpha=1 / c)
-    return model.fit(features, targets)
-
-
 def fit_head(
     model: Classifier, features: np.ndarray, targets: np.ndarray, is_classification: bool
 ) -> None:
     """Set the last layer of a classifier to a linear fit on features (S, d_model)."""
-    fitted = fit_linear(features, targets, is_classification, HEAD_C)
+    fitted = linear_model(is_classification, HEAD_C).fit(features, targets)
     weight = np.atleast_2d(fitted.coef_)
     bias = np.atleast_1d(fitted.intercept_)
     if is_classification and len(weight) == 1:  # of the second of two classes
@@ -226,97 +254,3 @@ def fit_head(
     layer.bias.data.fill_(-10.0)  # of a class without examples
     layer.weight.data[present] = torch.from_numpy(weight).to(layer.weight)
     layer.bias.data[present] = torch.from_numpy(bias).to(layer.bias)
-
-
-def linear_scores(
-    features: Any, targets: np.ndarray, eval_features: Any, n_classes: int | None, c: float
-) -> np.ndarray:
-    """Fit on features (examples, width) and score others; an absent class has probability 0."""
-    model = fit_linear(features, targets, n_classes is not None, c)
-    if n_classes is None:
-        return model.predict(eval_features)
-    scores = np.zeros((eval_features.shape[0], n_classes))
-    scores[:, model.classes_] = model.predict_proba(eval_features)
-    return scores
-
-
-def linear_fits(
-    features: Any,
-    targets: np.ndarray,
-    eval_features: Any,
-    n_classes: int | None,
-    grid: Sequence[tuple[float]],
-) -> Scores:
-    """The scores of a linear model for each (C,) of the grid."""
-    return {(c,): linear_scores(features, targets, eval_features, n_classes, c) for (c,) in grid}
-
-
-def bag_of_words(
-    texts: list[str],
-    targets: np.ndarray,
-    eval_texts: list[str],
-    n_classes: int | None,
-    grid: Sequence[tuple[float]],
-) -> Scores:
-    """TF-IDF of the words of these texts alone, then a linear model for each (C,) of the grid."""
-    tfidf = TfidfVectorizer(sublinear_tf=True)
-    features = tfidf.fit_transform(texts)
-    return linear_fits(features, targets, tfidf.transform(eval_texts), n_classes, grid)
-
-
-def lsa(
-    vectors: np.ndarray,
-    targets: np.ndarray,
-    eval_vectors: np.ndarray,
-    n_classes: int | None,
-    grid: Sequence[tuple[int, float]],
-) -> Scores:
-    """A linear model for each (width, C) of the grid, on the first components of document vectors.
-
-    Args:
-        vectors: (examples, components), as `document_vectors` returns them.
-    """
-    scores = {}
-    for width, c in grid:
-        features = normalize(vectors[:, :width])
-        eval_features = normalize(eval_vectors[:, :width])
-        scores[width, c] = linear_scores(features, targets, eval_features, n_classes, c)
-    return scores
-
-
-def document_vectors(
-    texts: list[str], labelled: list[str], pretrained: Path, seed: int
-) -> tuple[np.ndarray, str]:
-    """Latent semantic analysis: TF-IDF and its truncated SVD, fitted on unlabelled text.
-
-    Args:
-        texts: The texts to embed.
-        labelled: The texts to fit on if the text of the pretraining is not in the cache.
-        pretrained: The folder of the pretrained model, whose metrics.json names this text.
-        seed: Of the sample of this text.
-
-    Returns:
-        The vectors (texts, components), and the name of what the SVD was fitted on.
-    """
-    run = pretrained / "metrics.json"
-    with model_folder.reading(run):
-        cache = run.is_file() and CACHE / json.loads(run.read_text()).get("tokens_folder", "none")
-    if cache and cache.is_dir():
-        corpus = Corpus(cache, max_len=256, micro_batch_tokens=1, seed=0)
-        tfidf, svd = fit_latent_semantics(tuple(corpus.sample_texts(LSA_WINDOWS, seed)))
-        name = "the unlabelled text of pretraining"
-    else:
-        tfidf, svd = fit_latent_semantics(tuple(labelled))
-        name = "the training texts"
-    return svd.transform(tfidf.transform(texts)), name
-
-
-@functools.lru_cache(1)  # an experiment embeds many samples of labels in one space
-def fit_latent_semantics(texts: tuple[str, ...]) -> tuple[TfidfVectorizer, TruncatedSVD]:
-    """TF-IDF of the texts, and its SVD with as many components as the widest choice has."""
-    min_df = 2 if len(texts) > 1000 else 1
-    # the SVD in float64 takes longer and gives the same accuracies
-    tfidf = TfidfVectorizer(sublinear_tf=True, min_df=min_df, dtype=np.float32)
-    features = tfidf.fit_transform(texts)
-    width = min(max(LSA_WIDTHS), min(features.shape) - 1)
-    return tfidf, TruncatedSVD(width, random_state=0).fit(features)

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from scipy import stats
-from sklearn.metrics import confusion_matrix, f1_score
+from sklearn.metrics import f1_score
 from torch import nn
 
 from analysis.baselines import constant_scores
 from files import entities
-from files.disk import first_line, to_json, write_file
+from files.disk import to_json, write_file
 from files.entities import OUTSIDE, TaggedDataset
 from labels import LabeledDataset, batches
 from model import Classifier, Tagger
@@ -32,13 +32,10 @@ MOST_CLASSES = 50  # of a confusion matrix that is worth drawing
 def forward_all(
     model: nn.Module, rows: list[np.ndarray], indices: np.ndarray, autocast, function: Callable
 ) -> np.ndarray:
-    """Apply a function of the model to many examples, without dropout.
+    """Apply a function of the model, which is left in evaluation mode, to many examples.
 
     Args:
-        model: The model of the function; it is left in evaluation mode.
         rows: (tokens, 2) of each example, as `labels.encode` returns them.
-        indices: The examples to apply it to.
-        autocast: The precision.
         function: (ids, cu_seqlens, max_seqlen, token_types) to (S, ...) or to (T, ...).
 
     Returns:
@@ -69,8 +66,7 @@ def predict(
     """What a fine-tuned network predicts.
 
     Args:
-        model: A classifier, or a tagger.
-        rows: (tokens, 2) of each example.
+        rows: (tokens, 2) of each example, as `labels.encode` returns them.
         first_pieces: For a tagger, (words,) of each example: where its words begin in its row.
         names: The class names or tags; None for regression.
         autocast: The precision of the features; the last layer of a classifier is in float32.
@@ -104,22 +100,13 @@ def measure(targets: Any, predictions: Any) -> dict[str, float]:
     predictions = np.asarray(predictions)
     if predictions.ndim == 2:
         classes = predictions.argmax(1)
-        accuracy = float(np.mean(targets == classes))
-        macro_f1 = float(f1_score(targets, classes, average="macro"))
-        return {"accuracy": accuracy, "macro_f1": macro_f1}
+        macro_f1 = f1_score(targets, classes, average="macro")
+        return {"accuracy": float(np.mean(targets == classes)), "macro_f1": float(macro_f1)}
     rmse = float(np.sqrt(np.mean((targets - predictions) ** 2)))
     varies = np.ptp(predictions) > 0  # a constant has no correlation
     pearson = float(stats.pearsonr(targets, predictions).statistic) if varies else 0.0
     spearman = float(stats.spearmanr(targets, predictions).statistic) if varies else 0.0
     return {"rmse": rmse, "pearson": pearson, "spearman": spearman}
-
-
-def measure_majority(train: Dataset, test: Dataset) -> dict[str, float]:
-    """The metrics of the most frequent class, of the mean number, or of no entities."""
-    if isinstance(train, TaggedDataset):
-        return measure(test.targets, [[OUTSIDE] * len(words) for words in test.words])
-    n_classes = len(train.names) if train.names else None
-    return measure(test.targets, constant_scores(train.targets, len(test), n_classes))
 
 
 def print_summary(about: dict[str, Any], n_epochs: int, max_len: int) -> None:
@@ -151,21 +138,23 @@ def write_results(
     about: dict[str, Any],
     draws: bool,
 ) -> dict[str, Any]:
-    """Write metrics.json, predictions.npz and confusion.png.
+    """Write metrics.json and predictions.npz, where tags of sentences are written end to end.
 
     Args:
-        out: The folder of the run.
-        train: The training examples.
-        test: The test examples.
         results: The metrics of each method.
-        predictions: Its predictions. Tags of sentences are written end to end.
+        predictions: Its predictions.
         about: More for metrics.json.
-        draws: Whether to draw the confusion matrix of the pretrained network.
+        draws: Whether to draw confusion.png, the confusion matrix of the pretrained network.
 
     Returns:
         The content of metrics.json.
     """
-    majority = measure_majority(train, test)
+    if isinstance(train, TaggedDataset):
+        constant = [[OUTSIDE] * len(words) for words in test.words]
+    else:
+        n_classes = len(train.names) if train.names else None
+        constant = constant_scores(train.targets, len(test), n_classes)
+    majority = measure(test.targets, constant)
     print(f"{'majority' if train.names else 'mean':<15} {to_line(majority)}", flush=True)
     metrics = {"test": results, "majority": majority, "names": train.names} | about
     arrays = {"targets": test.targets} | predictions
@@ -175,20 +164,9 @@ def write_results(
     np.savez_compressed(content, **arrays)
     write_file(out / "predictions.npz", content.getbuffer())
     write_file(out / "metrics.json", to_json(metrics))
-    is_classification = isinstance(test, LabeledDataset) and test.names
-    if draws and is_classification and "pretrained" in arrays:
-        classes = arrays["pretrained"].argmax(1)
-        draw_confusion(test.targets, classes, test.names, out / "confusion.png")
-    return metrics
-
-
-def draw_confusion(targets: np.ndarray, classes: np.ndarray, names: list[str], path: Path) -> None:
-    """Draw the confusion matrix. A figure is no result: if it fails, a warning is printed."""
-    if len(names) > MOST_CLASSES:
-        return
-    try:
+    pretrained = arrays.get("pretrained", np.empty(0))
+    if draws and pretrained.ndim == 2 and len(train.names) <= MOST_CLASSES:
         from analysis import plots  # matplotlib takes a second to import
 
-        plots.confusion(confusion_matrix(targets, classes, labels=range(len(names))), names, path)
-    except Exception as error:  # of fonts, of memory, of the disk
-        print(f"{path}: not drawn: {first_line(error)}", flush=True)
+        plots.confusion(test.targets, pretrained.argmax(1), test.names, out / "confusion.png")
+    return metrics

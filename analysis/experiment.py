@@ -5,40 +5,33 @@ import functools
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 
 import finetune
 from analysis import baselines
+from analysis.baselines import Fit
 from analysis.evaluation import forward_all, measure
 from analysis.results import Run
 from files import model_folder
-from labels import LabeledDataset, encode, subsample, validation_splits
-from model import Classifier, mean_pool
+from labels import LabeledDataset, encode, subsample
+from model import Classifier
 
-# Networks choose their peak learning rate (0 trains nothing but a linear head), LSA (width, C), the
-# others C. No method searches less than `pretrained`, whose search therefore is no advantage.
-# "layer 0", "layer 1", ... are `frozen` on the mean state after the embedding and after each layer.
-GRIDS: dict[str, Sequence] = {
-    "pretrained": (0.0, 1e-4, 3e-4),
-    "frozen": (1e-3, 1e-2, 0.1, 1.0),
-    "random_weights": (5e-4, 1e-3, 2e-3),
-    "ngrams": (None,),  # chooses inside its own function
-    "lsa": tuple((width, c) for width in baselines.LSA_WIDTHS for c in (1.0, 10.0)),
-    "bag_of_words": (0.3, 1.0, 3.0, 10.0, 30.0, 100.0),
-}
-BERT_GRID = (0.0, 5e-5, 1e-4)  # pretrained networks with post-norm do worse at higher rates
-NETWORKS = ("pretrained", "random_weights")
+# Peak learning rates; 0 trains nothing but a linear head. Networks with post-norm do worse at
+# higher rates. No baseline searches less than `pretrained`, whose search thus is no advantage.
+PRETRAINED_RATES = (0.0, 1e-4, 3e-4)
+BERT_RATES = (0.0, 5e-5, 1e-4)
+RANDOM_WEIGHTS_RATES = (5e-4, 1e-3, 2e-3)
 MAX_CHOOSING = 2000  # examples on which networks are trained while the learning rate is chosen
+FROZEN_GRID = (1e-3, 1e-2, 0.1, 1.0)  # inverse regularization strengths C
 
 
-@dataclass(frozen=True, eq=False)  # compared by identity, so that it can be a key of lru_cache
+@dataclass(frozen=True, eq=False)  # compared by identity, so that it can be a key of a cache
 class Setup:
     """What all runs of an experiment share."""
 
@@ -49,11 +42,6 @@ class Setup:
     device: torch.device
     dtype: torch.dtype
     out: Path
-
-    @property
-    def n_classes(self) -> int | None:
-        """None for regression."""
-        return len(self.train.names) if self.train.names else None
 
     @property
     def autocast(self) -> torch.autocast:
@@ -87,120 +75,57 @@ def run_method(run: Run, setup: Setup) -> tuple[dict[str, Any], np.ndarray]:
     """The metrics of a run for results.csv, and its predictions for the test set: probabilities
     (examples, classes) or numbers (examples,)."""
     start_time = time.time()
-    examples, n_train = draw_examples(run.labels, run.seed, setup)
-    choice, validation = choose(run, examples, n_train, setup)
-
-    train_idx = np.arange(n_train)
-    test_idx = np.arange(n_train, len(examples))
-    predictions = fit_and_predict(run, choice, examples, train_idx, test_idx, setup)
-
+    train = subsample(setup.train, run.labels, run.seed)
+    examples = baselines.concatenate(train, setup.test)
+    fit, grid = METHODS[run.method](examples, run, setup)
+    choice, validation = baselines.choose(fit, grid, train)
+    train_idx, test_idx = np.split(np.arange(len(examples)), [len(train)])
+    predictions = fit(choice, train_idx, test_idx)
     metrics = measure(setup.test.targets, predictions)
     metrics |= {"seconds": time.time() - start_time, "choice": choice, "validation": validation}
     return metrics, predictions
 
 
-def draw_examples(labels: int, seed: int, setup: Setup) -> tuple[LabeledDataset, int]:
-    """A draw of the training set followed by the test set, and the size of the draw."""
-    train = subsample(setup.train, labels, seed)
-    texts = train.texts + setup.test.texts
-    pairs = None if train.pairs is None else train.pairs + setup.test.pairs
-    targets = np.concatenate((train.targets, setup.test.targets))
-    return replace(train, texts=texts, pairs=pairs, targets=targets), len(train)
+# ---------------------------------------------------------------------------------- the methods
+# Each takes the examples of a run, the training examples first, and returns its `fit` and its grid
+# (see analysis/baselines.py).
 
 
-def choose(
-    run: Run, examples: LabeledDataset, n_train: int, setup: Setup
-) -> tuple[Any, float | None]:
-    """The choice with the best mean accuracy, or smallest error, over the validation splits of the
-    first `n_train` examples, and this mean; it is None if there is only one choice."""
-    grid = GRIDS.get(run.method, GRIDS["frozen"])
-    if run.method == "pretrained":
-        if not model_folder.load_model(setup.models[run.model])[0].is_modern:
-            grid = BERT_GRID
-        if n_train > MAX_CHOOSING:  # fewer labels cannot show how much a network learns from all
-            grid = [rate for rate in grid if rate]
-    if len(grid) == 1:
-        return grid[0], None
-
-    rng = np.random.default_rng([run.seed, 6])
-    scores = []  # of each split and choice
-    for train_idx, eval_idx in validation_splits(examples[np.arange(n_train)]):
-        if run.method in NETWORKS:
-            train_idx = np.sort(rng.permutation(train_idx)[:MAX_CHOOSING])
-        scores.append([])
-        for choice in grid:
-            predictions = fit_and_predict(run, choice, examples, train_idx, eval_idx, setup)
-            metrics = measure(examples.targets[eval_idx], predictions)
-            scores[-1].append(metrics["accuracy"] if setup.n_classes else -metrics["rmse"])
-    means = np.mean(scores, axis=0)
-    return grid[means.argmax()], float(means.max())
-
-
-def fit_and_predict(
-    run: Run,
-    choice: Any,
-    examples: LabeledDataset,
-    train_idx: np.ndarray,
-    eval_idx: np.ndarray,
-    setup: Setup,
-) -> np.ndarray:
-    """Fit a method on some examples of its draw and predict others."""
+def fine_tuning(examples: LabeledDataset, run: Run, setup: Setup) -> tuple[Fit, Sequence]:
+    """finetune.py with pretrained or random weights."""
     model = setup.models[run.model]
-    targets = examples.targets[train_idx]
+    out = setup.out / "work" / run.method / run.model
 
-    if run.method in NETWORKS:
-        out = setup.out / "work" / run.method / run.model
-        flags = ["--model", str(model), "--methods", run.method, "--lr", str(choice)]
+    def fit(rate: float, train_idx: np.ndarray, eval_idx: np.ndarray) -> np.ndarray:
+        if len(train_idx) < run.labels:  # while the rate is chosen
+            rng = np.random.default_rng([run.seed, 6])
+            train_idx = np.sort(rng.permutation(train_idx)[:MAX_CHOOSING])
+        flags = ["--model", str(model), "--methods", run.method, "--lr", str(rate)]
         flags += ["--seed", str(run.seed), "--device", str(setup.device), "--out", str(out)]
         flags += ["--dtype", str(setup.dtype).removeprefix("torch.")]
         finetune.main(flags, data=(examples[train_idx], examples[eval_idx]))
         with np.load(out / "predictions.npz") as arrays:
             return arrays[run.method]
 
-    if run.method in ("ngrams", "bag_of_words"):
-        texts = examples.joined_texts()
-        train_texts = [texts[i] for i in train_idx]
-        eval_texts = [texts[i] for i in eval_idx]
-        inputs = (train_texts, targets, eval_texts, setup.n_classes)
-        if run.method == "ngrams":
-            return baselines.ngrams(*inputs, seed=run.seed)
-        return baselines.bag_of_words(*inputs, [(choice,)])[choice,]
-
-    if run.method == "lsa":
-        vectors = lsa_vectors(run.model, run.labels, run.seed, setup)
-        inputs = (vectors[train_idx], targets, vectors[eval_idx], setup.n_classes)
-        return baselines.lsa(*inputs, [choice])[choice]
-
-    features = network_features(run.model, run.labels, run.seed, setup)
-    i = -1 if run.method == "frozen" else int(run.method.removeprefix("layer "))
-    inputs = (features[train_idx, i], targets, features[eval_idx, i], setup.n_classes)
-    return baselines.linear_scores(*inputs, choice)
+    if run.method == "random_weights":
+        return fit, RANDOM_WEIGHTS_RATES
+    rates = PRETRAINED_RATES if model_folder.load_model(model)[0].is_modern else BERT_RATES
+    if run.labels > MAX_CHOOSING:  # fewer cannot show how much a network learns from all
+        rates = [rate for rate in rates if rate]
+    return fit, rates
 
 
-@functools.lru_cache(1)
-def lsa_vectors(model: str, labels: int, seed: int, setup: Setup) -> np.ndarray:
-    """The vectors of `draw_examples` in the latent space of the pretraining text."""
-    examples, n_train = draw_examples(labels, seed, setup)
-    texts = examples.joined_texts()
-    return baselines.document_vectors(texts, texts[:n_train], setup.models[model], seed)[0]
+def frozen(examples: LabeledDataset, run: Run, setup: Setup) -> tuple[Fit, Sequence]:
+    """A linear model of the features that the classifier of the pretrained network reads."""
+    network, tokenizer, max_len = load_classifier(run.model, setup)
+    rows, _ = encode(examples, tokenizer, max_len)
+    features = forward_all(network, rows, np.arange(len(rows)), setup.autocast, network.features)
 
+    def fit(c: float, train_idx: np.ndarray, eval_idx: np.ndarray) -> np.ndarray:
+        model = baselines.linear_model(examples.names is not None, c)
+        return baselines.fit_and_score(model, features, examples, train_idx, eval_idx)
 
-@functools.lru_cache(1)  # `frozen` and the layers share one forward pass
-def network_features(model: str, labels: int, seed: int, setup: Setup) -> np.ndarray:
-    """The mean states of `draw_examples` after the embedding and after each layer, and last the
-    features that the classifier reads, (examples, 1 + layers + 1, d_model)."""
-    network, tokenizer, max_len = load_classifier(model, setup)
-    rows, _ = encode(draw_examples(labels, seed, setup)[0], tokenizer, max_len)
-    states: list[Tensor] = []
-    for module in (network.model.embeddings, *network.model.layers):
-        module.register_forward_hook(lambda module, inputs, output: states.append(output))
-
-    def function(ids: Tensor, cu_seqlens: Tensor, *rest) -> Tensor:
-        states.clear()
-        features = network.features(ids, cu_seqlens, *rest)
-        return torch.stack([*(mean_pool(x, cu_seqlens) for x in states), features.float()], dim=1)
-
-    return forward_all(network, rows, np.arange(len(rows)), setup.autocast, function)
+    return fit, FROZEN_GRID
 
 
 def load_classifier(model: str, setup: Setup) -> tuple[Classifier, Tokenizer, int]:
@@ -209,6 +134,18 @@ def load_classifier(model: str, setup: Setup) -> tuple[Classifier, Tokenizer, in
     config, weights, tokenizer, _ = model_folder.load_model(folder)
     config, max_len = model_folder.choose_max_len(config, None, finetune.MAX_LEN, folder)
     torch.manual_seed(0)  # some BERTs lack a pooler
-    network = Classifier(config, setup.n_classes or 1).to(setup.device).eval()
+    network = Classifier(config, len(setup.train.names or [""])).to(setup.device).eval()
     model_folder.load_weights(network, weights, folder, allow_missing=("classifier", "pooler"))
     return network, tokenizer, max_len
+
+
+METHODS = {
+    "pretrained": fine_tuning,
+    "frozen": frozen,
+    "random_weights": fine_tuning,
+    "ngrams": lambda examples, run, _: baselines.ngrams(examples, run.seed),
+    "lsa": lambda examples, run, setup: baselines.lsa(
+        examples, run.labels, setup.models[run.model]
+    ),
+    "bag_of_words": lambda examples, *_: baselines.bag_of_words(examples),
+}

@@ -23,10 +23,8 @@ STYLE = """
 :root { color-scheme: light dark; font: 16px/1.6 system-ui, sans-serif }
 body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 p.text { font-size: 1.2rem; white-space: pre-wrap }
-p.text span { border-radius: .2em; padding: .1em 0 }
 figure { display: inline-block; margin: .5rem } figcaption { font-size: .8rem }
 img { width: 11rem; height: 11rem; image-rendering: pixelated; border: 1px solid gray }
-summary { cursor: pointer }
 """
 
 
@@ -38,8 +36,7 @@ def attention_maps(model: Classifier, row: np.ndarray) -> list[Tensor]:
     identity matrix, given as values, come out as columns of the probabilities.
 
     Args:
-        model: The classifier.
-        row: (L, 2) token ids and types of a text, as `labels.encode` returns them.
+        row: (L, 2), as `labels.encode` returns it.
 
     Returns:
         (H, L, L) of each layer: how much each token (row) attends to each token (column).
@@ -50,10 +47,9 @@ def attention_maps(model: Classifier, row: np.ndarray) -> list[Tensor]:
         x, cu_seqlens, max_seqlen, rope = inputs
         q, k, _ = layer.Wqkv(x).unflatten(-1, (3, layer.n_heads, -1)).unbind(1)  # (L, H, D) each
         columns = []
-        for unit_vectors in torch.eye(len(x), device=x.device).split(q.shape[-1], dim=1):
-            padding = (0, q.shape[-1] - unit_vectors.shape[1])
-            values = F.pad(unit_vectors, padding)[:, None].expand_as(q)
-            qkv = torch.stack((q, k, values), dim=1)  # (L, 3, H, D)
+        identity = F.pad(torch.eye(len(x), device=x.device), (0, -len(x) % q.shape[-1]))
+        for unit_vectors in identity.split(q.shape[-1], dim=1):  # (L, D)
+            qkv = torch.stack((q, k, unit_vectors[:, None].expand_as(q)), dim=1)  # (L, 3, H, D)
             columns.append(attention(qkv, cu_seqlens, max_seqlen, rope, layer.window))
         maps.append(torch.cat(columns, dim=-1)[..., : len(x)].transpose(0, 1).cpu())
 
@@ -67,13 +63,11 @@ def attention_maps(model: Classifier, row: np.ndarray) -> list[Tensor]:
 
 
 def to_png(weights: Tensor) -> str:
-    """An (L, L) map as a data: URL; weight is opacity, for light and dark backgrounds alike."""
+    """An (L, L) map as a data: URL."""
     from matplotlib import image
 
-    colour = np.broadcast_to(np.array(FOR) / 255, (*weights.shape, 3))
-    opacity = (weights / weights.max()).numpy()[..., None]
     buffer = io.BytesIO()
-    image.imsave(buffer, np.concatenate((colour, opacity), axis=2), format="png")
+    image.imsave(buffer, weights.numpy(), vmin=0, cmap="Blues", format="png")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -19,7 +19,6 @@ def compare_removals(model: Classifier, explanations: list, seed: int) -> dict[s
     """Remove the words with the highest attributions from texts, and as many random words.
 
     Args:
-        model: The classifier.
         explanations: An `explain.Explanation` of each text.
         seed: Of the random words and of the bootstrap.
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from analysis import statistics
+from analysis.baselines import goodness
 from analysis.statistics import Estimate, Score
 from files import disk
 from files.disk import UserError
@@ -51,16 +52,13 @@ class Results:
     def __contains__(self, run: Run) -> bool:
         return tuple(map(str, run)) in self.lines and self.predictions_path(run).is_file()
 
-    def add(
-        self, run: Run, metrics: dict[str, Any], targets: np.ndarray, predictions: np.ndarray
-    ) -> None:
+    def add(self, run: Run, metrics: dict[str, Any], predictions: np.ndarray) -> None:
         """Save a run, its predictions before its line in the table."""
         content = io.BytesIO()
-        np.savez_compressed(content, targets=targets, predictions=predictions)
+        np.savez_compressed(content, predictions=predictions)
         disk.write_file(self.predictions_path(run), content.getbuffer())
 
-        values = {name: value for name, value in metrics.items() if value is not None}
-        values = dict.fromkeys(COLUMNS, "") | run._asdict() | values
+        values = dict.fromkeys(COLUMNS, "") | run._asdict() | metrics
         self.lines[tuple(map(str, run))] = {name: str(values[name]) for name in COLUMNS}
         text = io.StringIO()
         table = csv.DictWriter(text, COLUMNS)
@@ -78,49 +76,32 @@ class Results:
 
 
 class Table:
-    """Predictions {method: {labels: probabilities (D, N, K) or numbers (D, N)}} of those draws that
-    all planned methods have finished, and their scores {method: {labels: score}}. Raises UserError
-    if no run has finished."""
+    """The scores {method: {labels: score}} of the cells whose draws have all finished.
+
+    Raises UserError if there is no such cell."""
 
     def __init__(self, results: Results, plan: Plan, targets: np.ndarray):
-        self.targets = targets
-        self.is_classification = targets.dtype.kind == "i"
-        self.metric = "accuracy" if self.is_classification else "R squared"
-        self.counts = statistics.bootstrap_counts(len(targets))
-
-        self.predictions: dict[str, dict[int, np.ndarray]] = {}
-        for labels in next(iter(plan.values())):  # all methods have the same budgets
-            finished = {
-                method: {run.seed: run for run in cells[labels] if run in results}
-                for method, cells in plan.items()
-            }
-            seeds = [set(runs) for runs in finished.values() if runs]
-            for method, runs in finished.items():
-                if runs and set.intersection(*seeds):
-                    drawn = [results.load(runs[seed]) for seed in set.intersection(*seeds)]
-                    self.predictions.setdefault(method, {})[labels] = np.stack(drawn)
-        if not self.predictions:
-            raise UserError(f"{results.path}: no run has finished, so there is nothing to report")
-
-        self.budgets = sorted({labels for cells in self.predictions.values() for labels in cells})
-        self.scores = {
-            method: {labels: self._score(drawn) for labels, drawn in cells.items()}
-            for method, cells in self.predictions.items()
-        }
-        self.estimates = {
+        self.metric = "accuracy" if targets.dtype.kind == "i" else "R squared"
+        self.scores: dict[str, dict[int, Score]] = {}
+        self.macro_f1: dict[str, dict[int, str]] = {}  # mean of the draws; empty of numbers
+        counts = statistics.bootstrap_counts(len(targets))
+        for method, cells in plan.items():
+            for labels, runs in cells.items():
+                if any(run not in results for run in runs):
+                    continue
+                values = np.stack([goodness(results.load(run), targets) for run in runs])
+                if self.metric == "R squared":
+                    values = 1 + values / targets.var()
+                score = statistics.mean_score(values, counts)
+                self.scores.setdefault(method, {})[labels] = score
+                if self.metric == "accuracy":
+                    lines = [results.lines[tuple(map(str, run))] for run in runs]
+                    of_draws = [float(line["macro_f1"]) for line in lines]
+                    self.macro_f1.setdefault(method, {})[labels] = f"{np.mean(of_draws):.3f}"
+        if not self.scores:
+            raise UserError(f"{results.path}: no method has finished: there is nothing to report")
+        self.budgets = sorted({labels for cells in self.scores.values() for labels in cells})
+        self.estimates: dict[str, dict[int, Estimate]] = {
             method: {labels: score.estimate(maximum=1) for labels, score in cells.items()}
             for method, cells in self.scores.items()
         }
-
-    def _score(self, predictions: np.ndarray) -> Score:
-        """Accuracy, or R squared: the mean over the examples of 1 - squared error / variance."""
-        if self.is_classification:
-            values = (predictions.argmax(-1) == self.targets).astype(np.float32)
-        else:
-            values = 1 - (predictions - self.targets) ** 2 / self.targets.var()
-        return statistics.mean_score(values, self.counts)
-
-    def macro_f1(self, method: str, labels: int) -> Estimate:
-        drawn = self.predictions[method][labels]
-        score = statistics.macro_f1(drawn.argmax(-1), self.targets, drawn.shape[-1], self.counts)
-        return score.estimate(maximum=1)

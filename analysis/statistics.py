@@ -1,22 +1,21 @@
-"""Confidence intervals, paired differences, calibration and advice for the methods compared.
+"""Confidence intervals, paired differences and advice for the methods compared.
 
-Axes: D draws of the labels, N test examples, B bootstrap samples of them, K classes.
+Axes: D draws of the labels, N test examples, B bootstrap samples of them.
 """
 
 import functools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy import special
 
 N_BOOTSTRAP = 4000
 CONFIDENCE = 0.95
-N_BINS = 15  # as in Guo et al. 2017
 
 
-@dataclass(frozen=True)
-class Estimate:
+class Estimate(NamedTuple):
     """A mean over draws and test examples with its 95% confidence interval."""
 
     mean: float
@@ -77,28 +76,7 @@ def bootstrap_counts(n_examples: int) -> np.ndarray:
 def mean_score(values: np.ndarray, counts: np.ndarray) -> Score:
     """The score of a metric that is the mean of `values` (D, N) over the examples, for accuracy 1
     where the prediction is right and 0 elsewhere; `counts` are `bootstrap_counts`."""
-    return Score(values.mean(1), counts @ values.mean(0) / values.shape[1])
-
-
-def macro_f1(
-    predictions: np.ndarray, targets: np.ndarray, n_classes: int, counts: np.ndarray
-) -> Score:
-    """The mean F1 of the classes that occur or are predicted, as scikit-learn computes it, of
-    predicted classes (D, N) and true classes (N,); `counts` are `bootstrap_counts`."""
-
-    def f1(hits: np.ndarray, total: np.ndarray) -> np.ndarray:
-        """Macro-F1 (...,) of counts per class (..., K); `total` counts predicted and true ones."""
-        return np.sum(2 * hits / np.maximum(total, 1), -1) / np.sum(total > 0, -1)
-
-    one_hot = np.eye(n_classes, dtype=np.float32)
-    true = one_hot[targets]  # (N, K)
-    by_draw = []
-    by_sample = []
-    for predicted in one_hot[predictions]:  # (N, K) of each draw
-        hits = predicted * true
-        by_draw.append(f1(hits.sum(0), (predicted + true).sum(0)))
-        by_sample.append(f1(counts @ hits, counts @ (predicted + true)))
-    return Score(np.array(by_draw), np.mean(by_sample, 0))
+    return Score(values.mean(1), counts @ values.mean(0, dtype=np.float32) / values.shape[1])
 
 
 def compare(one: str, other: str, difference: Score) -> str:
@@ -109,21 +87,6 @@ def compare(one: str, other: str, difference: Score) -> str:
         draws = "1 draw" if n_draws == 1 else f"{n_draws} draws"
         return f"{one} and {other} do not differ significantly with {draws}: {estimate}"
     return f"{one} is {'better' if estimate.low > 0 else 'worse'} than {other}: {estimate}"
-
-
-def calibration_error(probabilities: np.ndarray, targets: np.ndarray) -> float:
-    """The expected calibration error of the predicted class (Guo et al. 2017, arXiv 1706.04599,
-    equation 5): the mean gap between confidence and accuracy in bins of confidence.
-
-    Args:
-        probabilities: (D, N, K).
-        targets: classes (N,).
-    """
-    confidence = probabilities.max(-1).ravel()
-    correct = (probabilities.argmax(-1) == targets).ravel()
-    bins = np.minimum((confidence * N_BINS).astype(int), N_BINS - 1)
-    gaps = np.bincount(bins, weights=confidence - correct)
-    return float(np.abs(gaps).sum() / len(bins))
 
 
 def advise(

@@ -6,17 +6,14 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 from conftest import sentences, write_csv
 from scipy import stats
-from sklearn.metrics import f1_score
 
 import analyze
 import finetune
 from analysis import costs, experiment, plots, statistics
 from analysis.statistics import Score
 from files.disk import UserError
-from model import Classifier, Config
 
 # ------------------------------------------------------------------------------------- statistics
 
@@ -92,29 +89,6 @@ def test_sentence_names_a_single_draw():
     assert "significantly with 1 draw:" in statistics.compare("ours", "lsa", difference)
 
 
-def test_macro_f1_is_scikit_learn_s():
-    rng = np.random.default_rng(0)
-    targets = rng.integers(0, 4, 200)
-    predictions = rng.integers(0, 3, (3, 200))  # class 3 is never predicted
-    score = statistics.macro_f1(predictions, targets, 6, statistics.bootstrap_counts(200))
-    by_hand = [f1_score(targets, predicted, average="macro") for predicted in predictions]
-    assert np.allclose(score.by_draw, by_hand)
-    assert abs(score.by_sample.mean() - np.mean(by_hand)) < 0.02
-
-
-def test_calibration_error_of_an_overconfident_method():
-    probabilities = np.tile([0.95, 0.05], (1, 100, 1))
-    targets = np.array([0] * 70 + [1] * 30)
-    assert statistics.calibration_error(probabilities, targets) == pytest.approx(0.25)
-
-
-def test_calibration_error_adds_up_the_gaps_of_the_bins():
-    """Too confident in one bin and not confident enough in another: the gaps do not cancel."""
-    probabilities = np.array([[[0.9, 0.1]] * 50 + [[0.6, 0.4]] * 50])
-    targets = np.array([0] * 40 + [1] * 10 + [0] * 35 + [1] * 15)
-    assert statistics.calibration_error(probabilities, targets) == pytest.approx(0.1)
-
-
 def test_advice_follows_the_scores():
     """The best method, or the fastest of those that are not significantly worse."""
     milliseconds = {"ours": 2.0, "ngrams": 0.4}
@@ -133,39 +107,6 @@ def test_advice_follows_the_scores():
     ]
 
 
-# ------------------------------------------------------------------------------------------ costs
-
-
-@pytest.mark.parametrize(
-    "shape", [{}, {"global_attn_every_n_layers": 2, "local_attention": 16}, {"family": "bert"}]
-)
-def test_operations_are_those_that_torch_counts(shape):
-    from torch.utils.flop_counter import FlopCounterMode
-
-    sizes = {"vocab_size": 50, "d_model": 32, "n_layers": 3, "n_heads": 4, "d_ff": 48}
-    config = Config(max_len=64, **sizes, **shape)
-    length = 48
-    n = 4
-    ids = torch.randint(5, 50, (n * length,))
-    cu_seqlens = torch.arange(n + 1, dtype=torch.int32) * length
-    model = Classifier(config, 2).eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.model(ids, cu_seqlens, length)
-    counted = counter.get_total_flops() / (n * length)
-    ours = costs.flops_per_token(config, length)
-    if "local_attention" in shape:  # torch computes a window in blocks, which are larger
-        whole = Config(max_len=64, **sizes, **shape | {"local_attention": 128})
-        assert ours <= counted <= costs.flops_per_token(whole, length)
-    else:
-        assert counted == ours
-
-
-def test_memory_is_not_measured_on_windows(tmp_path, monkeypatch):
-    (tmp_path / "config.json").touch()
-    monkeypatch.delattr("os.wait4")
-    assert costs.peak_memory(tmp_path, ["text"]) == {}
-
-
 # ------------------------------------------------------------------------------------ the command
 
 
@@ -173,16 +114,10 @@ def test_memory_is_not_measured_on_windows(tmp_path, monkeypatch):
 def short_runs():
     """Fewer fine-tunings, and times that are measured, but not well."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(experiment.GRIDS, "pretrained", (0.0, 3e-4))
+        patch.setattr(experiment, "PRETRAINED_RATES", (0.0, 3e-4))
         patch.setattr(costs, "ROUNDS", 1)
         patch.setattr(costs, "TIMED_TEXTS", 32)
         yield
-
-
-@pytest.fixture
-def no_memory(monkeypatch):
-    """Saves the process in which memory is measured."""
-    monkeypatch.setattr(costs, "peak_memory", lambda *_: {})
 
 
 @pytest.fixture
@@ -207,15 +142,10 @@ def flags_of(topics, model, out, *more):
 
 @pytest.fixture(scope="module")
 def analysis(topics, pretrained, tmp_path_factory):
-    """A model with snapshots; the folder of its analysis, and what main returned."""
+    """A model, the folder of its analysis, and what main returned."""
     folder = tmp_path_factory.mktemp("analysis")
     model = folder / "model"
     shutil.copytree(pretrained, model)
-    for step in (10, 20):
-        snapshot = model / "snapshots" / f"step-{step}"
-        snapshot.mkdir(parents=True)
-        for name in ("config.json", "model.safetensors", "tokenizer.json"):
-            shutil.copy(pretrained / name, snapshot / name)
     out = folder / "out"
     return model, out, analyze.main(flags_of(topics, model, out, "--labels", "12,30"))
 
@@ -226,10 +156,9 @@ def read_results(out):
 
 
 def test_whole_experiment(analysis):
-    model, out, scores = analysis
+    _, out, scores = analysis
     lines = read_results(out)
-    n_layers = 1 + experiment.model_folder.load_model(model)[0].n_layers  # with the embedding
-    assert len(lines) == (3 + 2 + n_layers) * 2 * 2  # methods, snapshots, layers; budgets; draws
+    assert len(lines) == 3 * 2 * 2  # methods, budgets, draws
     assert set(scores) == {"pretrained", "frozen", "bag_of_words"}
     for method, cells in scores.items():
         accuracies = [
@@ -240,13 +169,18 @@ def test_whole_experiment(analysis):
         mean, low, high = cells[30]
         assert np.mean(accuracies) == pytest.approx(mean)
         assert low <= mean <= high
-    for name in ("curves", "snapshots"):
-        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     text = (out / "report.md").read_text()
-    sections = ["Test scores", "Differences", "Calibration", "Hardest texts", "Costs", "Layers"]
-    for title in (*sections, "Snapshots"):
+    for title in ("Test scores", "Differences", "Costs"):
         assert f"## {title}\n" in text
-    assert "peak megabytes" in text
+    of_draws = [
+        float(line["macro_f1"])
+        for line in lines
+        if (line["method"], line["labels"]) == ("frozen", "30")
+    ]
+    assert f" {np.mean(of_draws):.3f} |" in text
+    assert re.search(r"^\| bag_of_words \| \d+\.\d\d \|$", text, re.MULTILINE)
+    assert "With 30 labels use " in text
 
 
 def test_a_run_is_a_fine_tuning_with_the_chosen_learning_rate(analysis, topics, tmp_path):
@@ -263,7 +197,7 @@ def test_a_run_is_a_fine_tuning_with_the_chosen_learning_rate(analysis, topics, 
     assert metrics["test"]["pretrained"]["accuracy"] == float(line["accuracy"])
 
 
-def test_finished_runs_are_not_repeated(analysis, topics, calls, no_memory):
+def test_finished_runs_are_not_repeated(analysis, topics, calls):
     model, out, scores = analysis
     flags = flags_of(topics, model, out, "--labels", "12,30")
     assert analyze.main(flags) == scores
@@ -277,23 +211,21 @@ def test_finished_runs_are_not_repeated(analysis, topics, calls, no_memory):
     assert len(calls) == 2
 
 
-def test_a_stop_loses_only_the_run_that_was_stopped(
-    analysis, topics, tmp_path, monkeypatch, calls, no_memory
-):
+def test_a_stop_loses_only_the_run_that_was_stopped(analysis, topics, tmp_path, monkeypatch, calls):
     model, _, _ = analysis
     flags = flags_of(topics, model, tmp_path, "--labels", "12", "--methods", "ngrams,bag_of_words")
-    fit = experiment.fit_and_predict
+    run_method = experiment.run_method
 
-    def stop(run, *rest):
+    def stop(run, setup):
         if run.method == "bag_of_words" and run.seed == 1:
-            raise KeyboardInterrupt
-        return fit(run, *rest)
+            raise SystemExit(130)
+        return run_method(run, setup)
 
     with monkeypatch.context() as patch:
-        patch.setattr(experiment, "fit_and_predict", stop)
-        with pytest.raises(KeyboardInterrupt):
+        patch.setattr(experiment, "run_method", stop)
+        with pytest.raises(SystemExit, match="130"):
             analyze.main(flags)
-    finished = calls[:-1]
+    finished = list(calls)
     calls.clear()
     analyze.main(flags)
     assert finished
@@ -301,7 +233,7 @@ def test_a_stop_loses_only_the_run_that_was_stopped(
 
 
 def test_other_weights_or_labels_in_the_same_folder_are_another_result(
-    analysis, topics, tmp_path, calls, no_memory
+    analysis, topics, tmp_path, calls
 ):
     model, out, _ = analysis
     out = shutil.copytree(out, tmp_path / "out")
@@ -323,24 +255,41 @@ def test_other_weights_or_labels_in_the_same_folder_are_another_result(
     assert len(calls) == 4
 
 
-def test_model_that_disappears_half_way_leaves_what_was_computed(
-    analysis, topics, tmp_path, monkeypatch
+def test_training_that_diverges_leaves_its_cell_out(
+    analysis, topics, tmp_path, monkeypatch, capsys
 ):
     model, _, _ = analysis
-    run_method = experiment.run_method
+    fine_tune = finetune.main
 
-    def fail(run, setup):
-        if run.seed == 1:
-            raise UserError("model: no checkpoint")
-        return run_method(run, setup)
+    def diverge(flags, data):
+        if len(data[0]) == 30:
+            raise SystemExit(1)
+        return fine_tune(flags, data)
 
-    monkeypatch.setattr(experiment, "run_method", fail)
-    out = tmp_path / "out"
-    methods = ["--methods", "ngrams,bag_of_words"]
-    with pytest.raises(UserError, match="no checkpoint"):
-        analyze.main(flags_of(topics, model, out, "--labels", "12", *methods))
-    assert "mean of 1 draws" in (out / "report.md").read_text()
-    assert len(read_results(out)) == 2
+    monkeypatch.setattr(finetune, "main", diverge)
+    more = ["--labels", "12,30", "--methods", "pretrained,bag_of_words", "--seeds", "1"]
+    scores = analyze.main(flags_of(topics, model, tmp_path, *more))
+    assert set(scores["pretrained"]) == {12}
+    assert set(scores["bag_of_words"]) == {12, 30}
+    line = "pretrained of model, 30 labels, draw 1: training diverged; the report leaves it out"
+    assert line in capsys.readouterr().err.splitlines()
+    assert "| bag_of_words |" in (tmp_path / "report.md").read_text()
+
+
+def test_without_any_result_there_is_no_report(analysis, topics, tmp_path, monkeypatch):
+    def diverge(*_):
+        raise SystemExit(1)
+
+    monkeypatch.setattr(experiment, "run_method", diverge)
+    with pytest.raises(UserError, match="no method has finished"):
+        analyze.main(flags_of(topics, analysis[0], tmp_path, "--labels", "12"))
+    assert not (tmp_path / "report.md").exists()
+
+
+def test_flags_change_what_quick_runs():
+    args = analyze.parse_args(["--quick", "--labels", "50"])
+    assert (args.labels, args.seeds) == (["50"], 2)
+    assert args.methods == ["pretrained", "frozen", "ngrams", "lsa"]
 
 
 @pytest.mark.parametrize(
@@ -349,13 +298,16 @@ def test_model_that_disappears_half_way_leaves_what_was_computed(
         (["--labels", "12,121"], "--labels 121: there are only 120"),
         (["--labels", "4"], "--labels 4: at least 6 are needed"),
         (["--labels", "12", "--model", "nowhere"], "nowhere"),
+        (["--labels", "12", "--model", "{model}", "{empty}"], "{empty}: no checkpoint"),
     ],
 )
 def test_what_cannot_run_is_refused_before_the_first_run(
     analysis, topics, tmp_path, flags, problem
 ):
     model, _, _ = analysis
-    with pytest.raises(UserError, match=re.escape(problem)):
+    names = {"model": model, "empty": tmp_path}
+    flags = [flag.format(**names) for flag in flags]
+    with pytest.raises(UserError, match=re.escape(problem.format(**names))):
         analyze.main([*flags_of(topics, model, tmp_path / "out"), *flags])
     assert not (tmp_path / "out" / "results.csv").exists()
 
@@ -392,8 +344,7 @@ def test_regression_has_r_squared(pretrained, tmp_path):
     scores = analyze.main([*flags, "--dtype", "float32"])
     assert scores["bag_of_words"][96][0] > 0
     report = (out / "report.md").read_text()
-    assert "R squared" in report
-    assert "## Layers" in report
+    assert "R squared" in report and "Macro-F1" not in report
 
 
 def test_models_of_equal_names_get_their_paths(tmp_path):

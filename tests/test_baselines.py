@@ -1,5 +1,8 @@
 """Baselines equal scikit-learn called by hand, and choose inside the training labels."""
 
+import functools
+import json
+
 import numpy as np
 import pytest
 from conftest import sentences
@@ -10,6 +13,8 @@ from sklearn.preprocessing import normalize
 
 import labels
 from analysis import baselines
+from data import Corpus
+from files import disk
 from labels import LabeledDataset, cross_validation_splits
 
 NGRAMS = {"ngram_range": (1, 2), "token_pattern": r"(?u)\b\w+\b"}
@@ -22,6 +27,15 @@ def texts_of(n_classes, n_each, seed):
     targets = np.repeat(np.arange(n_classes), n_each)
     order = np.random.default_rng(seed).permutation(len(texts))
     return [texts[i] for i in order], targets[order]
+
+
+def fit_ngrams(texts, targets, eval_texts, n_classes):
+    """The scores of the n-gram model that is fitted on texts; `n_classes` is None for numbers."""
+    names = [str(k) for k in range(n_classes)] if n_classes else None
+    train = LabeledDataset(texts, None, targets, names)
+    unused = np.zeros(len(eval_texts), targets.dtype)
+    test = LabeledDataset(eval_texts, None, unused, names)
+    return baselines.fit_baseline(train, test, seed=0).numpy()
 
 
 def tfidf_by_hand(texts, targets, eval_texts, n_classes, c):
@@ -65,7 +79,7 @@ def test_each_variant_of_ngrams_is_scikit_learn_called_by_hand(monkeypatch, n_cl
     texts, targets = texts_of(n_classes, 40, 0)
     eval_texts, _ = texts_of(n_classes, 20, 50)
     variant, c = choice
-    scores = baselines.ngrams(texts, targets, eval_texts, n_classes, 0)
+    scores = fit_ngrams(texts, targets, eval_texts, n_classes)
     expected = BY_HAND[variant](texts, targets, eval_texts, n_classes, c)
     assert np.allclose(scores, expected, atol=1e-3)
     assert np.allclose(scores.sum(1), 1)
@@ -94,7 +108,7 @@ def test_ngrams_chooses_variant_and_c_by_splits_of_the_training_labels(monkeypat
     variant, c = max(accuracies, key=accuracies.get)
     eval_texts, _ = texts_of(2, 20, 90)
     expected = BY_HAND[variant](texts, targets, eval_texts, 2, c)
-    scores = baselines.ngrams(texts, targets, eval_texts, 2, 0)
+    scores = fit_ngrams(texts, targets, eval_texts, 2)
     assert np.allclose(scores, expected, atol=1e-3)
 
 
@@ -102,8 +116,8 @@ def test_a_text_is_scored_alike_whatever_stands_beside_it():
     """The texts to score take no part in the vocabulary, the weights or the choice."""
     texts, targets = texts_of(3, 30, 0)
     eval_texts, _ = texts_of(3, 10, 50)
-    together = baselines.ngrams(texts, targets, eval_texts, 3, 0)
-    alone = baselines.ngrams(texts, targets, eval_texts[:1], 3, 0)
+    together = fit_ngrams(texts, targets, eval_texts, 3)
+    alone = fit_ngrams(texts, targets, eval_texts[:1], 3)
     assert np.allclose(together[:1], alone)
 
 
@@ -115,18 +129,16 @@ def test_ngrams_of_numbers_is_ridge_regression_on_tfidf(monkeypatch):
     vectorizer = TfidfVectorizer(sublinear_tf=True, **NGRAMS)
     model = Ridge(alpha=0.5).fit(vectorizer.fit_transform(texts), numbers)
     expected = model.predict(vectorizer.transform(eval_texts))
-    scores = baselines.ngrams(texts, numbers, eval_texts, None, 0)
+    scores = fit_ngrams(texts, numbers, eval_texts, None)
     assert np.allclose(scores, expected, atol=1e-2)
 
 
 @pytest.mark.parametrize("texts", [["!", "?", "...", "!!"], ["", " ", "\n", "\t"]])
-def test_without_words_ngrams_predicts_the_majority_class(texts, capsys):
+def test_without_words_ngrams_predicts_the_majority_class(texts):
     targets = np.array([1, 1, 0, 1])
-    scores = baselines.ngrams(texts, targets, ["a text", "!"], 2, 0)
+    scores = fit_ngrams(texts, targets, ["a text", "!"], 2)
     assert np.allclose(scores, [[0.25, 0.75]] * 2)
-    [line] = capsys.readouterr().out.splitlines()
-    assert line.startswith("ngrams: no word in the training texts")
-    scores = baselines.ngrams(texts, targets.astype(np.float32), ["a text"], None, 0)
+    scores = fit_ngrams(texts, targets.astype(np.float32), ["a text"], None)
     assert np.allclose(scores, [0.75])
 
 
@@ -143,50 +155,62 @@ ODD = {
 @pytest.mark.parametrize("name", ODD)
 def test_odd_texts_have_probabilities(name):
     texts, targets, eval_texts = ODD[name]
-    scores = baselines.ngrams(texts, np.array(targets), eval_texts, 3, 0)
+    scores = fit_ngrams(texts, np.array(targets), eval_texts, 3)
     assert scores.shape == (len(eval_texts), 3)
     assert np.isfinite(scores).all() and np.allclose(scores.sum(1), 1)
     assert (scores[:, 2] == 0).all()
     if name == "one letter":
         assert scores[:2].argmax(1).tolist() == [0, 1]
-    numbers = baselines.ngrams(texts, np.array(targets, dtype=np.float32), eval_texts, None, 0)
+    numbers = fit_ngrams(texts, np.array(targets, dtype=np.float32), eval_texts, None)
     assert numbers.shape == (len(eval_texts),) and np.isfinite(numbers).all()
+
+
+def fit_on_all(method, train, test, choice):
+    """The scores of a method of `baselines` with this choice; `method` takes the examples."""
+    examples = baselines.concatenate(train, test)
+    fit, _ = method(examples)
+    train_idx, test_idx = np.split(np.arange(len(examples)), [len(train)])
+    return fit(choice, train_idx, test_idx)
 
 
 def test_bag_of_words_is_scikit_learn_called_by_hand(topics):
     train, test = labels.load(None, *topics)
     tfidf = TfidfVectorizer(sublinear_tf=True).fit(train.texts)
     model = LogisticRegression(C=3, max_iter=2000).fit(tfidf.transform(train.texts), train.targets)
-    scores = baselines.bag_of_words(train.texts, train.targets, test.texts, 3, [(3.0,)])[3.0,]
+    scores = fit_on_all(baselines.bag_of_words, train, test, 3.0)
     assert np.allclose(scores, model.predict_proba(tfidf.transform(test.texts)))
 
 
-def test_lsa_is_scikit_learn_called_by_hand(topics):
+def test_lsa_is_scikit_learn_called_by_hand(topics, pretrained):
     train, test = labels.load(None, *topics)
-    texts = [s for topic in range(6) for s in sentences(100, topic, topic)]
-    tfidf, svd = baselines.fit_latent_semantics(tuple(texts))
-    vectors = svd.transform(tfidf.transform(train.texts))
-    eval_vectors = svd.transform(tfidf.transform(test.texts))
-    scores = baselines.lsa(vectors, train.targets, eval_vectors, 3, [(100, 10.0)])[100, 10.0]
+    lsa = functools.partial(baselines.lsa, n_train=len(train), pretrained=pretrained)
+    scores = fit_on_all(lsa, train, test, (100, 10.0))
 
+    cache = disk.CACHE / json.loads((pretrained / "metrics.json").read_text())["tokens_folder"]
+    corpus = Corpus(cache, max_len=256, micro_batch_tokens=1, seed=0)
+    texts = corpus.sample_texts(50_000, seed=0)
     tfidf = TfidfVectorizer(sublinear_tf=True).fit(texts)
-    svd = TruncatedSVD(vectors.shape[1], random_state=0).fit(tfidf.transform(texts))
+    width = min(512, len(texts) - 1, len(tfidf.vocabulary_) - 1)
+    svd = TruncatedSVD(width, random_state=0).fit(tfidf.transform(texts))
     features = normalize(svd.transform(tfidf.transform(train.texts))[:, :100])
     eval_features = normalize(svd.transform(tfidf.transform(test.texts))[:, :100])
     model = LogisticRegression(C=10, max_iter=2000).fit(features, train.targets)
-    assert np.allclose(scores, model.predict_proba(eval_features))
+    assert np.allclose(scores, model.predict_proba(eval_features), atol=1e-3)
+
+
+def test_without_the_text_of_the_pretraining_lsa_is_fitted_on_the_labelled_texts(
+    pretrained, tmp_path
+):
+    texts = sentences(30, 3)
+    assert baselines.document_vectors(texts, texts, tmp_path).shape == (30, 29)
+    assert baselines.document_vectors(texts, texts, pretrained).shape[1] > 29
 
 
 def test_a_class_that_the_targets_lack_has_no_probability():
-    features, targets = np.eye(6), np.array([0, 0, 0, 2, 2, 2])
-    scores = baselines.linear_scores(features, targets, features, 4, 1.0)
-    assert (scores[:, [1, 3]] == 0).all() and (scores.argmax(1) == targets).all()
+    examples = LabeledDataset([""] * 6, None, np.array([0, 0, 0, 2, 2, 2]), list("abcd"))
+    model = baselines.linear_model(True, 1.0)
+    everything = np.arange(6)
+    scores = baselines.fit_and_score(model, np.eye(6), examples, everything, everything)
+    assert (scores[:, [1, 3]] == 0).all()
+    assert (scores.argmax(1) == examples.targets).all()
     assert np.allclose(scores.sum(1), 1)
-
-
-def test_document_vectors_name_the_text_that_they_were_fitted_on(pretrained, tmp_path):
-    texts = sentences(30, 3)
-    vectors, name = baselines.document_vectors(texts, texts, pretrained, 0)
-    assert name == "the unlabelled text of pretraining" and len(vectors) == 30
-    vectors, name = baselines.document_vectors(texts, texts, tmp_path, 0)
-    assert name == "the training texts" and len(vectors) == 30
