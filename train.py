@@ -205,10 +205,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if ranks.is_first:
             stack.enter_context(run_folder.lock(args.out, args.model))
         set_defaults(args, device, dtype, ranks)
-        environment = run_folder.environment(device, ranks.n)
-        record = {"flags": flags_to_json(args), "environment": environment}
-        defaults = flags_to_json(parse_args([]))
-
         initial = model_folder.load_model(args.model) if args.model else None
         config = build_config(args, initial)
         machine.check_memory(config, device)
@@ -219,13 +215,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         monitor = StepMonitor(has_scaler=scaler.is_enabled())
-        record["data"] = corpus.folder.name
         n_weights = sum(p.numel() for p in model.parameters())
         step_tokens = args.accumulate * args.micro_batch_tokens
 
         # from here on the folder belongs to this run: what an earlier one left in it is removed
         training = (model, *optimizers, scaler, monitor)
-        state = run_folder.start_or_resume(args, record, defaults, ranks)
+        record = {"flags": flags_to_json(args), "data": corpus.folder.name}
+        record["environment"] = run_folder.environment(device, ranks.n)
+        state = run_folder.start_or_resume(args, record, flags_to_json(parse_args([])), ranks)
         first_step = state.get("step", 0)
         points = state.get("points", [])
         if state:
@@ -310,8 +307,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                     model_folder.save_model(snapshot, model, corpus.tokenizer)
             if gave_up:
                 advice = "start again with lower rates, or --resume after the last checkpoint"
-                ranks.log(f"stopped after {monitor.patience} skipped steps in a row; {advice}")
-                raise SystemExit(1)
+                raise SystemExit(f"{monitor.patience} skipped steps in a row; {advice}")
             if interrupted:
                 message = "the same command with --resume continues"
                 ranks.log(f"stopped after step {done}, saved; {message}")
