@@ -147,8 +147,7 @@ def load_corpus(
     folder = None
     if ranks.is_first:
         tokenizer = initial[2] if initial else None
-        allow_smaller = args.vocab_size is None
-        folder = prepare(args.corpus, config.vocab_size, tokenizer, allow_smaller)
+        folder = prepare(args.corpus, config.vocab_size, tokenizer)
     folder = ranks.from_first(folder)
     max_len = args.max_len or config.max_len
     return Corpus(folder, max_len, args.micro_batch_tokens, args.seed, args.mask)

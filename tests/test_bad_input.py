@@ -74,7 +74,6 @@ TRAIN = {  # flags -> a part of the message; {} is the folder of FILES
     "--corpus {}/other.jsonl": "{}/other.jsonl:1: a field 'text'",
     "--corpus {}/fields.csv": "{}/fields.csv:3: 3 fields",
     "--corpus {}/short.txt": "fewer than one batch of 512",
-    "--corpus {}/good.txt --vocab-size 9000": "--vocab-size 9000",
     "--corpus {}/good.txt --out {}/good.txt/below": "--out {}/good.txt/below: cannot be written",
     "--corpus {}/good.txt --out {}/good.txt": "--out {}/good.txt: cannot be written",
 }
