@@ -87,14 +87,11 @@ MAY_BE_UNUSED = (
     *("bert.embeddings.position_ids", "roberta.embeddings.position_ids"),  # 0, 1, 2, ...
 )
 
-# ------------------------------------------------------------------------------------ config.json
-
 
 def config_to_json(config: Config, task: str, special_ids: dict[str, int]) -> dict[str, Any]:
     """The content of config.json, for a task such as "MaskedLM" and the ids of special tokens.
 
-    Raises:
-        ValueError: a field of the config would be lost, or would be read back as another value.
+    ValueError if a field of the config would be lost, or would be read back as another value.
     """
     prefix = CLASS_PREFIX[config.family]
     raw: dict[str, Any] = {"architectures": [f"{prefix}For{task}"], "model_type": prefix.lower()}
@@ -116,9 +113,8 @@ def config_to_json(config: Config, task: str, special_ids: dict[str, int]) -> di
 def config_from_json(raw: dict[str, Any]) -> Config:
     """The Config of a config.json, written by us or by any version of `transformers`.
 
-    Raises:
-        ValueError, TypeError or KeyError: it is of none of the three families, or of a variant
-            that computes something else.
+    ValueError, TypeError or KeyError if it is of none of the three families, or of a variant that
+    computes something else.
     """
     model_type = raw.get("model_type")
     families = {prefix.lower(): family for family, prefix in CLASS_PREFIX.items()}
@@ -158,9 +154,6 @@ def _read_layers(raw: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-# ---------------------------------------------------------------------------------------- weights
-
-
 def module_names(config: Config, task: str) -> dict[str, list[str]]:
     """BERT's or RoBERTa's name of each of our modules; three names where ours is fused."""
     base = config.family
@@ -179,8 +172,7 @@ def module_names(config: Config, task: str) -> dict[str, list[str]]:
 def export_weights(weights: dict[str, Tensor], config: Config, task: str) -> dict[str, Tensor]:
     """Rename weights from our names to those of the family; the tied decoder is left out.
 
-    Raises:
-        ValueError: a weight has no name in the tables of the family.
+    ValueError if a weight has no name in the tables of the family.
     """
     weights = {name: weight for name, weight in weights.items() if name != TIED}
     if config.is_modern:
@@ -201,9 +193,6 @@ def import_weights(weights: dict[str, Tensor], config: Config, task: str) -> dic
     """Rename weights from the names in a file, perhaps of a bare encoder without prefix, to ours.
 
     A name in no table stays as it is; `model_folder.load_weights` decides whether it is an error.
-
-    Raises:
-        ValueError: the config has more layers than the file has weights.
     """
     if config.n_layers > len(weights):
         raise ValueError(f"the config has {config.n_layers} layers, more than there are weights")
@@ -223,14 +212,11 @@ def import_weights(weights: dict[str, Tensor], config: Config, task: str) -> dic
 
 
 def check_shapes(config: Config, weights: dict[str, Tensor]) -> None:
-    """Compare the encoder of a config with its weights, in our names.
+    """ValueError if weights, in our names, lack one of the encoder, or have another shape.
 
     It is called before a model is made, so an absurd config cannot ask for absurd memory.
-
-    Raises:
-        ValueError: a weight is missing, or has another shape.
     """
-    with torch.device("meta"):  # where weights have shapes, and no content
+    with torch.device("meta"):  # on which weights take no memory
         encoder = Encoder(config)
     for name, weight in encoder.state_dict(prefix="model.").items():
         if name not in weights:

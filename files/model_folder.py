@@ -2,9 +2,8 @@
 
 This is the layout that `transformers` reads; hub_names.py has the names in it.
 
-A folder is a model if it has a config.json. To overwrite a model, `save_model` removes config.json
-first and writes it last, and `load_model` checks at its end that config.json is still the same
-file. So nobody reads the weights of one model with the settings or the tokenizer of another.
+A folder is a model if it has a config.json, which `save_model` removes first and writes last. So
+where it is killed, it does not leave the weights of one model with the settings of another.
 """
 
 import contextlib
@@ -17,7 +16,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from tokenizers import BertWordPieceTokenizer, Tokenizer
 from torch import Tensor, nn
 
@@ -28,7 +26,7 @@ from model import Classifier, Config, MaskedLM, Tagger
 
 # What the libraries raise when they read a broken config or broken weights.
 BROKEN = (OSError, EOFError, ValueError, TypeError, AttributeError, KeyError, RuntimeError)
-BROKEN += (SafetensorError,)
+BROKEN += (safetensors.SafetensorError,)
 # The files that are fetched from the Hugging Face hub.
 HUB_FILES = ("config.json", "*.safetensors", "pytorch_model.bin", "tokenizer*.json", "vocab.txt")
 
@@ -38,9 +36,7 @@ def save_model(
 ) -> None:
     """Write a model and its tokenizer, and `extra`, such as id2label, into config.json.
 
-    Raises:
-        UserError: a file cannot be written.
-        ValueError: a setting or a weight has no name in the family of the model.
+    ValueError if a setting or a weight has no name in the family of the model.
     """
     config = hub_names.config_to_json(model.config, model.task, special_ids(tokenizer))
     if model.config.is_modern:  # for which the default of `transformers` is "cls"
@@ -76,11 +72,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def find_model(name: Path) -> Path:
-    """The folder of a model: `name` itself, or a model of the Hugging Face hub in the hub's cache.
-
-    Raises:
-        UserError: there is no such folder, and no such model on the hub.
-    """
+    """The folder of a model: `name` itself, or that of the Hugging Face hub in the hub's cache."""
     if (name / "config.json").is_file():
         return name
     # train.py leaves its folders in runs/; one that does not exist is not looked up on the hub
@@ -101,14 +93,10 @@ def load_model(name: Path) -> tuple[Config, dict[str, Tensor], Tokenizer, dict[s
 
     Returns:
         (config, weights in our names, tokenizer, the whole content of config.json)
-
-    Raises:
-        UserError: the folder is of none of the three families, is broken, or is being overwritten.
     """
     folder = find_model(name)
     pickled = folder / "pytorch_model.bin"
     try:
-        version = _version(folder)
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config = hub_names.config_from_json(raw)
         if pickled.is_file() and not (folder / "model.safetensors").is_file():
@@ -118,8 +106,6 @@ def load_model(name: Path) -> tuple[Config, dict[str, Tensor], Tokenizer, dict[s
         weights = hub_names.import_weights(exported, config, _task(raw))
         hub_names.check_shapes(config, weights)
         tokenizer = load_tokenizer(folder)
-        if _version(folder) != version:
-            raise UserError(f"{folder}: another run is overwriting this model; wait for its end")
         if (n_pieces := tokenizer.get_vocab_size()) != config.vocab_size:
             raise ValueError(
                 f"{n_pieces} tokens in the tokenizer, {config.vocab_size} in the model"
@@ -131,12 +117,6 @@ def load_model(name: Path) -> tuple[Config, dict[str, Tensor], Tokenizer, dict[s
     return config, weights, tokenizer, raw
 
 
-def _version(folder: Path) -> tuple[int, int]:
-    """What distinguishes this config.json from one that is written later."""
-    status = (folder / "config.json").stat()
-    return status.st_mtime_ns, status.st_ino
-
-
 def _task(raw: dict[str, Any]) -> str:
     """The task of a config.json: "MaskedLM" of BertForMaskedLM, "" of BertModel."""
     architectures = raw.get("architectures") or [""]
@@ -144,11 +124,7 @@ def _task(raw: dict[str, Any]) -> str:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Read tokenizer.json, or BERT's vocab.txt where there is no tokenizer.json.
-
-    Raises:
-        UserError: it is broken, lacks a special token, or cannot encode an unknown letter.
-    """
+    """Read tokenizer.json, or BERT's vocab.txt where there is no tokenizer.json."""
     path = folder / "tokenizer.json"
     try:
         if (folder / "vocab.txt").is_file() and not path.is_file():
@@ -159,8 +135,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             tokenizer = Tokenizer.from_str(bert_tokenizer.to_str())
         else:
             tokenizer = Tokenizer.from_file(str(path))
-        special_ids(tokenizer)
-        tokenizer.encode("\N{CUNEIFORM SIGN A}")
+        special_ids(tokenizer)  # raises an error if one is missing
+        tokenizer.encode("\N{CUNEIFORM SIGN A}")  # and this if there is no token for the unknown
     except Exception as error:  # tokenizers has no errors of its own
         raise UserError(f"{path}: {first_line(error)}") from None
     tokenizer.no_truncation()
@@ -176,10 +152,6 @@ def load_weights(
     Args:
         allow_missing: beginnings of the names of weights that the folder may lack; those of the
             model stay as they are.
-
-    Raises:
-        UserError: another weight is missing, one has the wrong shape, or the model does not use one
-            that is not in `hub_names.MAY_BE_UNUSED`.
     """
     try:
         missing, unused = model.load_state_dict(weights, strict=False)
@@ -203,9 +175,6 @@ def open_model(folder: Path, device: torch.device) -> tuple[nn.Module, Tokenizer
     Returns:
         (MaskedLM, Classifier or Tagger; its tokenizer; the names of its classes or tags, None for
         a MaskedLM or a regression)
-
-    Raises:
-        UserError: the folder cannot be read, or holds another kind of model.
     """
     config, weights, tokenizer, raw = load_model(folder)
     problem_type = raw.get("problem_type")
@@ -224,8 +193,7 @@ def open_model(folder: Path, device: torch.device) -> tuple[nn.Module, Tokenizer
             default = "cls" if config.is_modern else "pooler"  # as in `transformers`
             model = Classifier(config, n_labels, raw.get("classifier_pooling") or default)
         else:
-            tasks = f"{MaskedLM.task}, {Classifier.task}, {Tagger.task}"
-            raise ValueError(f"architectures {raw.get('architectures')} is for none of {tasks}")
+            raise ValueError(f"architectures {raw.get('architectures')} is of another task")
     except BROKEN as error:
         raise UserError(f"{folder}: {first_line(error)}") from None
     # the pooler of a MaskedLM has no use

@@ -47,10 +47,9 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
-    """The special tokens of a tokenizer by role ("pad", "unk", "cls", "sep", "mask").
+    """The special tokens by role ("pad", "unk", "cls", "sep", "mask"), in BERT's or RoBERTa's names.
 
-    Raises:
-        ValueError: one is missing, under BERT's names as well as under RoBERTa's.
+    ValueError if one is missing.
     """
     is_roberta = tokenizer.token_to_id(ROBERTA_TOKENS["cls"]) is not None
     tokens = ROBERTA_TOKENS if is_roberta else SPECIAL_TOKENS
@@ -61,7 +60,7 @@ def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """The ids of the special tokens by role; raises ValueError if one is missing."""
+    """The ids of the special tokens by role; ValueError if one is missing."""
     return {role: tokenizer.token_to_id(t) for role, t in special_tokens(tokenizer).items()}
 
 
@@ -70,10 +69,8 @@ def begins_word(tokenizer: Tokenizer) -> np.ndarray:
 
     WordPiece marks continuations ("##ing"); byte-level BPE ("Ġword") and SentencePiece ("▁word")
     mark beginnings, and here punctuation begins a word of its own, as it does in BERT. In
-    byte-level BPE the first word of a line belongs to the line break before it ("Ċ").
-
-    Raises:
-        ValueError: the tokenizer marks neither.
+    byte-level BPE the first word of a line belongs to the line break before it ("Ċ"). ValueError
+    if the tokenizer marks neither.
     """
     pieces = _pieces(tokenizer)
     model = json.loads(tokenizer.to_str())["model"]

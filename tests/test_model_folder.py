@@ -291,24 +291,6 @@ def test_overwriting_that_is_killed_between_two_writes_leaves_no_mixture(tmp_pat
     assert versions == ["old", "refused", "refused", "refused", "refused", "new"]
 
 
-@pytest.mark.parametrize("reader", ("import_weights", "load_tokenizer"))
-def test_a_model_that_is_overwritten_while_it_is_read_is_refused(tmp_path, monkeypatch, reader):
-    save(tmp_path)
-    module = model_folder if reader == "load_tokenizer" else model_folder.hub_names
-    real = getattr(module, reader)
-
-    def read_after_overwriting(*arguments):
-        monkeypatch.undo()
-        save_new(tmp_path)
-        return real(*arguments)
-
-    monkeypatch.setattr(module, reader, read_after_overwriting)
-    with pytest.raises(UserError) as error:
-        model_folder.load_model(tmp_path)
-    assert_one_line(error, tmp_path, "overwriting")
-    assert version(tmp_path) == "new"
-
-
 def test_write_file_replaces_a_whole_file_or_nothing(tmp_path, monkeypatch):
     path = tmp_path / "file"
     disk.write_file(path, b"old")
