@@ -94,13 +94,11 @@ def config_to_json(config: Config, task: str, special_ids: dict[str, int]) -> di
     ValueError if a field of the config would be lost, or would be read back as another value.
     """
     prefix = CLASS_PREFIX[config.family]
-    raw: dict[str, Any] = {"architectures": [f"{prefix}For{task}"], "model_type": prefix.lower()}
+    raw = {"architectures": [f"{prefix}For{task}"], "model_type": prefix.lower(), **FIXED_SETTINGS}
     raw |= {theirs: getattr(config, ours) for ours, theirs in CONFIG_NAMES[config.family].items()}
     raw["max_position_embeddings"] += config.unused_positions
     raw |= {f"{name}_token_id": special_ids[name] for name in ("pad", "cls", "sep")}
     raw |= {"bos_token_id": special_ids["cls"], "eos_token_id": special_ids["sep"]}
-    raw["hidden_activation" if config.is_modern else "hidden_act"] = "gelu"
-    raw["tie_word_embeddings"] = True
 
     known = {*MODERN_CONFIG, *BERT_CONFIG, "family", "unused_positions"}
     if unknown := vars(config).keys() - known:
@@ -206,7 +204,7 @@ def import_weights(weights: dict[str, Tensor], config: Config, task: str) -> dic
         for kind in ("weight", "bias"):
             if all(f"{name}.{kind}" in weights for name in theirs):
                 parts = [weights.pop(f"{name}.{kind}") for name in theirs]
-                weights[f"{ours}.{kind}"] = torch.cat(parts)
+                weights[f"{ours}.{kind}"] = torch.cat(parts) if len(parts) > 1 else parts[0]
     weights.pop(TIED, None)
     return weights
 

@@ -97,7 +97,7 @@ def load_model(name: Path) -> tuple[Config, dict[str, Tensor], Tokenizer, dict[s
     folder = find_model(name)
     pickled = folder / "pytorch_model.bin"
     try:
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        raw = json.loads((folder / "config.json").read_bytes())
         config = hub_names.config_from_json(raw)
         if pickled.is_file() and not (folder / "model.safetensors").is_file():
             exported = torch.load(pickled, "cpu", weights_only=True)
@@ -106,10 +106,9 @@ def load_model(name: Path) -> tuple[Config, dict[str, Tensor], Tokenizer, dict[s
         weights = hub_names.import_weights(exported, config, _task(raw))
         hub_names.check_shapes(config, weights)
         tokenizer = load_tokenizer(folder)
-        if (n_pieces := tokenizer.get_vocab_size()) != config.vocab_size:
-            raise ValueError(
-                f"{n_pieces} tokens in the tokenizer, {config.vocab_size} in the model"
-            )
+        n_pieces = tokenizer.get_vocab_size()
+        if n_pieces != config.vocab_size:
+            raise ValueError(f"the tokenizer has {n_pieces} tokens, the model {config.vocab_size}")
     except pickle.UnpicklingError:
         raise UserError(f"{pickled}: it holds more than weights, and would run code") from None
     except BROKEN as error:
@@ -196,6 +195,6 @@ def open_model(folder: Path, device: torch.device) -> tuple[nn.Module, Tokenizer
             raise ValueError(f"architectures {raw.get('architectures')} is of another task")
     except BROKEN as error:
         raise UserError(f"{folder}: {first_line(error)}") from None
-    # the pooler of a MaskedLM has no use
-    load_weights(model, weights, folder, allow_missing=("pooler",) if names is None else ())
+    unused = ("pooler",) if isinstance(model, MaskedLM) else ()
+    load_weights(model, weights, folder, allow_missing=unused)
     return model.to(device).eval(), tokenizer, None if problem_type == "regression" else names

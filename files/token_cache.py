@@ -38,9 +38,6 @@ def prepare(paths: list[str], vocab_size: int, tokenizer: Tokenizer | None = Non
         paths: files, folders, "-" for standard input; empty for the default corpus.
         vocab_size: of a tokenizer that is trained on the text, if the text fills it.
         tokenizer: that of an earlier model, used instead of a new one.
-
-    Raises:
-        UserError: the text cannot be read, or is empty.
     """
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as work:
@@ -52,10 +49,9 @@ def prepare(paths: list[str], vocab_size: int, tokenizer: Tokenizer | None = Non
         files = find_files(paths)
 
         # a fork that trains another tokenizer must not find the tokens of the old one
-        source = f"{vocab_size} {inspect.getsource(train_tokenizer)}"
-        if tokenizer:
-            source = tokenizer.to_str()
-        folder = CACHE / f"tokens-{_digest(files or [fetch_reviews()], source)}"
+        source = tokenizer.to_str() if tokenizer else inspect.getsource(train_tokenizer)
+        key = _digest(files or [fetch_reviews()], f"{vocab_size} {source}")
+        folder = CACHE / f"tokens-{key}"
         if not folder.exists():
             tokenizer = tokenizer or _train_on_sample(files, vocab_size)
             _write_tokens(Path(work) / "new", _read_parts(files), tokenizer)

@@ -47,7 +47,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
-    """The special tokens by role ("pad", "unk", "cls", "sep", "mask"), in BERT's or RoBERTa's names.
+    """The special tokens by role ("pad", "unk", "cls", "sep", "mask"): BERT's or RoBERTa's.
 
     ValueError if one is missing.
     """
