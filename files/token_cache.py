@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +22,13 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from files.disk import CACHE, UserError, to_json, write_file
-from files.readers import LONGEST_DOCUMENT, find_files, read_documents, text_suffix
+from files.readers import find_files, read_documents, text_suffix
 from files.reviews import fetch_reviews, load_reviews
 from files.tokenizer import train_tokenizer
 
 TOKENIZER_SAMPLE = 10**8  # bytes the tokenizer is trained on; more do not change its vocabulary
 VALIDATION_SHARE = 0.01  # of the documents of each part of the corpus
+BATCH = 64  # documents that are tokenized at once; a longest one takes 20 MB
 CACHE_FORMAT = "4"  # part of every key: raised when the layout of the cache changes
 
 
@@ -103,14 +104,15 @@ def _write_tokens(folder: Path, parts: list[Iterable[str]], tokenizer: Tokenizer
     with open(folder / "tokens.bin", "wb") as tokens, open(folder / "lengths.bin", "wb") as lengths:
         for part in parts:
             first = n_documents
-            for texts in tqdm(_batches(part), "tokenizing", disable=None, leave=False):
+            documents = iter(tqdm(part, "tokenizing", unit=" documents", disable=None, leave=False))
+            while texts := list(itertools.islice(documents, BATCH)):
                 encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-                documents = [encoding.ids for encoding in encodings if encoding.ids]
-                ids = np.array(list(itertools.chain(*documents)), token_dtype(vocab_size))
+                rows = [encoding.ids for encoding in encodings if encoding.ids]
+                ids = np.array(list(itertools.chain(*rows)), token_dtype(vocab_size))
                 ids.tofile(tokens)
-                np.array([len(ids) for ids in documents], dtype=np.int32).tofile(lengths)
+                np.array([len(row) for row in rows], dtype=np.int32).tofile(lengths)
                 counts += np.bincount(ids, minlength=vocab_size)
-                n_documents += len(documents)
+                n_documents += len(rows)
             n_in_part = n_documents - first
             n_validation = math.ceil(VALIDATION_SHARE * n_in_part) if n_in_part > 1 else 0
             bounds.append([first, n_documents - n_validation, n_documents])
@@ -130,17 +132,3 @@ def _write_tokens(folder: Path, parts: list[Iterable[str]], tokenizer: Tokenizer
 
 def token_dtype(vocab_size: int) -> type:
     return np.uint16 if vocab_size <= 2**16 else np.uint32
-
-
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Documents for the tokenizer, bounded in number and in characters."""
-    batch: list[str] = []
-    n_characters = 0
-    for text in documents:
-        batch.append(text)
-        n_characters += len(text)
-        if len(batch) == 1024 or n_characters > LONGEST_DOCUMENT:
-            yield batch
-            batch = []
-            n_characters = 0
-    yield batch
