@@ -64,11 +64,11 @@ def save_model(
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn an error in reading a file that an earlier run wrote into a UserError that names it."""
+    """Turn an error in the content of a file or folder into a UserError that names it."""
     try:
         yield
     except BROKEN as error:
-        raise UserError(f"{path}: not as it was written: {first_line(error)}") from None
+        raise UserError(f"{path}: cannot be used: {first_line(error)}") from None
 
 
 def find_model(name: Path) -> Path:
@@ -96,11 +96,14 @@ def load_model(name: Path) -> tuple[Config, dict[str, Tensor], Tokenizer, dict[s
     """
     folder = find_model(name)
     pickled = folder / "pytorch_model.bin"
-    try:
+    with reading(folder):
         raw = json.loads((folder / "config.json").read_bytes())
         config = hub_names.config_from_json(raw)
         if pickled.is_file() and not (folder / "model.safetensors").is_file():
-            exported = torch.load(pickled, "cpu", weights_only=True)
+            try:
+                exported = torch.load(pickled, "cpu", weights_only=True)
+            except pickle.UnpicklingError:
+                raise ValueError(f"{pickled.name} would run code") from None
         else:
             exported = safetensors.torch.load_file(folder / "model.safetensors")
         weights = hub_names.import_weights(exported, config, _task(raw))
@@ -109,10 +112,6 @@ def load_model(name: Path) -> tuple[Config, dict[str, Tensor], Tokenizer, dict[s
         n_pieces = tokenizer.get_vocab_size()
         if n_pieces != config.vocab_size:
             raise ValueError(f"the tokenizer has {n_pieces} tokens, the model {config.vocab_size}")
-    except pickle.UnpicklingError:
-        raise UserError(f"{pickled}: it holds more than weights, and would run code") from None
-    except BROKEN as error:
-        raise UserError(f"{folder}: no checkpoint of this program: {first_line(error)}") from None
     return config, weights, tokenizer, raw
 
 
@@ -177,7 +176,7 @@ def open_model(folder: Path, device: torch.device) -> tuple[nn.Module, Tokenizer
     """
     config, weights, tokenizer, raw = load_model(folder)
     problem_type = raw.get("problem_type")
-    try:
+    with reading(folder):
         n_labels = len(weights.get("classifier.weight", [0]))  # load_weights refuses a missing one
         id2label = raw.get("id2label") or {}
         names = [str(id2label.get(str(i), f"LABEL_{i}")) for i in range(n_labels)]
@@ -185,7 +184,6 @@ def open_model(folder: Path, device: torch.device) -> tuple[nn.Module, Tokenizer
             raise ValueError(f"problem_type {problem_type!r} is not supported")
         if _task(raw) == MaskedLM.task:
             model = MaskedLM(config)
-            names = None
         elif _task(raw) == Tagger.task:
             model = Tagger(config, n_labels)
         elif _task(raw) == Classifier.task:
@@ -193,8 +191,8 @@ def open_model(folder: Path, device: torch.device) -> tuple[nn.Module, Tokenizer
             model = Classifier(config, n_labels, raw.get("classifier_pooling") or default)
         else:
             raise ValueError(f"architectures {raw.get('architectures')} is of another task")
-    except BROKEN as error:
-        raise UserError(f"{folder}: {first_line(error)}") from None
-    unused = ("pooler",) if isinstance(model, MaskedLM) else ()
-    load_weights(model, weights, folder, allow_missing=unused)
-    return model.to(device).eval(), tokenizer, None if problem_type == "regression" else names
+
+    is_masked_lm = isinstance(model, MaskedLM)
+    load_weights(model, weights, folder, allow_missing=("pooler",) if is_masked_lm else ())
+    has_names = not is_masked_lm and problem_type != "regression"
+    return model.to(device).eval(), tokenizer, names if has_names else None
