@@ -51,8 +51,9 @@ def save_model(
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").unlink(missing_ok=True)
-        disk.sync_folder(folder)
+        if (folder / "config.json").exists():
+            (folder / "config.json").unlink()
+            disk.sync_folder(folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
     content = safetensors.torch.save(exported, {"format": "pt"})
