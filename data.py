@@ -26,7 +26,7 @@ from torch import Tensor
 
 from files.disk import UserError
 from files.token_cache import VALIDATION_SHARE, token_dtype
-from files.tokenizer import begins_word, special_ids
+from files.tokenizer import begins_word, ends_word, special_ids
 
 VALIDATION_TOKENS = 65_536
 VALIDATION_CHUNK = 8192  # tokens of a validation batch, whatever a run's own micro-batches have
@@ -138,6 +138,7 @@ class Corpus:
                 self.begins_word = begins_word(self.tokenizer)
             except ValueError as error:
                 raise UserError(f"--mask rare: {error}; use --mask even") from None
+            self.ends_word = ends_word(self.tokenizer)
         self.first_rows = [0]  # the number of the first row of each epoch
         self.epoch = -1
 
@@ -257,7 +258,7 @@ class Corpus:
         `weight`, and the shortest come first (Efraimidis & Spirakis 2006). A word is as rare as its
         rarest token.
         """
-        starts = word_starts(ids, self.begins_word, self.is_special)
+        starts = word_starts(ids, self.begins_word, self.ends_word)
         weights = np.maximum.reduceat(rarity[ids], starts)  # (words,)
         times = rng.exponential(size=len(starts)) / weights
         times = np.repeat(times, np.diff(starts, append=len(ids)))  # (T,)
@@ -351,20 +352,19 @@ def spectral_vectors(counts: scipy.sparse.csr_array, d_model: int) -> np.ndarray
     return vectors
 
 
-def word_starts(ids: np.ndarray, begins_word: np.ndarray, is_special: np.ndarray) -> np.ndarray:
+def word_starts(ids: np.ndarray, begins_word: np.ndarray, ends_word: np.ndarray) -> np.ndarray:
     """The positions in a row of tokens at which words begin.
 
-    Special tokens are words of their own, so the rest of a word at the start of a window is not
-    joined to [CLS]. Words longer than LONGEST_WORD are cut.
+    The rest of a word at the start of a window is not joined to [CLS]. Words longer than
+    LONGEST_WORD are cut.
 
     Args:
         ids: (T,).
         begins_word: (V,) bool.
-        is_special: (V,) bool.
+        ends_word: (V,) bool, true of special tokens.
     """
-    special = is_special[ids]
-    starts = begins_word[ids] | special
-    starts[1:] |= special[:-1]
+    starts = begins_word[ids]
+    starts[1:] |= ends_word[ids[:-1]]
     starts[0] = True
     position = np.arange(len(ids))
     start_of_word = np.maximum.accumulate(np.where(starts, position, 0))  # (T,)

@@ -130,8 +130,7 @@ def load_corpus(
     folder = None
     if ranks.is_first:
         tokenizer = initial.tokenizer if initial else None
-        allow_smaller = args.vocab_size is None
-        folder = prepare(args.corpus, config.vocab_size, tokenizer, allow_smaller)
+        folder = prepare(args.corpus, config.vocab_size, tokenizer)
     folder = ranks.from_first(folder)
     return Corpus(folder, args.max_len, args.micro_batch_tokens, args.seed, args.mask)
 

@@ -7,13 +7,12 @@ for query, key and value where ours has one.
 Both directions are strict: what has no name here is an error and never dropped in silence.
 """
 
-import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from model import Config
+from model import Config, Encoder
 
 # The prefix of `architectures`; in lower case it is `model_type`.
 CLASS_PREFIX = {"modern": "ModernBert", "bert": "Bert", "roberta": "Roberta"}
@@ -38,20 +37,13 @@ MODERN_CONFIG = SHARED_CONFIG | {
 BERT_CONFIG = SHARED_CONFIG | {"n_types": "type_vocab_size", "norm_eps": "layer_norm_eps"}
 CONFIG_NAMES = {"modern": MODERN_CONFIG, "bert": BERT_CONFIG, "roberta": BERT_CONFIG}
 
-# Fields of Config that are no settings of their own: `family` is written as model_type, and
-# `unused_positions` is added to max_position_embeddings and follows from pad_token_id.
-LEFT_OUT = ("family", "unused_positions")
-# Settings of `transformers` of which this program has one value; another one is another arithmetic.
+# Settings of `transformers` of which this program has one value. Another value is another
+# arithmetic, which the names of the weights do not tell.
 FIXED_SETTINGS = {
     "hidden_act": "gelu",
     "hidden_activation": "gelu",
     "classifier_activation": "gelu",
-    "position_embedding_type": "absolute",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "norm_bias": False,
     "classifier_bias": False,
-    "decoder_bias": True,
     "is_decoder": False,
     "tie_word_embeddings": True,
 }
@@ -76,12 +68,7 @@ HEADS = {  # ours: BERT's, RoBERTa's
     "head.dense": ("cls.predictions.transform.dense", "lm_head.dense"),
     "head.norm": ("cls.predictions.transform.LayerNorm", "lm_head.layer_norm"),
     "decoder": ("cls.predictions", "lm_head"),
-    "classifier": ("classifier", "classifier.out_proj"),
-}
-# RoBERTa's sequence classifier has a dense layer of its own in the place of the pooler.
-ROBERTA_TASK_HEADS = {
-    "SequenceClassification": {"pooler.dense": "classifier.dense"},
-    "TokenClassification": {"classifier": "classifier"},
+    "classifier": ("classifier", "classifier"),
 }
 # Parts of names in older files, and today's: Google's norms, and the decoder as a module.
 OLD_NAMES = {
@@ -100,31 +87,23 @@ MAY_BE_UNUSED = (
     *("bert.embeddings.position_ids", "roberta.embeddings.position_ids"),  # 0, 1, 2, ...
 )
 
-# ------------------------------------------------------------------------------------ config.json
-
 
 def config_to_json(config: Config, task: str, special_ids: dict[str, int]) -> dict[str, Any]:
     """The content of config.json, for a task such as "MaskedLM" and the ids of special tokens.
 
-    Raises:
-        ValueError: a field of the config would be lost, or would be read back as another value.
+    ValueError if a field of the config would be lost, or would be read back as another value.
     """
     prefix = CLASS_PREFIX[config.family]
-    raw: dict[str, Any] = {"architectures": [f"{prefix}For{task}"], "model_type": prefix.lower()}
+    raw = {"architectures": [f"{prefix}For{task}"], "model_type": prefix.lower(), **FIXED_SETTINGS}
     raw |= {theirs: getattr(config, ours) for ours, theirs in CONFIG_NAMES[config.family].items()}
     raw["max_position_embeddings"] += config.unused_positions
     raw |= {f"{name}_token_id": special_ids[name] for name in ("pad", "cls", "sep")}
     raw |= {"bos_token_id": special_ids["cls"], "eos_token_id": special_ids["sep"]}
-    raw["hidden_activation" if config.is_modern else "hidden_act"] = "gelu"
-    raw["tie_word_embeddings"] = True
 
-    for field in dataclasses.fields(config):
-        if field.name not in (*MODERN_CONFIG, *BERT_CONFIG, *LEFT_OUT):
-            advice = "add it to MODERN_CONFIG or BERT_CONFIG in files/hub_names.py"
-            raise ValueError(f"Config.{field.name} would be lost in config.json; {advice}")
-    fields = dataclasses.asdict(config)
-    reloaded = dataclasses.asdict(config_from_json(raw))
-    if lost := {name: value for name, value in fields.items() if reloaded[name] != value}:
+    known = {*MODERN_CONFIG, *BERT_CONFIG, "family", "unused_positions"}
+    if unknown := vars(config).keys() - known:
+        raise ValueError(f"Config.{unknown.pop()} would be lost: add it to files/hub_names.py")
+    if lost := dict(vars(config).items() - vars(config_from_json(raw)).items()):
         raise ValueError(f"{lost} would be lost in the config.json of a {config.family} model")
     return raw
 
@@ -132,11 +111,10 @@ def config_to_json(config: Config, task: str, special_ids: dict[str, int]) -> di
 def config_from_json(raw: dict[str, Any]) -> Config:
     """The Config of a config.json, written by us or by any version of `transformers`.
 
-    Raises:
-        ValueError, TypeError or KeyError: it is of none of the three families, or of a variant
-            that computes something else.
+    ValueError, TypeError or KeyError if it is of none of the three families, or of a variant that
+    computes something else.
     """
-    model_type = raw.get("model_type", "modernbert")
+    model_type = raw.get("model_type")
     families = {prefix.lower(): family for family, prefix in CLASS_PREFIX.items()}
     if model_type not in families:
         raise ValueError(f"model_type {model_type!r} is none of {', '.join(families)}")
@@ -166,38 +144,32 @@ def _read_layers(raw: dict[str, Any]) -> dict[str, Any]:
         fields[names[attention]] = rope["rope_theta"]
 
     if layer_types := raw.get("layer_types"):
-        period = (*layer_types, "full_attention").index("full_attention", 1)
+        is_global = [attention == "full_attention" for attention in layer_types]
+        period = [*is_global, True].index(True, 1)
+        if is_global != [layer % period == 0 for layer in range(len(layer_types))]:
+            raise ValueError("layer_types without a period are not supported")
         fields["global_attn_every_n_layers"] = period
-        for layer, attention in enumerate(layer_types):
-            if (attention == "full_attention") != (layer % period == 0):
-                raise ValueError("layer_types without a period are not supported")
     return fields
 
 
-# ---------------------------------------------------------------------------------------- weights
-
-
-def module_names(config: Config, task: str) -> dict[str, tuple[str, ...]]:
+def module_names(config: Config, task: str) -> dict[str, list[str]]:
     """BERT's or RoBERTa's name of each of our modules; three names where ours is fused."""
     base = config.family
-    is_roberta = base == "roberta"
-    names = {ours: (theirs[is_roberta],) for ours, theirs in HEADS.items()}
-    if is_roberta:
-        names |= {ours: (theirs,) for ours, theirs in ROBERTA_TASK_HEADS.get(task, {}).items()}
+    names = {ours: [theirs[base == "roberta"]] for ours, theirs in HEADS.items()}
+    if base == "roberta" and task == "SequenceClassification":  # its pooler is in the classifier
+        names |= {"pooler.dense": ["classifier.dense"], "classifier": ["classifier.out_proj"]}
     for ours, theirs in EMBEDDINGS.items():
-        names[f"model.embeddings.{ours}"] = (f"{base}.embeddings.{theirs}",)
+        names[f"model.embeddings.{ours}"] = [f"{base}.embeddings.{theirs}"]
     for i in range(config.n_layers):
         for ours, parts in LAYER.items():
-            layer = f"{base}.encoder.layer.{i}"
-            names[f"model.layers.{i}.{ours}"] = tuple(f"{layer}.{part}" for part in parts)
+            names[f"model.layers.{i}.{ours}"] = [f"{base}.encoder.layer.{i}.{p}" for p in parts]
     return names
 
 
 def export_weights(weights: dict[str, Tensor], config: Config, task: str) -> dict[str, Tensor]:
     """Rename weights from our names to those of the family; the tied decoder is left out.
 
-    Raises:
-        ValueError: a weight has no name in the tables of the family.
+    ValueError if a weight has no name in the tables of the family.
     """
     weights = {name: weight for name, weight in weights.items() if name != TIED}
     if config.is_modern:
@@ -209,8 +181,7 @@ def export_weights(weights: dict[str, Tensor], config: Config, task: str) -> dic
         if module not in names:
             rule = "add it to the tables of files/hub_names.py, or to MaskedLM.pretraining_only"
             raise ValueError(f"weight {name} has no name in {config.family} models; {rule}")
-        parts = weight.chunk(len(names[module]))  # query, key and value where they are fused
-        for theirs, part in zip(names[module], parts, strict=True):
+        for theirs, part in zip(names[module], weight.chunk(len(names[module])), strict=True):
             exported[f"{theirs}.{kind}"] = part
     return exported
 
@@ -219,9 +190,6 @@ def import_weights(weights: dict[str, Tensor], config: Config, task: str) -> dic
     """Rename weights from the names in a file, perhaps of a bare encoder without prefix, to ours.
 
     A name in no table stays as it is; `model_folder.load_weights` decides whether it is an error.
-
-    Raises:
-        ValueError: the config has more layers than the file has weights.
     """
     if config.n_layers > len(weights):
         raise ValueError(f"the config has {config.n_layers} layers, more than there are weights")
@@ -231,42 +199,23 @@ def import_weights(weights: dict[str, Tensor], config: Config, task: str) -> dic
     if not any(name.startswith(prefix) for name in weights):
         weights = {prefix + name: weight for name, weight in weights.items()}
 
-    imported = dict(weights)
-    names = {} if config.is_modern else module_names(config, task)
-    for ours, theirs in names.items():
+    for ours, theirs in ({} if config.is_modern else module_names(config, task)).items():
         for kind in ("weight", "bias"):
             if all(f"{name}.{kind}" in weights for name in theirs):
-                parts = [imported.pop(f"{name}.{kind}") for name in theirs]
-                imported[f"{ours}.{kind}"] = torch.cat(parts) if len(parts) > 1 else parts[0]
-    imported.pop(TIED, None)
-    return imported
+                parts = [weights.pop(f"{name}.{kind}") for name in theirs]
+                weights[f"{ours}.{kind}"] = torch.cat(parts) if len(parts) > 1 else parts[0]
+    weights.pop(TIED, None)
+    return weights
 
 
 def check_shapes(config: Config, weights: dict[str, Tensor]) -> None:
-    """Compare the sizes in the config with the encoder's weights, in our names.
+    """ValueError if weights, in our names, lack one of the encoder, or have another shape.
 
     It is called before a model is made, so an absurd config cannot ask for absurd memory.
-
-    Raises:
-        ValueError: a matrix is missing, or has another shape.
     """
-    width = config.d_model
-    shapes = {"model.embeddings.tok_embeddings": (config.vocab_size, width)}
-    if not config.is_modern:
-        n_positions = config.unused_positions + config.max_len
-        shapes["model.embeddings.position_embeddings"] = (n_positions, width)
-        shapes["model.embeddings.token_type_embeddings"] = (config.n_types, width)
-    n_inner = 2 * config.d_ff if config.is_modern else config.d_ff  # GeGLU has a gate
-    for i in range(config.n_layers):
-        shapes[f"model.layers.{i}.attn.Wqkv"] = (3 * width, width)
-        shapes[f"model.layers.{i}.attn.Wo"] = (width, width)
-        shapes[f"model.layers.{i}.mlp.Wi"] = (n_inner, width)
-        shapes[f"model.layers.{i}.mlp.Wo"] = (width, config.d_ff)
-
-    for module, shape in shapes.items():
-        name = f"{module}.weight"
-        if name not in weights:
-            raise ValueError(f"no weight {name}")
-        if weights[name].shape != shape:
-            actual = tuple(weights[name].shape)
-            raise ValueError(f"{name} has the shape {actual}, but by the config {shape}")
+    with torch.device("meta"):  # on which weights take no memory
+        encoder = Encoder(config)
+    for name, weight in encoder.state_dict(prefix="model.").items():
+        stored = weights[name].shape if name in weights else None
+        if stored != weight.shape:
+            raise ValueError(f"{name}: {stored} in the file, but {weight.shape} by the config")

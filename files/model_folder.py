@@ -2,9 +2,8 @@
 
 This is the layout that `transformers` reads; hub_names.py has the names in it.
 
-A folder is a model if it has a config.json. To overwrite a model, `save_model` removes config.json
-first and writes it last, and `load_model` checks at its end that config.json is still the same
-file. So nobody reads the weights of one model with the settings or the tokenizer of another.
+A folder is a model if it has a config.json, which `save_model` removes first and writes last. So
+where it is killed, it does not leave the weights of one model with the settings of another.
 """
 
 import contextlib
@@ -18,7 +17,6 @@ from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from tokenizers import BertWordPieceTokenizer, Tokenizer
 from torch import Tensor, nn
 
@@ -29,7 +27,7 @@ from model import Classifier, Config, MaskedLM, Tagger
 
 # What the libraries raise when they read a broken config or broken weights.
 BROKEN = (OSError, EOFError, ValueError, TypeError, AttributeError, KeyError, RuntimeError)
-BROKEN += (SafetensorError,)
+BROKEN += (safetensors.SafetensorError,)
 # The files that are fetched from the Hugging Face hub.
 HUB_FILES = ("config.json", "*.safetensors", "pytorch_model.bin", "tokenizer*.json", "vocab.txt")
 
@@ -39,25 +37,18 @@ def save_model(
 ) -> None:
     """Write a model and its tokenizer, and `extra`, such as id2label, into config.json.
 
-    Raises:
-        UserError: a file cannot be written.
-        ValueError: a setting or a weight has no name in the family of the model.
+    ValueError if a setting or a weight has no name in the family of the model.
     """
     config = hub_names.config_to_json(model.config, model.task, special_ids(tokenizer))
-    # In a ModernBERT without this setting `transformers` takes "cls"; our default is "mean".
-    pooling = getattr(model, "pooling", "mean" if model.config.is_modern else None)
-    if pooling:
-        config["classifier_pooling"] = pooling
-
-    tokenizer_config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if model.config.is_modern:  # for which the default of `transformers` is "cls"
+        config["classifier_pooling"] = getattr(model, "pooling", "mean")
+    tokenizer_config = {f"{role}_token": token for role, token in special_tokens(tokenizer).items()}
+    tokenizer_config["tokenizer_class"] = "PreTrainedTokenizerFast"
     tokenizer_config["model_max_length"] = model.config.max_len
-    for name, token in special_tokens(tokenizer).items():
-        tokenizer_config[f"{name}_token"] = token
 
     skip = tuple(getattr(model, "pretraining_only", ()))
     weights = {name: w for name, w in model.state_dict().items() if not name.startswith(skip)}
     exported = hub_names.export_weights(weights, model.config, model.task)
-    exported = {name: weight.detach().cpu().contiguous() for name, weight in exported.items()}
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -66,7 +57,7 @@ def save_model(
             disk.sync_folder(folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
-    content = safetensors.torch.save(exported, metadata={"format": "pt"})
+    content = safetensors.torch.save(exported, {"format": "pt"})
     write_file(folder / "model.safetensors", content)
     write_file(folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
     write_file(folder / "tokenizer_config.json", to_json(tokenizer_config))
@@ -75,32 +66,26 @@ def save_model(
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn an error in reading a file that an earlier run wrote into a UserError that names it."""
+    """Turn an error in the content of a file or folder into a UserError that names it."""
     try:
         yield
     except BROKEN as error:
-        raise UserError(f"{path}: not as it was written: {first_line(error)}") from None
+        raise UserError(f"{path}: cannot be used: {first_line(error)}") from None
 
 
 def find_model(name: Path) -> Path:
-    """The folder of a model: `name` itself, or a model of the Hugging Face hub in the hub's cache.
-
-    Raises:
-        UserError: there is no such folder, and no such model on the hub.
-    """
+    """The folder of a model: `name` itself, or that of the Hugging Face hub in the hub's cache."""
     if (name / "config.json").is_file():
         return name
-    # The name of an output folder that does not exist yet is not looked up on the hub.
-    is_path = name.parts[:1] == ("runs",) or (len(name.parts) > 1 and name.parent.exists())
-    is_hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(name))
-    if name.exists() or is_path or not is_hub_name:
-        advice = "train.py leaves one in its --out"
-        raise UserError(f"{name}: no checkpoint: it has no config.json; {advice}")
+    # train.py leaves its folders in runs/; one that does not exist is not looked up on the hub
+    is_hub_name = re.fullmatch(r"(?!runs/)[\w-][\w.-]*(/[\w.-]+)?", name.as_posix())
+    if name.exists() or not is_hub_name:
+        raise UserError(f"{name}: no checkpoint: it has no config.json; train.py makes one")
 
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=HUB_FILES))
+        return Path(huggingface_hub.snapshot_download(name.as_posix(), allow_patterns=HUB_FILES))
     except Exception as error:  # the network, the hub and its cache each have errors of their own
         raise UserError(f"{name}: no such folder; from the hub: {first_line(error)}") from None
 
@@ -115,42 +100,26 @@ class SavedModel(NamedTuple):
 
 
 def load_model(name: Path) -> SavedModel:
-    """Read a folder, or a model of the hub, written by us or by `transformers`.
-
-    Raises:
-        UserError: the folder is of none of the three families, is broken, or is being overwritten.
-    """
+    """Read a folder, or a model of the hub, written by us or by `transformers`."""
     folder = find_model(name)
-    try:
-        version = _version(folder)
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    pickled = folder / "pytorch_model.bin"
+    with reading(folder):
+        raw = json.loads((folder / "config.json").read_bytes())
         config = hub_names.config_from_json(raw)
-        if (folder / "model.safetensors").is_file() or not (folder / "pytorch_model.bin").is_file():
-            exported = safetensors.torch.load_file(folder / "model.safetensors")
+        if pickled.is_file() and not (folder / "model.safetensors").is_file():
+            try:
+                exported = torch.load(pickled, "cpu", weights_only=True)
+            except pickle.UnpicklingError:
+                raise ValueError(f"{pickled.name} would run code") from None
         else:
-            exported = torch.load(folder / "pytorch_model.bin", "cpu", weights_only=True)
+            exported = safetensors.torch.load_file(folder / "model.safetensors")
         weights = hub_names.import_weights(exported, config, _task(raw))
         hub_names.check_shapes(config, weights)
         tokenizer = load_tokenizer(folder)
-        is_unchanged = _version(folder) == version
-    except pickle.UnpicklingError:
-        rule = "it holds more than weights, and would run code"
-        raise UserError(f"{folder}/pytorch_model.bin: {rule}") from None
-    except BROKEN as error:
-        raise UserError(f"{folder}: no checkpoint of this program: {first_line(error)}") from None
-
-    if not is_unchanged:
-        raise UserError(f"{folder}: another run is overwriting this model; wait until it has ended")
-    if tokenizer.get_vocab_size() != config.vocab_size:
-        sizes = f"{tokenizer.get_vocab_size()} word pieces, the model {config.vocab_size}"
-        raise UserError(f"{folder}: the tokenizer has {sizes}")
+        n_pieces = tokenizer.get_vocab_size()
+        if n_pieces != config.vocab_size:
+            raise ValueError(f"the tokenizer has {n_pieces} tokens, the model {config.vocab_size}")
     return SavedModel(config, weights, tokenizer, raw)
-
-
-def _version(folder: Path) -> tuple[int, int]:
-    """What distinguishes this config.json from one that is written later."""
-    status = (folder / "config.json").stat()
-    return status.st_mtime_ns, status.st_ino
 
 
 def _task(raw: dict[str, Any]) -> str:
@@ -160,25 +129,19 @@ def _task(raw: dict[str, Any]) -> str:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Read tokenizer.json, or BERT's vocab.txt where there is no tokenizer.json.
-
-    Raises:
-        UserError: it is broken, lacks a special token, or cannot encode an unknown letter.
-    """
+    """Read tokenizer.json, or BERT's vocab.txt where there is no tokenizer.json."""
     path = folder / "tokenizer.json"
-    if not path.is_file() and (folder / "vocab.txt").is_file():
-        path = folder / "vocab.txt"
     try:
-        if path.name == "tokenizer.json":
-            tokenizer = Tokenizer.from_file(str(path))
-        else:
-            settings_file = folder / "tokenizer_config.json"
-            settings = json.loads(settings_file.read_bytes()) if settings_file.is_file() else {}
+        if (folder / "vocab.txt").is_file() and not path.is_file():
+            path = folder / "vocab.txt"
+            settings = json.loads((folder / "tokenizer_config.json").read_bytes())
             is_uncased = settings.get("do_lower_case", True)
             bert_tokenizer = BertWordPieceTokenizer(str(path), lowercase=is_uncased)
             tokenizer = Tokenizer.from_str(bert_tokenizer.to_str())
-        special_ids(tokenizer)
-        tokenizer.encode("\N{CUNEIFORM SIGN A}")
+        else:
+            tokenizer = Tokenizer.from_file(str(path))
+        special_ids(tokenizer)  # raises an error if one is missing
+        tokenizer.encode("\N{CUNEIFORM SIGN A}")  # and this if there is no token for the unknown
     except Exception as error:  # tokenizers has no errors of its own
         raise UserError(f"{path}: {first_line(error)}") from None
     tokenizer.no_truncation()
@@ -188,18 +151,12 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 def load_weights(
     model: nn.Module, weights: dict[str, Tensor], folder: Path, allow_missing: tuple[str, ...] = ()
-) -> list[str]:
+) -> None:
     """Copy the weights that `load_model` read from a folder into a model, strictly.
 
     Args:
-        allow_missing: beginnings of the names of weights that the folder may lack.
-
-    Returns:
-        The names of the weights that it lacks; those of the model stay as they are.
-
-    Raises:
-        UserError: another weight is missing, one has the wrong shape, or the model does not use one
-            that is not in `hub_names.MAY_BE_UNUSED`.
+        allow_missing: beginnings of the names of weights that the folder may lack; those of the
+            model stay as they are.
     """
     try:
         missing, unused = model.load_state_dict(weights, strict=False)
@@ -207,8 +164,7 @@ def load_weights(
         reason = str(error).splitlines()[1].strip()
         raise UserError(f"{folder}: weights do not fit config.json: {reason}") from None
 
-    never_saved = (hub_names.TIED, *getattr(model, "pretraining_only", ()))
-    missing = [name for name in missing if not name.startswith(never_saved)]
+    allow_missing += (hub_names.TIED, *getattr(model, "pretraining_only", ()))
     for name in missing:
         if not name.startswith(allow_missing):
             raise UserError(f"{folder}/model.safetensors: no weight {name}")
@@ -216,7 +172,6 @@ def load_weights(
         if not name.startswith(hub_names.MAY_BE_UNUSED):
             kind = type(model).__name__
             raise UserError(f"{folder}: unexpected weight {name}, which a {kind} does not use")
-    return missing
 
 
 def choose_max_len(
@@ -239,38 +194,26 @@ def open_model(folder: Path, device: torch.device) -> tuple[nn.Module, Tokenizer
     Returns:
         (MaskedLM, Classifier or Tagger; its tokenizer; the names of its classes or tags, None for
         a MaskedLM or a regression)
-
-    Raises:
-        UserError: the folder cannot be read, or holds another kind of model.
     """
     config, weights, tokenizer, raw = load_model(folder)
-    if _task(raw) == MaskedLM.task:
-        model = MaskedLM(config)
-        load_weights(model, weights, folder, allow_missing=("pooler",))  # only a classifier uses it
-        return model.to(device).eval(), tokenizer, None
-
     problem_type = raw.get("problem_type")
-    if problem_type not in (None, "single_label_classification", "regression"):
-        raise UserError(f"{folder}: problem_type {problem_type!r} is not supported")
-    if _task(raw) not in (Classifier.task, Tagger.task):
-        kinds = ", ".join(f"For{kind.task}" for kind in (MaskedLM, Classifier, Tagger))
-        raise UserError(f"{folder}: architectures {raw.get('architectures')} is none of {kinds}")
-    if "classifier.weight" not in weights:
-        raise UserError(f"{folder}/model.safetensors: no weight classifier.weight")
-    n_labels = len(weights["classifier.weight"])
-    try:
-        if _task(raw) == Tagger.task:
+    with reading(folder):
+        n_labels = len(weights.get("classifier.weight", [0]))  # load_weights refuses a missing one
+        id2label = raw.get("id2label") or {}
+        names = [str(id2label.get(str(i), f"LABEL_{i}")) for i in range(n_labels)]
+        if problem_type not in (None, "single_label_classification", "regression"):
+            raise ValueError(f"problem_type {problem_type!r} is not supported")
+        if _task(raw) == MaskedLM.task:
+            model = MaskedLM(config)
+        elif _task(raw) == Tagger.task:
             model = Tagger(config, n_labels)
-        else:
+        elif _task(raw) == Classifier.task:
             default = "cls" if config.is_modern else "pooler"  # as in `transformers`
             model = Classifier(config, n_labels, raw.get("classifier_pooling") or default)
-    except ValueError as error:
-        raise UserError(f"{folder}: {first_line(error)}") from None
-    load_weights(model, weights, folder)
-    model = model.to(device).eval()
+        else:
+            raise ValueError(f"architectures {raw.get('architectures')} is of another task")
 
-    if problem_type == "regression":
-        return model, tokenizer, None
-    names = raw.get("id2label")
-    names = names if isinstance(names, dict) else {}
-    return model, tokenizer, [str(names.get(str(i), f"LABEL_{i}")) for i in range(n_labels)]
+    is_masked_lm = isinstance(model, MaskedLM)
+    load_weights(model, weights, folder, allow_missing=("pooler",) if is_masked_lm else ())
+    has_names = not is_masked_lm and problem_type != "regression"
+    return model.to(device).eval(), tokenizer, names if has_names else None

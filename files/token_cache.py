@@ -8,13 +8,13 @@ each token occurs) and about.json.
 import contextlib
 import hashlib
 import inspect
-import json
+import itertools
 import math
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -22,41 +22,25 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from files.disk import CACHE, UserError, to_json, write_file
-from files.readers import LONGEST_DOCUMENT, find_files, read_documents, text_suffix
+from files.readers import find_files, read_documents, text_suffix
 from files.reviews import fetch_reviews, load_reviews
 from files.tokenizer import train_tokenizer
 
 TOKENIZER_SAMPLE = 10**8  # bytes the tokenizer is trained on; more do not change its vocabulary
 VALIDATION_SHARE = 0.01  # of the documents of each part of the corpus
+BATCH = 64  # documents that are tokenized at once; a longest one takes 20 MB
 CACHE_FORMAT = "4"  # part of every key: raised when the layout of the cache changes
 
-Documents = Callable[[], Iterator[str]]  # starts a new pass over the documents of one part
 
-
-def prepare(
-    paths: list[str],
-    vocab_size: int,
-    tokenizer: Tokenizer | None = None,
-    allow_smaller: bool = True,
-) -> Path:
-    """Tokenize a corpus once.
+def prepare(paths: list[str], vocab_size: int, tokenizer: Tokenizer | None = None) -> Path:
+    """Tokenize a corpus once, and return its folder of the cache.
 
     Args:
-        paths: files, folders, "-" for standard input; empty for the training part of the default
-            corpus.
-        vocab_size: of a tokenizer that is trained on the text.
+        paths: files, folders, "-" for standard input; empty for the default corpus.
+        vocab_size: of a tokenizer that is trained on the text, if the text fills it.
         tokenizer: that of an earlier model, used instead of a new one.
-        allow_smaller: accept a smaller vocabulary where the text does not fill `vocab_size`.
-
-    Returns:
-        A folder of the cache, with tokenizer.json, tokens.bin, lengths.bin, counts.npy and
-        about.json.
-
-    Raises:
-        UserError: the text cannot be read, is empty, or cannot fill the vocabulary.
     """
     CACHE.mkdir(parents=True, exist_ok=True)
-    is_new = tokenizer is None
     with tempfile.TemporaryDirectory(dir=CACHE) as work:
         if "-" in paths:  # a corpus is read more than once, so it has to be a file
             stdin_file = Path(work) / "stdin.txt"
@@ -66,29 +50,14 @@ def prepare(
         files = find_files(paths)
 
         # a fork that trains another tokenizer must not find the tokens of the old one
-        source = f"{vocab_size} {inspect.getsource(train_tokenizer)}"
-        if tokenizer:
-            source = tokenizer.to_str()
-        folder = CACHE / f"tokens-{_digest(files or [fetch_reviews()], source)}"
+        source = tokenizer.to_str() if tokenizer else inspect.getsource(train_tokenizer)
+        key = _digest(files or [fetch_reviews()], f"{vocab_size} {source}")
+        folder = CACHE / f"tokens-{key}"
         if not folder.exists():
-            parts = [lambda: _read_all(files)] if files else _review_parts()
-            if tokenizer is None:
-                tokenizer = _train_on_sample(parts, files, vocab_size)
-            _write_tokens(Path(work) / "new", parts, tokenizer)
+            tokenizer = tokenizer or _train_on_sample(files, vocab_size)
+            _write_tokens(Path(work) / "new", _read_parts(files), tokenizer)
             with contextlib.suppress(OSError):  # another process wrote the same content first
                 os.rename(Path(work) / "new", folder)
-
-    n_pieces = json.loads((folder / "about.json").read_text())["vocab_size"]
-    if is_new and n_pieces < vocab_size:
-        if not allow_smaller:
-            raise UserError(
-                f"--vocab-size {vocab_size}: the text fills only {n_pieces}; "
-                "ask for that or leave it"
-            )
-        print(
-            f"vocabulary: {n_pieces:,} word pieces, all that this text fills of {vocab_size:,}",
-            flush=True,
-        )
     return folder
 
 
@@ -105,54 +74,45 @@ def _digest(files: list[Path], source: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def _read_all(files: list[Path]) -> Iterator[str]:
-    for file in files:
-        yield from read_documents(file)
-
-
-def _review_parts() -> list[Documents]:
-    """The training part of the default corpus, one part per collection and class."""
+def _read_parts(files: list[Path]) -> list[Iterable[str]]:
+    """All documents of files; without files, those of each collection and class of the reviews."""
+    if files:
+        return [itertools.chain.from_iterable(map(read_documents, files))]
     texts: dict[tuple[str, str], list[str]] = {}
     for name, splits in load_reviews().items():
         for text, label in splits["train"]:
             texts.setdefault((name, label), []).append(text)
-    return [lambda part=part: iter(part) for part in texts.values()]
+    return list(texts.values())
 
 
-def _train_on_sample(parts: list[Documents], files: list[Path], vocab_size: int) -> Tokenizer:
-    print(f"training a tokenizer of {vocab_size:,} word pieces", flush=True)
+def _train_on_sample(files: list[Path], vocab_size: int) -> Tokenizer:
+    print(f"training a tokenizer of up to {vocab_size:,} word pieces", flush=True)
     n_bytes = sum(file.stat().st_size for file in files)
-    share = min(1.0, TOKENIZER_SAMPLE / max(1, n_bytes))
+    share = TOKENIZER_SAMPLE / max(1, n_bytes)
     rng = np.random.default_rng(0)
-    sample = (text for part in parts for text in part() if rng.random() < share)
-    return train_tokenizer(sample, vocab_size)
+    documents = itertools.chain.from_iterable(_read_parts(files))
+    return train_tokenizer((text for text in documents if rng.random() < share), vocab_size)
 
 
-def _write_tokens(folder: Path, parts: list[Documents], tokenizer: Tokenizer) -> None:
-    """Write the token ids of all documents end to end, and the length of each document.
-
-    The last documents of each part are for validation, so that every part is validated on.
-    """
+def _write_tokens(folder: Path, parts: list[Iterable[str]], tokenizer: Tokenizer) -> None:
+    """Write a folder of the cache; the last documents of each part are for validation."""
     folder.mkdir()
     vocab_size = tokenizer.get_vocab_size()
-    dtype = token_dtype(vocab_size)
     counts = np.zeros(vocab_size, dtype=np.int64)
     n_documents = 0
     bounds = []  # of each part: its first document, its first validation document, its end
     with open(folder / "tokens.bin", "wb") as tokens, open(folder / "lengths.bin", "wb") as lengths:
         for part in parts:
             first = n_documents
-            batches = tqdm(
-                _batches(part()), "tokenizing", unit=" batches", disable=None, leave=False
-            )
-            for texts in batches:
+            documents = iter(tqdm(part, "tokenizing", unit=" documents", disable=None, leave=False))
+            while texts := list(itertools.islice(documents, BATCH)):
                 encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-                documents = [np.array(e.ids, dtype=dtype) for e in encodings if e.ids]
-                for document in documents:
-                    document.tofile(tokens)
-                    counts += np.bincount(document, minlength=vocab_size)
-                np.array([len(d) for d in documents], dtype=np.int32).tofile(lengths)
-                n_documents += len(documents)
+                rows = [encoding.ids for encoding in encodings if encoding.ids]
+                ids = np.array(list(itertools.chain(*rows)), token_dtype(vocab_size))
+                ids.tofile(tokens)
+                np.array([len(row) for row in rows], dtype=np.int32).tofile(lengths)
+                counts += np.bincount(ids, minlength=vocab_size)
+                n_documents += len(rows)
             n_in_part = n_documents - first
             n_validation = math.ceil(VALIDATION_SHARE * n_in_part) if n_in_part > 1 else 0
             bounds.append([first, n_documents - n_validation, n_documents])
@@ -165,24 +125,10 @@ def _write_tokens(folder: Path, parts: list[Documents], tokenizer: Tokenizer) ->
         raise UserError("the corpus has no text")
     np.save(folder / "counts.npy", counts)
     write_file(folder / "tokenizer.json", tokenizer.to_str().encode())
-    about = {"vocab_size": vocab_size, "n_tokens": n_tokens, "parts": bounds}
-    write_file(folder / "about.json", to_json(about))
-    print(f"{n_tokens:,} tokens in {n_documents:,} documents", flush=True)
+    write_file(folder / "about.json", to_json({"n_tokens": n_tokens, "parts": bounds}))
+    sizes = f"{n_tokens:,} tokens in {n_documents:,} documents"
+    print(f"{sizes}; vocabulary: {vocab_size:,} word pieces", flush=True)
 
 
 def token_dtype(vocab_size: int) -> type:
     return np.uint16 if vocab_size <= 2**16 else np.uint32
-
-
-def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
-    """Documents for the tokenizer, bounded in number and in characters."""
-    batch: list[str] = []
-    n_characters = 0
-    for text in documents:
-        batch.append(text)
-        n_characters += len(text)
-        if len(batch) == 1024 or n_characters > LONGEST_DOCUMENT:
-            yield batch
-            batch = []
-            n_characters = 0
-    yield batch

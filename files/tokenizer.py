@@ -1,4 +1,4 @@
-"""The tokenizer: how one is trained, its special tokens, and where its words begin.
+"""The tokenizer: how one is trained, its special tokens, and where its words begin and end.
 
 Axes: V vocabulary.
 """
@@ -7,26 +7,18 @@ import json
 from collections.abc import Iterable
 
 import numpy as np
-from tokenizers import (
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers.processors import BertProcessing
 
 SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 ROBERTA_TOKENS = {"pad": "<pad>", "unk": "<unk>", "cls": "<s>", "sep": "</s>", "mask": "<mask>"}
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a lower-cased WordPiece tokenizer.
+    """Train a lower-cased WordPiece tokenizer; its vocabulary is smaller if the text is small.
 
     Accents and combining marks stay, because stripping them breaks Indic scripts. CJK characters
-    are words of their own. The vocabulary is smaller than `vocab_size` if the text does not fill
-    it.
+    are words of their own.
     """
     tokenizer = Tokenizer(models.WordPiece(unk_token=SPECIAL_TOKENS["unk"]))
     bert_normalizer = normalizers.BertNormalizer(clean_text=False, strip_accents=False)
@@ -49,18 +41,15 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.model = models.WordPiece(
         vocab, unk_token=SPECIAL_TOKENS["unk"], max_input_chars_per_word=200
     )
-    cls_token, sep_token = SPECIAL_TOKENS["cls"], SPECIAL_TOKENS["sep"]
-    tokenizer.post_processor = processors.BertProcessing(
-        (sep_token, vocab[sep_token]), (cls_token, vocab[cls_token])
-    )
+    sep, cls = ((SPECIAL_TOKENS[role], vocab[SPECIAL_TOKENS[role]]) for role in ("sep", "cls"))
+    tokenizer.post_processor = BertProcessing(sep, cls)
     return tokenizer
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
-    """The special tokens of a tokenizer by role ("pad", "unk", "cls", "sep", "mask").
+    """The special tokens by role ("pad", "unk", "cls", "sep", "mask"): BERT's or RoBERTa's.
 
-    Raises:
-        ValueError: one is missing, under BERT's names as well as under RoBERTa's.
+    ValueError if one is missing.
     """
     is_roberta = tokenizer.token_to_id(ROBERTA_TOKENS["cls"]) is not None
     tokens = ROBERTA_TOKENS if is_roberta else SPECIAL_TOKENS
@@ -71,7 +60,7 @@ def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """The ids of the special tokens by role; raises ValueError if one is missing."""
+    """The ids of the special tokens by role; ValueError if one is missing."""
     return {role: tokenizer.token_to_id(t) for role, t in special_tokens(tokenizer).items()}
 
 
@@ -80,21 +69,28 @@ def begins_word(tokenizer: Tokenizer) -> np.ndarray:
 
     WordPiece marks continuations ("##ing"); byte-level BPE ("Ġword") and SentencePiece ("▁word")
     mark beginnings, and here punctuation begins a word of its own, as it does in BERT. In
-    byte-level BPE the first word of a line belongs to the line break before it ("Ċ").
-
-    Raises:
-        ValueError: the tokenizer marks neither.
+    byte-level BPE the first word of a line belongs to the line break before it ("Ċ"). ValueError
+    if the tokenizer marks neither.
     """
-    pieces = [tokenizer.id_to_token(i) or "" for i in range(tokenizer.get_vocab_size())]
+    pieces = _pieces(tokenizer)
     model = json.loads(tokenizer.to_str())["model"]
     if model["type"] == "WordLevel":
         return np.ones(len(pieces), dtype=bool)
     if prefix := model.get("continuing_subword_prefix"):
         return np.array([not piece.startswith(prefix) for piece in pieces])
-    for marks in (("Ġ", "Ċ", "ĉ", "č"), ("▁",)):  # space, line feed, tab, carriage return
+    for marks in (("▁",), ("Ġ", "Ċ", "ĉ", "č")):  # space, line feed, tab, carriage return
         if any(piece.startswith(marks[0]) for piece in pieces):
             return np.array([piece.startswith(marks) or _is_symbol(piece[:1]) for piece in pieces])
     raise ValueError("the tokenizer does not mark where words begin")
+
+
+def ends_word(tokenizer: Tokenizer) -> np.ndarray:
+    """Which tokens no word goes on after, (V,) bool: punctuation, and so the special tokens."""
+    return np.array([_is_symbol(piece[-1:]) for piece in _pieces(tokenizer)])
+
+
+def _pieces(tokenizer: Tokenizer) -> list[str]:
+    return [tokenizer.id_to_token(i) or "" for i in range(tokenizer.get_vocab_size())]
 
 
 def _is_symbol(character: str) -> bool:
