@@ -91,7 +91,7 @@ def run_missing(plan: Plan, results: Results, setup: Setup) -> None:
                     metrics, predictions = experiment.run_method(run, setup)
                 results.add(run, metrics, predictions)
             except SystemExit as stop:
-                if stop.code != 1:  # Ctrl-C
+                if stop.code in (130, 143):  # Ctrl-C, SIGTERM
                     raise
                 bar.write(f"{title}: training diverged; the report leaves it out", sys.stderr)
             bar.update(size)
