@@ -306,7 +306,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                     model_folder.save_model(snapshot, model, corpus.tokenizer)
             if gave_up:
                 advice = "start again with lower rates, or --resume after the last checkpoint"
-                raise SystemExit(f"{monitor.patience} skipped steps in a row; {advice}")
+                ranks.log(f"stopped: {monitor.patience} skipped steps in a row; {advice}")
+                raise SystemExit(1)
             if interrupted:
                 message = "the same command with --resume continues"
                 ranks.log(f"stopped after step {done}, saved; {message}")
