@@ -147,6 +147,9 @@ def explain(
         ids, types = torch.cat((row, masked)).T
         cu_seqlens = torch.tensor([0, 1, 2], dtype=torch.int32, device=device) * len(row)
         logits = model(ids, cu_seqlens, len(row), types)  # (2, C)
+        if model.ngrams:  # they are those of the text along the whole path of the network
+            ngram_logits = model.ngrams(ids, cu_seqlens)
+            logits[1] += ngram_logits[0] - ngram_logits[1]
         if names and class_index is None:
             class_index = int(logits[0].argmax())
         score_of_text, score_of_masked = score(logits, class_index).tolist()
@@ -160,6 +163,13 @@ def explain(
         error = abs(of_tokens.sum() - (score_of_text - score_of_masked))
         gap = float(error / max(1e-9, np.abs(of_tokens).sum()))
 
+    if model.ngrams:  # from a text without n-grams, of which the network reads only the masks
+        network = (logits[1] - ngram_logits[0]).cpu()
+        text_ends = torch.tensor([0, len(row)], dtype=torch.int32)
+        of_ngrams = model.ngrams.attributions(
+            row[:, 0], text_ends, lambda logits: score(network + logits, class_index)
+        )
+        of_tokens += of_ngrams.numpy()
     spans, tokens = find_words(text, tokenizer, len(encoded) - 2)
     attributions = np.array([of_tokens[members].sum() for members in tokens])
     answer = f"{logits[0, 0]:.4g}"

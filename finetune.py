@@ -7,6 +7,8 @@ It measures three methods on the same test set, which is not used for any choice
     random_weights  the network, trained from random weights
     pretrained      the network, trained from the weights of --model and a fitted linear head, with
                     a learning rate and an eps of its own; it is saved in --out
+    pretrained+ngrams   for classes, this network and a linear model of n-grams (files/ngrams.py)
+                    together; predict.py uses both
 
 The network learns a class or a number per example, or a tag per word (--task tokens).
 
@@ -28,6 +30,7 @@ from tqdm import tqdm
 
 from analysis.baselines import BASELINES, fit_baseline, fit_head
 from analysis.evaluation import forward_all, predict, print_summary, report, write_results
+from analysis.fit_ngrams import add_ngrams
 from files import entities, run_folder
 from files.cli import Parser, choose_hardware, flags_to_json, number, run_script
 from files.disk import UserError
@@ -49,6 +52,7 @@ LR_TOKENS = 1e-3
 ADAM_EPS = 1e-8
 EMBEDDING_EPS = 3e-4
 MAX_LEN = 512
+WITH_NGRAMS = "pretrained+ngrams"
 
 Dataset = LabeledDataset | TaggedDataset
 
@@ -109,10 +113,14 @@ def set_defaults(args: argparse.Namespace, train: Dataset, config: Config) -> No
     """Set the flags whose defaults depend on the task, and check those that depend on the model."""
     is_tagged = isinstance(train, TaggedDataset)
     methods = ["most_frequent" if is_tagged else "ngrams", "random_weights", "pretrained"]
+    if train.names and not is_tagged:
+        methods.append(WITH_NGRAMS)
     args.methods = args.methods.split(",") if args.methods else methods
     for method in args.methods:
         if method not in methods:
             raise UserError(f"--methods {method}: choose from {','.join(methods)}")
+    if WITH_NGRAMS in args.methods and "pretrained" not in args.methods:
+        raise UserError(f"--methods {WITH_NGRAMS}: it needs pretrained before it")
     if is_tagged and (args.pooling or args.lr == 0):
         raise UserError("--task tokens takes no --pooling and no --lr 0")
     if args.pooling and config.is_modern == (args.pooling == "pooler"):
@@ -237,6 +245,11 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
             start_time = time.time()
             if method in BASELINES:
                 predictions[method] = fit_baseline(train, test, args.seed)
+            elif method == WITH_NGRAMS:
+                network = predictions["pretrained"]
+                both = add_ngrams(args.out, rows, train, test_rows, network, args.seed)
+                predictions[method] = both
+            if method in predictions:
                 results[method] = report(method, test.targets, predictions[method], start_time)
                 continue
 

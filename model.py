@@ -395,6 +395,7 @@ class Classifier(nn.Module):
             self.pooler = Pooler(config)
         self.dropout = self.model.dropout
         self.classifier = nn.Linear(config.d_model, n_labels)
+        self.ngrams = None  # a files.ngrams.NgramModel, whose logits are added
         init_weights(self, config, seed)
 
     def features(self, ids: Tensor, cu_seqlens: Tensor, *inputs) -> Tensor:
@@ -406,7 +407,8 @@ class Classifier(nn.Module):
 
     def forward(self, *inputs) -> Tensor:
         """The logits of each text, (S, n_labels), of the inputs of `Encoder.forward`."""
-        return self.classifier(self.dropout(self.features(*inputs)))
+        logits = self.classifier(self.dropout(self.features(*inputs)))
+        return logits + self.ngrams(*inputs[:2]) if self.ngrams else logits
 
 
 class Tagger(nn.Module):

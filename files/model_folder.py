@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from files import disk, hub_names
 from files.disk import UserError, first_line, to_json, write_file
+from files.ngrams import load_ngrams
 from files.tokenizer import special_ids, special_tokens
 from model import Classifier, Config, MaskedLM, Tagger
 
@@ -210,6 +211,7 @@ def open_model(folder: Path, device: torch.device) -> tuple[nn.Module, Tokenizer
         elif _task(raw) == Classifier.task:
             default = "cls" if config.is_modern else "pooler"  # as in `transformers`
             model = Classifier(config, n_labels, raw.get("classifier_pooling") or default)
+            model.ngrams = load_ngrams(folder, n_labels)
         else:
             raise ValueError(f"architectures {raw.get('architectures')} is of another task")
 

@@ -37,7 +37,7 @@ MANIFEST = "manifest.json"
 LEFT_BEHIND = (
     *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
     *("metrics.json", "metrics.jsonl", "predictions.npz", "curve.png", "confusion.png"),
-    *("snapshots", "checkpoints"),
+    *("ngrams.safetensors", "snapshots", "checkpoints"),
 )
 # Flags that a resumed run need not share with its first part.
 MAY_CHANGE = {"resume", "device", "out", "keep", "keep_best"}

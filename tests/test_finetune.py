@@ -16,7 +16,7 @@ from files import model_folder
 from files.disk import UserError
 from model import Classifier
 
-METHODS = ("ngrams", "random_weights", "pretrained")
+METHODS = ("ngrams", "random_weights", "pretrained", "pretrained+ngrams")
 
 
 def files_of(topics, model, out, *more):
@@ -60,7 +60,7 @@ def test_one_line_per_method_is_printed(topics, pretrained, tmp_path, capsys):
     finetune.main(files_of(topics, pretrained, tmp_path))
     lines = capsys.readouterr().out.splitlines()
     assert "cut to" not in "".join(lines)
-    assert [line.split()[0] for line in lines[-4:]] == [*METHODS, "majority"]
+    assert [line.split()[0] for line in lines[-5:]] == [*METHODS, "majority"]
     finetune.main(files_of(topics, pretrained, tmp_path, "--max-len", "8", "--methods", "ngrams"))
     assert " examples were cut to 8 tokens" in capsys.readouterr().out
 
@@ -184,8 +184,9 @@ def test_numbers_are_regressed_in_their_own_unit(pretrained, tmp_path):
     out = tmp_path / "out"
     flags = ["--model", str(pretrained), "--train", str(path), "--out", str(out), *FAST]
     metrics = finetune.main([*flags, "--lr", "3e-3", "--epochs", "6"])
-    for method in METHODS:
-        assert set(metrics["test"][method]) == {"rmse", "pearson", "spearman", "seconds"}
+    assert tuple(metrics["test"]) == METHODS[:3]
+    for result in metrics["test"].values():
+        assert set(result) == {"rmse", "pearson", "spearman", "seconds"}
     assert metrics["test"]["ngrams"]["rmse"] < metrics["majority"]["rmse"]
     assert metrics["test"]["pretrained"]["rmse"] < 1.1 * metrics["majority"]["rmse"]
     theirs = AutoModelForSequenceClassification.from_pretrained(out)

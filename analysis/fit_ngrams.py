@@ -1,0 +1,100 @@
+"""Fit the n-gram model that stands beside a fine-tuned network (files/ngrams.py).
+
+The sum of the log-odds of both is a product of experts (Hinton 2002, section 2) without weights to
+choose: with few labels the regularization that the labels choose keeps the n-gram model silent.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.sparse import csr_matrix
+from sklearn.linear_model import LogisticRegression
+from sklearn.multiclass import OneVsRestClassifier
+from sklearn.pipeline import make_pipeline
+from torch import Tensor
+
+from analysis.baselines import LogCountRatio, fit_and_score
+from files.ngrams import N_BUCKETS, NgramModel, find_ngrams
+from labels import LabeledDataset, batches, validation_splits
+
+STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # inverse regularization C
+LEAST_PROBABILITY = 1e-4  # what a class that a split has no example of costs
+BATCH_SIZE = 256
+
+
+def add_ngrams(
+    out: Path,
+    rows: list[np.ndarray],
+    train: LabeledDataset,
+    eval_rows: list[np.ndarray],
+    probabilities: Tensor,
+    seed: int,
+) -> Tensor:
+    """Fit an n-gram model on the training examples, save it in `out`, and add it to a network.
+
+    Args:
+        rows, eval_rows: (tokens, 2) of each example, as `labels.encode` returns them.
+        probabilities: (examples, classes) of the network for the examples of `eval_rows`.
+
+    Returns:
+        The probabilities of both together.
+    """
+    model = fit_ngrams(rows, train, seed)
+    model.save(out)
+    everything = np.arange(len(eval_rows))
+    parts = []
+    for indices, (ids, cu_seqlens, *_) in batches(eval_rows, everything, BATCH_SIZE):
+        parts.append(model(ids, cu_seqlens)[: len(indices)])
+    return (probabilities.log() + torch.cat(parts)).softmax(1)
+
+
+def fit_ngrams(rows: list[np.ndarray], train: LabeledDataset, seed: int) -> NgramModel:
+    """NB-SVM (Wang & Manning 2012, section 2.3) with the C of the least log loss on the splits.
+
+    The log loss, and not the accuracy, because the log-odds are added to those of another model.
+    """
+    features = ngram_features(rows)
+
+    def model(c: float) -> OneVsRestClassifier:
+        solver = {"solver": "liblinear", "dual": True, "random_state": seed, "max_iter": 1000}
+        return OneVsRestClassifier(
+            make_pipeline(LogCountRatio(), LogisticRegression(C=c, **solver))
+        )
+
+    losses = dict.fromkeys(STRENGTHS, 0.0)
+    for train_idx, eval_idx in validation_splits(train):
+        for c in STRENGTHS:
+            scores = fit_and_score(model(c), features, train, train_idx, eval_idx)
+            of_targets = scores[np.arange(len(eval_idx)), train.targets[eval_idx]]
+            losses[c] -= float(np.log(of_targets.clip(LEAST_PROBABILITY)).mean())
+    best = min(STRENGTHS, key=losses.get)
+
+    buckets = np.flatnonzero(features.getnnz(axis=0))
+    fitted = model(best).fit(features[:, buckets], train.targets)
+    weight = np.zeros((len(buckets), len(train.names)), dtype=np.float32)
+    bias = np.full(len(train.names), -10.0, dtype=np.float32)  # of a class without examples
+    # of two classes scikit-learn fits the second one
+    classes = fitted.classes_[1:] if len(fitted.classes_) == 2 else fitted.classes_
+    for k, (ratio, logistic) in zip(classes, fitted.estimators_, strict=True):
+        weight[:, k] = logistic.coef_[0] * np.asarray(ratio.ratio).ravel()
+        bias[k] = logistic.intercept_[0]
+    if len(classes) == 1:
+        weight[:, fitted.classes_[0]] = -weight[:, classes[0]]
+        bias[fitted.classes_[0]] = -bias[classes[0]]
+    return NgramModel(*map(torch.from_numpy, (buckets, weight, bias)))
+
+
+def ngram_features(rows: list[np.ndarray]) -> csr_matrix:
+    """Which n-grams each example contains, (examples, N_BUCKETS)."""
+    examples = []
+    buckets = []
+    for indices, (ids, cu_seqlens, *_) in batches(rows, np.arange(len(rows)), BATCH_SIZE):
+        ngrams = find_ngrams(ids, cu_seqlens)
+        keys = (ngrams.text * N_BUCKETS + ngrams.bucket).unique()
+        keys = keys[keys < len(indices) * N_BUCKETS].numpy()  # without the filler sequences
+        examples.append(indices[keys // N_BUCKETS])
+        buckets.append(keys % N_BUCKETS)
+    positions = (np.concatenate(examples), np.concatenate(buckets))
+    ones = np.ones(len(positions[0]))
+    return csr_matrix((ones, positions), shape=(len(rows), N_BUCKETS))
