@@ -85,6 +85,11 @@ class Config:
     def head_dim(self) -> int:
         return self.d_model // self.n_heads
 
+    @property
+    def poolings(self) -> tuple[str, ...]:
+        """What a classifier can read, keys of POOLINGS; the first is the default."""
+        return ("mean", "cls") if self.is_modern else ("pooler", "mean", "cls")
+
     def window(self, layer: int) -> int | None:
         """How far a token of this layer sees to each side; None is the whole sequence."""
         is_global = not self.is_modern or layer % self.global_attn_every_n_layers == 0
@@ -315,7 +320,7 @@ def first_token(states: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 # From states to one vector per text, by the names of ModernBERT's `classifier_pooling`.
-POOLINGS = {"mean": mean_pool, "cls": first_token}
+POOLINGS = {"mean": mean_pool, "cls": first_token, "pooler": first_token}
 
 
 class MaskedLM(nn.Module):
@@ -370,12 +375,13 @@ class MaskedLM(nn.Module):
 class Classifier(nn.Module):
     """A linear layer on the pooled states of a text.
 
-    Equal to BertForSequenceClassification, RobertaForSequenceClassification, or
-    ModernBertForSequenceClassification with `classifier_pooling` "mean" or "cls".
+    Equal to ModernBertForSequenceClassification with `classifier_pooling` "mean" or "cls", and to
+    BertForSequenceClassification or RobertaForSequenceClassification with "pooler". A BERT with
+    "mean" or "cls" has no counterpart in `transformers`, which refuses its folder.
 
     Args:
         n_labels: outputs; 1 for regression.
-        pooling: a key of POOLINGS in the modern family, "pooler" in BERT's; None: the first.
+        pooling: one of `config.poolings`; None: the first.
     """
 
     task = "SequenceClassification"
@@ -383,15 +389,14 @@ class Classifier(nn.Module):
     def __init__(self, config: Config, n_labels: int, pooling: str | None = None):
         super().__init__()
         seed = draw_seed()
-        choices = tuple(POOLINGS) if config.is_modern else ("pooler",)
-        self.pooling = pooling or choices[0]
-        if self.pooling not in choices:
-            raise ValueError(f"pooling {pooling!r} is none of {', '.join(choices)}")
+        self.pooling = pooling or config.poolings[0]
+        if self.pooling not in config.poolings:
+            raise ValueError(f"pooling {pooling!r} is none of {', '.join(config.poolings)}")
         self.config = config
         self.model = Encoder(config)
         if config.is_modern:
             self.head = Head(config)
-        else:
+        elif self.pooling == "pooler":
             self.pooler = Pooler(config)
         self.dropout = self.model.dropout
         self.classifier = nn.Linear(config.d_model, n_labels)
@@ -399,10 +404,10 @@ class Classifier(nn.Module):
 
     def features(self, ids: Tensor, cu_seqlens: Tensor, *inputs) -> Tensor:
         """The vector of each text that the linear layer reads, (S, d_model)."""
-        states = self.model(ids, cu_seqlens, *inputs)
-        if not self.config.is_modern:
-            return self.pooler(first_token(states, cu_seqlens))
-        return self.head(POOLINGS[self.pooling](states, cu_seqlens))
+        pooled = POOLINGS[self.pooling](self.model(ids, cu_seqlens, *inputs), cu_seqlens)
+        if self.config.is_modern:
+            return self.head(pooled)
+        return self.pooler(pooled) if self.pooling == "pooler" else pooled
 
     def forward(self, *inputs) -> Tensor:
         """The logits of each text, (S, n_labels), of the inputs of `Encoder.forward`."""

@@ -4,11 +4,15 @@ Axes: V vocabulary.
 """
 
 import json
+import re
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from tokenizers.processors import BertProcessing
+from tokenizers.implementations import BertWordPieceTokenizer, ByteLevelBPETokenizer
+from tokenizers.processors import BertProcessing, RobertaProcessing
 
 SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 ROBERTA_TOKENS = {"pad": "<pad>", "unk": "<unk>", "cls": "<s>", "sep": "</s>", "mask": "<mask>"}
@@ -43,6 +47,38 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     sep, cls = ((SPECIAL_TOKENS[role], vocab[SPECIAL_TOKENS[role]]) for role in ("sep", "cls"))
     tokenizer.post_processor = BertProcessing(sep, cls)
+    return tokenizer
+
+
+def read_vocabulary(path: Path, settings: dict[str, Any]) -> Tokenizer:
+    """Build the tokenizer of BERT's vocab.txt, or of RoBERTa's vocab.json and merges.txt.
+
+    Args:
+        settings: the content of tokenizer_config.json. Where it does not say whether a BERT is
+            lower-cased, it is unless its vocabulary has capital letters: `transformers` lower-cases
+            always, but Google's cased folders have no tokenizer_config.json either.
+    """
+    if path.suffix == ".txt":
+        # [UNK] and its like have capital letters in every vocabulary
+        is_cased = bool(re.search(r"^[^[\n]*[A-Z]", path.read_text("utf-8"), re.MULTILINE))
+        tokenizer = BertWordPieceTokenizer(
+            str(path),
+            lowercase=settings.get("do_lower_case", not is_cased),
+            strip_accents=settings.get("strip_accents"),
+            handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+        )
+        return Tokenizer.from_str(tokenizer.to_str())
+
+    merges = path.with_name("merges.txt")
+    if not merges.is_file():
+        raise ValueError("merges.txt is missing beside it")
+    has_prefix = settings.get("add_prefix_space", False)
+    tokenizer = ByteLevelBPETokenizer.from_file(str(path), str(merges), add_prefix_space=has_prefix)
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    tokens = special_tokens(tokenizer)
+    tokenizer.add_special_tokens(list(tokens.values()))
+    sep, cls = ((tokens[role], tokenizer.token_to_id(tokens[role])) for role in ("sep", "cls"))
+    tokenizer.post_processor = RobertaProcessing(sep, cls, add_prefix_space=has_prefix)
     return tokenizer
 
 
