@@ -74,8 +74,7 @@ class Config:
                 kind = field.type.__name__
                 raise ValueError(f"{field.name} must be a positive {kind}, got {value}")
         if self.d_model % self.n_heads or self.head_dim % 2:
-            heads = f"{self.n_heads} heads of even size"
-            raise ValueError(f"d_model {self.d_model} cannot be split into {heads}")
+            raise ValueError(f"d_model {self.d_model} is not {self.n_heads} heads of even size")
 
     @property
     def is_modern(self) -> bool:
@@ -376,8 +375,7 @@ class Classifier(nn.Module):
     """A linear layer on the pooled states of a text.
 
     Equal to ModernBertForSequenceClassification with `classifier_pooling` "mean" or "cls", and to
-    BertForSequenceClassification or RobertaForSequenceClassification with "pooler". A BERT with
-    "mean" or "cls" has no counterpart in `transformers`, which refuses its folder.
+    that of BERT and RoBERTa with "pooler"; `transformers` refuses BERTs with "mean" or "cls".
 
     Args:
         n_labels: outputs; 1 for regression.
@@ -396,8 +394,8 @@ class Classifier(nn.Module):
         self.model = Encoder(config)
         if config.is_modern:
             self.head = Head(config)
-        elif self.pooling == "pooler":
-            self.pooler = Pooler(config)
+        else:
+            self.pooler = Pooler(config) if self.pooling == "pooler" else nn.Identity()
         self.dropout = self.model.dropout
         self.classifier = nn.Linear(config.d_model, n_labels)
         init_weights(self, config, seed)
@@ -405,9 +403,7 @@ class Classifier(nn.Module):
     def features(self, ids: Tensor, cu_seqlens: Tensor, *inputs) -> Tensor:
         """The vector of each text that the linear layer reads, (S, d_model)."""
         pooled = POOLINGS[self.pooling](self.model(ids, cu_seqlens, *inputs), cu_seqlens)
-        if self.config.is_modern:
-            return self.head(pooled)
-        return self.pooler(pooled) if self.pooling == "pooler" else pooled
+        return self.head(pooled) if self.config.is_modern else self.pooler(pooled)
 
     def forward(self, *inputs) -> Tensor:
         """The logits of each text, (S, n_labels), of the inputs of `Encoder.forward`."""

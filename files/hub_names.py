@@ -80,13 +80,6 @@ OTHER_NAMES = {
     "cls.predictions.decoder.": "cls.predictions.",
     "lm_head.decoder.": "lm_head.",
 }
-# How names of weights begin in one family alone, and its model_type.
-TYPICAL_NAMES = {
-    "bert.": "bert",
-    "roberta.": "roberta",
-    "model.embeddings.tok_embeddings.": "modernbert",
-    "embeddings.tok_embeddings.": "modernbert",
-}
 # The decoder's weight is tied: the embedding is saved, and this name is not.
 TIED = "decoder.weight"
 # Beginnings of names of weights that a model may leave unused. Any other unused weight is an error:
@@ -125,7 +118,7 @@ def config_from_json(raw: dict[str, Any]) -> Config:
     computes something else.
     """
     model_type = raw.get("model_type")
-    if model_type and raw.get("classifier_pooling"):  # "bert-mean": see `add_pooling`
+    if model_type and raw.get("classifier_pooling"):  # "bert-mean", see `save_model`
         model_type = model_type.removesuffix(f"-{raw['classifier_pooling']}")
     families = {prefix.lower(): family for family, prefix in CLASS_PREFIX.items()}
     if model_type not in families:
@@ -144,19 +137,6 @@ def config_from_json(raw: dict[str, Any]) -> Config:
         fields["unused_positions"] = raw.get("pad_token_id", 1) + 1 if family == "roberta" else 0
         fields["max_len"] -= fields["unused_positions"]
     return Config(family=family, **fields)
-
-
-def add_pooling(raw: dict[str, Any], config: Config, pooling: str | None) -> None:
-    """Write the pooling of a classifier into its config.json, where BERT's pooler needs no name.
-
-    `transformers` has no other pooling of BERTs: it would give this one a random pooler, and so
-    it gets the model_type "bert-mean" or "bert-cls", which `transformers` refuses.
-    """
-    if config.is_modern:  # for which the default of `transformers` is "cls"
-        raw["classifier_pooling"] = pooling or "mean"
-    elif pooling not in (None, "pooler"):
-        raw["classifier_pooling"] = pooling
-        raw["model_type"] += f"-{pooling}"
 
 
 def _read_layers(raw: dict[str, Any]) -> dict[str, Any]:
@@ -220,10 +200,10 @@ def update_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def guess_model_type(weights: dict[str, Tensor]) -> str | None:
     """The model_type that only these weights have; None: a bare BERT may also be a RoBERTa."""
-    for beginning, model_type in TYPICAL_NAMES.items():
-        if any(name.startswith(beginning) for name in weights):
-            return model_type
-    return None
+    if any("tok_embeddings" in name for name in weights):
+        return "modernbert"
+    prefixes = {name.partition(".")[0] for name in weights}
+    return next((family for family in ("bert", "roberta") if family in prefixes), None)
 
 
 def import_weights(weights: dict[str, Tensor], config: Config, task: str) -> dict[str, Tensor]:

@@ -44,7 +44,12 @@ def save_model(
     ValueError if a setting or a weight has no name in the family of the model.
     """
     config = hub_names.config_to_json(model.config, model.task, special_ids(tokenizer))
-    hub_names.add_pooling(config, model.config, getattr(model, "pooling", None))
+    pooling = getattr(model, "pooling", None)
+    if model.config.is_modern:  # for which the default of `transformers` is "cls"
+        config["classifier_pooling"] = pooling or "mean"
+    elif pooling not in (None, "pooler"):
+        # `transformers`, which lacks it, must refuse this model and not add a random pooler
+        config |= {"classifier_pooling": pooling, "model_type": f"{config['model_type']}-{pooling}"}
     tokenizer_config = {f"{role}_token": token for role, token in special_tokens(tokenizer).items()}
     tokenizer_config["tokenizer_class"] = "PreTrainedTokenizerFast"
     tokenizer_config["model_max_length"] = model.config.max_len
@@ -127,11 +132,9 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         index = folder / f"{name}.index.json"
         if index.is_file():
             with reading(index):
-                shards = {
-                    folder / shard
-                    for shard in json.loads(index.read_bytes())["weight_map"].values()
-                }
-            return {k: w for shard in sorted(shards) for k, w in read_weight_file(shard).items()}
+                shards = set(json.loads(index.read_bytes())["weight_map"].values())
+                parts = [read_weight_file(folder / shard) for shard in sorted(shards)]
+            return {name: weight for part in parts for name, weight in part.items()}
     raise UserError(f"{folder}: no weights: it has neither model.safetensors nor pytorch_model.bin")
 
 
@@ -154,16 +157,11 @@ def _task(raw: dict[str, Any]) -> str:
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """Read tokenizer.json, or else what is older: BERT's vocab.txt, RoBERTa's vocab.json."""
-    names = ("tokenizer.json", "vocab.txt", "vocab.json")
-    paths = [folder / name for name in names if (folder / name).is_file()]
-    path = paths[0] if paths else folder / names[0]
+    paths = [folder / name for name in ("tokenizer.json", "vocab.txt", "vocab.json")]
+    path = next(filter(Path.is_file, paths), paths[0])
     try:
-        if path.name == names[0]:
-            tokenizer = Tokenizer.from_file(str(path))
-        else:
-            settings = folder / "tokenizer_config.json"
-            settings = json.loads(settings.read_bytes()) if settings.is_file() else {}
-            tokenizer = read_vocabulary(path, settings)
+        read = Tokenizer.from_file if path.name == "tokenizer.json" else read_vocabulary
+        tokenizer = read(str(path))
         special_ids(tokenizer)  # raises an error if one is missing
         tokenizer.encode("\N{CUNEIFORM SIGN A}")  # and this if there is no token for the unknown
     except Exception as error:  # tokenizers has no errors of its own
@@ -222,8 +220,8 @@ def choose_pooling(config: Config, pooling: str | None, name: Path) -> str | Non
         raise UserError(f"--pooling {pooling}: {name} is a {config.family} model")
     if pooling or config.is_modern:
         return pooling
-    settings: dict[str, Any] = {}
-    for path in find_model(name) / "config.json", find_model(name) / "1_Pooling" / "config.json":
+    folder, settings = find_model(name), {}
+    for path in (folder / "config.json", folder / "1_Pooling" / "config.json"):
         if path.is_file():
             with reading(path):
                 settings.update(json.loads(path.read_bytes()))

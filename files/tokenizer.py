@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -50,35 +49,33 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def read_vocabulary(path: Path, settings: dict[str, Any]) -> Tokenizer:
+def read_vocabulary(path: str) -> Tokenizer:
     """Build the tokenizer of BERT's vocab.txt, or of RoBERTa's vocab.json and merges.txt.
 
-    Args:
-        settings: the content of tokenizer_config.json. Where it does not say whether a BERT is
-            lower-cased, it is unless its vocabulary has capital letters: `transformers` lower-cases
-            always, but Google's cased folders have no tokenizer_config.json either.
+    A BERT whose tokenizer_config.json is missing, as in Google's folders, is lower-cased unless
+    its vocabulary has capital letters. `transformers` would lower-case it always.
     """
-    if path.suffix == ".txt":
+    config = Path(path).with_name("tokenizer_config.json")
+    settings = json.loads(config.read_bytes()) if config.is_file() else {}
+    if path.endswith(".txt"):
         # [UNK] and its like have capital letters in every vocabulary
-        is_cased = bool(re.search(r"^[^[\n]*[A-Z]", path.read_text("utf-8"), re.MULTILINE))
+        is_cased = re.search(r"^[^[\n]*[A-Z]", Path(path).read_text("utf-8"), re.MULTILINE)
         tokenizer = BertWordPieceTokenizer(
-            str(path),
+            path,
             lowercase=settings.get("do_lower_case", not is_cased),
             strip_accents=settings.get("strip_accents"),
             handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
         )
         return Tokenizer.from_str(tokenizer.to_str())
 
-    merges = path.with_name("merges.txt")
-    if not merges.is_file():
-        raise ValueError("merges.txt is missing beside it")
-    has_prefix = settings.get("add_prefix_space", False)
-    tokenizer = ByteLevelBPETokenizer.from_file(str(path), str(merges), add_prefix_space=has_prefix)
+    merges = Path(path).with_name("merges.txt").resolve(strict=True)
+    spaces = {"add_prefix_space": settings.get("add_prefix_space", False)}
+    tokenizer = ByteLevelBPETokenizer.from_file(path, str(merges), **spaces)
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
     tokens = special_tokens(tokenizer)
     tokenizer.add_special_tokens(list(tokens.values()))
     sep, cls = ((tokens[role], tokenizer.token_to_id(tokens[role])) for role in ("sep", "cls"))
-    tokenizer.post_processor = RobertaProcessing(sep, cls, add_prefix_space=has_prefix)
+    tokenizer.post_processor = RobertaProcessing(sep, cls, **spaces)
     return tokenizer
 
 
