@@ -549,12 +549,16 @@ def test_a_model_of_the_hub(tmp_path, layout):
         (folder / "model.safetensors").unlink()
         other.save_pretrained(folder, max_shard_size="40KB")
         assert (folder / "model.safetensors.index.json").is_file()
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling" / "config.json").write_text("{}")
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
     commit = "0" * 40
 
     class Hub(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            name, content = self.path.split("?")[0].rsplit("/", 1)[-1], None
+            path, content = self.path.split("?")[0], None
+            name = path.partition("/resolve/")[2].partition("/")[2]
             if self.path.startswith("/api/models/someone/small"):
                 about = {
                     "id": "someone/small",
@@ -572,7 +576,7 @@ def test_a_model_of_the_hub(tmp_path, layout):
                 content = files[name]
             self.send_response(200 if content is not None else 404)
             self.send_header("X-Repo-Commit", commit)
-            self.send_header("ETag", f'"{name}"')
+            self.send_header("ETag", f'"{name.replace("/", "-")}"')
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(content or b"")))
             self.end_headers()
@@ -600,6 +604,8 @@ def test_a_model_of_the_hub(tmp_path, layout):
     ]
     first = run(command, env=environment)
     assert first.returncode == 0, first.stderr
+    fetched = {path.name for path in (tmp_path / "cache").rglob("snapshots/*/**/*")}
+    assert {path.name for path in folder.rglob("*")} - {"generation_config.json"} <= fetched
     server.shutdown()
     server.server_close()
     assert run(command, env=environment | {"HF_HUB_OFFLINE": "1"}).stdout == first.stdout
