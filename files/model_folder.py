@@ -32,6 +32,9 @@ BROKEN += (safetensors.SafetensorError,)
 HUB_FILES = ("config.json", "1_Pooling/config.json", "*.safetensors", "pytorch_model*.bin")
 HUB_FILES += ("*.index.json", "tokenizer*.json", "vocab.txt", "vocab.json", "merges.txt")
 
+# The files of weights, one of which a folder has; an index names the files of the shards.
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+WEIGHT_FILES += ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # Keys of 1_Pooling/config.json before version 6 of sentence-transformers, which has one key.
 SENTENCE_POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 
@@ -110,9 +113,11 @@ class SavedModel(NamedTuple):
 def load_model(name: Path) -> SavedModel:
     """Read a folder, or a model of the hub, written by us or by `transformers`."""
     folder = find_model(name)
+    paths = [folder / weight_file for weight_file in WEIGHT_FILES]
     with reading(folder):
         raw = json.loads((folder / "config.json").read_bytes())
-        exported = hub_names.update_names(read_weights(folder))
+        path = next(filter(Path.is_file, paths), paths[0])
+        exported = hub_names.update_names(read_weights(path))
         raw["model_type"] = raw.get("model_type") or hub_names.guess_model_type(exported)
         config = hub_names.config_from_json(raw)
         weights = hub_names.import_weights(exported, config, _task(raw))
@@ -124,23 +129,13 @@ def load_model(name: Path) -> SavedModel:
     return SavedModel(config, weights, tokenizer, raw)
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights of a folder in the names of its files: one file, or shards and their index."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).is_file():
-            return read_weight_file(folder / name)
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            with reading(index):
-                shards = set(json.loads(index.read_bytes())["weight_map"].values())
-                parts = [read_weight_file(folder / shard) for shard in sorted(shards)]
-            return {name: weight for part in parts for name, weight in part.items()}
-    raise UserError(f"{folder}: no weights: it has neither model.safetensors nor pytorch_model.bin")
-
-
-def read_weight_file(path: Path) -> dict[str, Tensor]:
-    """The weights of a file of safetensors, or of a pickle, which must not run code."""
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The weights of a file in its own names, or of the files that an index names."""
     with reading(path):
+        if path.suffix == ".json":
+            shards = set(json.loads(path.read_bytes())["weight_map"].values())
+            parts = [read_weights(path.with_name(shard)) for shard in sorted(shards)]
+            return {name: weight for part in parts for name, weight in part.items()}
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         try:
