@@ -36,7 +36,7 @@ from files.cli import Parser, choose_hardware, flags_to_json, number, run_script
 from files.disk import UserError
 from files.entities import NOT_SCORED, TaggedDataset
 from files.machine import Ranks
-from files.model_folder import choose_max_len, load_model, load_weights, save_model
+from files.model_folder import choose_max_len, choose_pooling, load_model, load_weights, save_model
 from files.step_monitor import StepMonitor
 from labels import LabeledDataset, batches, encode, load, subsample
 from model import Classifier, Config, Tagger
@@ -73,7 +73,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--task", choices=("classify", "regress", "tokens"), help=tasks)
     add("--labels", type=positive, help="number of training examples to sample; by default all")
     add("--methods", help="which to run, separated by commas; by default all three")
-    poolings = "what the classifier reads; by default mean, or BERT's pooler"
+    poolings = "what the classifier reads; by default mean, or what a BERT was trained with"
     add("--pooling", choices=("mean", "cls", "pooler"), help=poolings)
     rates = "peak learning rate; 0 fits a linear head alone; by default chosen by method"
     add("--lr", type=number(float, 0), help=rates)
@@ -123,8 +123,7 @@ def set_defaults(args: argparse.Namespace, train: Dataset, config: Config) -> No
         raise UserError(f"--methods {WITH_NGRAMS}: it needs pretrained before it")
     if is_tagged and (args.pooling or args.lr == 0):
         raise UserError("--task tokens takes no --pooling and no --lr 0")
-    if args.pooling and config.is_modern == (args.pooling == "pooler"):
-        raise UserError(f"--pooling {args.pooling}: {args.model} is a {config.family} model")
+    args.pooling = choose_pooling(config, args.pooling, args.model)
     if args.epochs is None:  # fewer for more examples per class
         n_classes = len(train.names) if train.names else 2
         per_class = len(train) / n_classes

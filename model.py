@@ -74,8 +74,7 @@ class Config:
                 kind = field.type.__name__
                 raise ValueError(f"{field.name} must be a positive {kind}, got {value}")
         if self.d_model % self.n_heads or self.head_dim % 2:
-            heads = f"{self.n_heads} heads of even size"
-            raise ValueError(f"d_model {self.d_model} cannot be split into {heads}")
+            raise ValueError(f"d_model {self.d_model} is not {self.n_heads} heads of even size")
 
     @property
     def is_modern(self) -> bool:
@@ -84,6 +83,11 @@ class Config:
     @property
     def head_dim(self) -> int:
         return self.d_model // self.n_heads
+
+    @property
+    def poolings(self) -> tuple[str, ...]:
+        """What a classifier can read, keys of POOLINGS; the first is the default."""
+        return ("mean", "cls") if self.is_modern else ("pooler", "mean", "cls")
 
     def window(self, layer: int) -> int | None:
         """How far a token of this layer sees to each side; None is the whole sequence."""
@@ -315,7 +319,7 @@ def first_token(states: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 # From states to one vector per text, by the names of ModernBERT's `classifier_pooling`.
-POOLINGS = {"mean": mean_pool, "cls": first_token}
+POOLINGS = {"mean": mean_pool, "cls": first_token, "pooler": first_token}
 
 
 class MaskedLM(nn.Module):
@@ -370,12 +374,12 @@ class MaskedLM(nn.Module):
 class Classifier(nn.Module):
     """A linear layer on the pooled states of a text.
 
-    Equal to BertForSequenceClassification, RobertaForSequenceClassification, or
-    ModernBertForSequenceClassification with `classifier_pooling` "mean" or "cls".
+    Equal to ModernBertForSequenceClassification with `classifier_pooling` "mean" or "cls", and to
+    that of BERT and RoBERTa with "pooler"; `transformers` refuses BERTs with "mean" or "cls".
 
     Args:
         n_labels: outputs; 1 for regression.
-        pooling: a key of POOLINGS in the modern family, "pooler" in BERT's; None: the first.
+        pooling: one of `config.poolings`; None: the first.
     """
 
     task = "SequenceClassification"
@@ -383,16 +387,15 @@ class Classifier(nn.Module):
     def __init__(self, config: Config, n_labels: int, pooling: str | None = None):
         super().__init__()
         seed = draw_seed()
-        choices = tuple(POOLINGS) if config.is_modern else ("pooler",)
-        self.pooling = pooling or choices[0]
-        if self.pooling not in choices:
-            raise ValueError(f"pooling {pooling!r} is none of {', '.join(choices)}")
+        self.pooling = pooling or config.poolings[0]
+        if self.pooling not in config.poolings:
+            raise ValueError(f"pooling {pooling!r} is none of {', '.join(config.poolings)}")
         self.config = config
         self.model = Encoder(config)
         if config.is_modern:
             self.head = Head(config)
         else:
-            self.pooler = Pooler(config)
+            self.pooler = Pooler(config) if self.pooling == "pooler" else nn.Identity()
         self.dropout = self.model.dropout
         self.classifier = nn.Linear(config.d_model, n_labels)
         self.ngrams = None  # a files.ngrams.NgramModel, whose logits are added
@@ -400,10 +403,8 @@ class Classifier(nn.Module):
 
     def features(self, ids: Tensor, cu_seqlens: Tensor, *inputs) -> Tensor:
         """The vector of each text that the linear layer reads, (S, d_model)."""
-        states = self.model(ids, cu_seqlens, *inputs)
-        if not self.config.is_modern:
-            return self.pooler(first_token(states, cu_seqlens))
-        return self.head(POOLINGS[self.pooling](states, cu_seqlens))
+        pooled = POOLINGS[self.pooling](self.model(ids, cu_seqlens, *inputs), cu_seqlens)
+        return self.head(pooled) if self.config.is_modern else self.pooler(pooled)
 
     def forward(self, *inputs) -> Tensor:
         """The logits of each text, (S, n_labels), of the inputs of `Encoder.forward`."""

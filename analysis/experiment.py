@@ -134,7 +134,8 @@ def load_classifier(model: str, setup: Setup) -> tuple[Classifier, Tokenizer, in
     config, weights, tokenizer, _ = model_folder.load_model(folder)
     config, max_len = model_folder.choose_max_len(config, None, finetune.MAX_LEN, folder)
     torch.manual_seed(0)  # some BERTs lack a pooler
-    network = Classifier(config, len(setup.train.names or [""])).to(setup.device).eval()
+    pooling = model_folder.choose_pooling(config, None, folder)
+    network = Classifier(config, len(setup.train.names or [""]), pooling).to(setup.device).eval()
     model_folder.load_weights(network, weights, folder, allow_missing=("classifier", "pooler"))
     return network, tokenizer, max_len
 

@@ -70,8 +70,11 @@ HEADS = {  # ours: BERT's, RoBERTa's
     "decoder": ("cls.predictions", "lm_head"),
     "classifier": ("classifier", "classifier"),
 }
-# Parts of names in older files, and today's: Google's norms, and the decoder as a module.
-OLD_NAMES = {
+# Parts of names in other files, and ours: wrappers of torch (DistributedDataParallel and compile),
+# Google's norms, and the decoder as a module.
+OTHER_NAMES = {
+    "module.": "",
+    "_orig_mod.": "",
     "LayerNorm.gamma": "LayerNorm.weight",
     "LayerNorm.beta": "LayerNorm.bias",
     "cls.predictions.decoder.": "cls.predictions.",
@@ -115,6 +118,8 @@ def config_from_json(raw: dict[str, Any]) -> Config:
     computes something else.
     """
     model_type = raw.get("model_type")
+    if model_type and raw.get("classifier_pooling"):  # "bert-mean", see `save_model`
+        model_type = model_type.removesuffix(f"-{raw['classifier_pooling']}")
     families = {prefix.lower(): family for family, prefix in CLASS_PREFIX.items()}
     if model_type not in families:
         raise ValueError(f"model_type {model_type!r} is none of {', '.join(families)}")
@@ -186,15 +191,28 @@ def export_weights(weights: dict[str, Tensor], config: Config, task: str) -> dic
     return exported
 
 
+def update_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename weights from the names of other versions and wrappers to today's of the family."""
+    for other, name in OTHER_NAMES.items():
+        weights = {theirs.replace(other, name): weight for theirs, weight in weights.items()}
+    return weights
+
+
+def guess_model_type(weights: dict[str, Tensor]) -> str | None:
+    """The model_type that only these weights have; None: a bare BERT may also be a RoBERTa."""
+    if any("tok_embeddings" in name for name in weights):
+        return "modernbert"
+    prefixes = {name.partition(".")[0] for name in weights}
+    return next((family for family in ("bert", "roberta") if family in prefixes), None)
+
+
 def import_weights(weights: dict[str, Tensor], config: Config, task: str) -> dict[str, Tensor]:
-    """Rename weights from the names in a file, perhaps of a bare encoder without prefix, to ours.
+    """Rename weights from the family's names, perhaps of a bare encoder without prefix, to ours.
 
     A name in no table stays as it is; `model_folder.load_weights` decides whether it is an error.
     """
     if config.n_layers > len(weights):
         raise ValueError(f"the config has {config.n_layers} layers, more than there are weights")
-    for old, new in OLD_NAMES.items():
-        weights = {name.replace(old, new): weight for name, weight in weights.items()}
     prefix = "model." if config.is_modern else f"{config.family}."
     if not any(name.startswith(prefix) for name in weights):
         weights = {prefix + name: weight for name, weight in weights.items()}

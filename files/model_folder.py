@@ -17,20 +17,27 @@ from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
-from tokenizers import BertWordPieceTokenizer, Tokenizer
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from files import disk, hub_names
 from files.disk import UserError, first_line, to_json, write_file
 from files.ngrams import load_ngrams
-from files.tokenizer import special_ids, special_tokens
+from files.tokenizer import read_vocabulary, special_ids, special_tokens
 from model import Classifier, Config, MaskedLM, Tagger
 
 # What the libraries raise when they read a broken config or broken weights.
 BROKEN = (OSError, EOFError, ValueError, TypeError, AttributeError, KeyError, RuntimeError)
 BROKEN += (safetensors.SafetensorError,)
 # The files that are fetched from the Hugging Face hub.
-HUB_FILES = ("config.json", "*.safetensors", "pytorch_model.bin", "tokenizer*.json", "vocab.txt")
+HUB_FILES = ("config.json", "1_Pooling/config.json", "*.safetensors", "pytorch_model*.bin")
+HUB_FILES += ("*.index.json", "tokenizer*.json", "vocab.txt", "vocab.json", "merges.txt")
+
+# The files of weights, one of which a folder has; an index names the files of the shards.
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+WEIGHT_FILES += ("pytorch_model.bin", "pytorch_model.bin.index.json")
+# Keys of 1_Pooling/config.json before version 6 of sentence-transformers, which has one key.
+SENTENCE_POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 
 
 def save_model(
@@ -41,8 +48,12 @@ def save_model(
     ValueError if a setting or a weight has no name in the family of the model.
     """
     config = hub_names.config_to_json(model.config, model.task, special_ids(tokenizer))
+    pooling = getattr(model, "pooling", None)
     if model.config.is_modern:  # for which the default of `transformers` is "cls"
-        config["classifier_pooling"] = getattr(model, "pooling", "mean")
+        config["classifier_pooling"] = pooling or "mean"
+    elif pooling not in (None, "pooler"):
+        # `transformers`, which lacks it, must refuse this model and not add a random pooler
+        config |= {"classifier_pooling": pooling, "model_type": f"{config['model_type']}-{pooling}"}
     tokenizer_config = {f"{role}_token": token for role, token in special_tokens(tokenizer).items()}
     tokenizer_config["tokenizer_class"] = "PreTrainedTokenizerFast"
     tokenizer_config["model_max_length"] = model.config.max_len
@@ -97,23 +108,19 @@ class SavedModel(NamedTuple):
     config: Config
     weights: dict[str, Tensor]  # in our names
     tokenizer: Tokenizer
-    raw: dict[str, Any]  # the whole content of config.json
+    raw: dict[str, Any]  # the whole content of config.json, and its model_type
 
 
 def load_model(name: Path) -> SavedModel:
     """Read a folder, or a model of the hub, written by us or by `transformers`."""
     folder = find_model(name)
-    pickled = folder / "pytorch_model.bin"
+    paths = [folder / weight_file for weight_file in WEIGHT_FILES]
     with reading(folder):
         raw = json.loads((folder / "config.json").read_bytes())
+        path = next(filter(Path.is_file, paths), paths[0])
+        exported = hub_names.update_names(read_weights(path))
+        raw["model_type"] = raw.get("model_type") or hub_names.guess_model_type(exported)
         config = hub_names.config_from_json(raw)
-        if pickled.is_file() and not (folder / "model.safetensors").is_file():
-            try:
-                exported = torch.load(pickled, "cpu", weights_only=True)
-            except pickle.UnpicklingError:
-                raise ValueError(f"{pickled.name} would run code") from None
-        else:
-            exported = safetensors.torch.load_file(folder / "model.safetensors")
         weights = hub_names.import_weights(exported, config, _task(raw))
         hub_names.check_shapes(config, weights)
         tokenizer = load_tokenizer(folder)
@@ -123,6 +130,21 @@ def load_model(name: Path) -> SavedModel:
     return SavedModel(config, weights, tokenizer, raw)
 
 
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The weights of a file in its own names, or of the files that an index names."""
+    with reading(path):
+        if path.suffix == ".json":
+            shards = set(json.loads(path.read_bytes())["weight_map"].values())
+            parts = [read_weights(path.with_name(shard)) for shard in sorted(shards)]
+            return {name: weight for part in parts for name, weight in part.items()}
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        try:
+            return torch.load(path, "cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            raise ValueError("it would run code") from None
+
+
 def _task(raw: dict[str, Any]) -> str:
     """The task of a config.json: "MaskedLM" of BertForMaskedLM, "" of BertModel."""
     architectures = raw.get("architectures") or [""]
@@ -130,17 +152,12 @@ def _task(raw: dict[str, Any]) -> str:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Read tokenizer.json, or BERT's vocab.txt where there is no tokenizer.json."""
-    path = folder / "tokenizer.json"
+    """Read tokenizer.json, or else what is older: BERT's vocab.txt, RoBERTa's vocab.json."""
+    paths = [folder / name for name in ("tokenizer.json", "vocab.txt", "vocab.json")]
+    path = next(filter(Path.is_file, paths), paths[0])
     try:
-        if (folder / "vocab.txt").is_file() and not path.is_file():
-            path = folder / "vocab.txt"
-            settings = json.loads((folder / "tokenizer_config.json").read_bytes())
-            is_uncased = settings.get("do_lower_case", True)
-            bert_tokenizer = BertWordPieceTokenizer(str(path), lowercase=is_uncased)
-            tokenizer = Tokenizer.from_str(bert_tokenizer.to_str())
-        else:
-            tokenizer = Tokenizer.from_file(str(path))
+        read = Tokenizer.from_file if path.name == "tokenizer.json" else read_vocabulary
+        tokenizer = read(str(path))
         special_ids(tokenizer)  # raises an error if one is missing
         tokenizer.encode("\N{CUNEIFORM SIGN A}")  # and this if there is no token for the unknown
     except Exception as error:  # tokenizers has no errors of its own
@@ -189,12 +206,32 @@ def choose_max_len(
     return config, min(max_len or default, config.max_len)
 
 
+def choose_pooling(config: Config, pooling: str | None, name: Path) -> str | None:
+    """The pooling of a new classifier on the model `name`: --pooling, or that of a BERT's training.
+
+    A BERT of ours names it in config.json, one of sentence-transformers in 1_Pooling/config.json.
+    None is the default of the family, as for a pooling that this program does not have.
+    """
+    if pooling not in (None, *config.poolings):
+        raise UserError(f"--pooling {pooling}: {name} is a {config.family} model")
+    if pooling or config.is_modern:
+        return pooling
+    folder, settings = find_model(name), {}
+    for path in (folder / "config.json", folder / "1_Pooling" / "config.json"):
+        if path.is_file():
+            with reading(path):
+                settings.update(json.loads(path.read_bytes()))
+    modes = [mode for key, mode in SENTENCE_POOLINGS.items() if settings.get(key)]
+    modes += [settings.get("pooling_mode"), settings.get("classifier_pooling")]
+    return next((mode for mode in modes if mode in config.poolings), None)
+
+
 def open_model(folder: Path, device: torch.device) -> tuple[nn.Module, Tokenizer, list[str] | None]:
     """Load a model of a folder or of the hub, ready for use on a device.
 
     Returns:
         (MaskedLM, Classifier or Tagger; its tokenizer; the names of its classes or tags, None for
-        a MaskedLM or a regression)
+        a MaskedLM or a model of one number)
     """
     config, weights, tokenizer, raw = load_model(folder)
     problem_type = raw.get("problem_type")
@@ -202,20 +239,21 @@ def open_model(folder: Path, device: torch.device) -> tuple[nn.Module, Tokenizer
         n_labels = len(weights.get("classifier.weight", [0]))  # load_weights refuses a missing one
         id2label = raw.get("id2label") or {}
         names = [str(id2label.get(str(i), f"LABEL_{i}")) for i in range(n_labels)]
-        if problem_type not in (None, "single_label_classification", "regression"):
-            raise ValueError(f"problem_type {problem_type!r} is not supported")
-        if _task(raw) == MaskedLM.task:
-            model = MaskedLM(config)
-        elif _task(raw) == Tagger.task:
+        # one output is a number, whatever its problem_type: its softmax would always be 1
+        if n_labels > 1 and problem_type not in (None, "single_label_classification"):
+            raise ValueError(f"problem_type {problem_type!r} with {n_labels} outputs is unknown")
+        if _task(raw) == Tagger.task:
             model = Tagger(config, n_labels)
         elif _task(raw) == Classifier.task:
             default = "cls" if config.is_modern else "pooler"  # as in `transformers`
             model = Classifier(config, n_labels, raw.get("classifier_pooling") or default)
             model.ngrams = load_ngrams(folder, n_labels)
+        elif _task(raw) == MaskedLM.task or "decoder.bias" in weights:
+            model = MaskedLM(config)
         else:
             raise ValueError(f"architectures {raw.get('architectures')} is of another task")
 
     is_masked_lm = isinstance(model, MaskedLM)
     load_weights(model, weights, folder, allow_missing=("pooler",) if is_masked_lm else ())
-    has_names = not is_masked_lm and problem_type != "regression"
+    has_names = not is_masked_lm and (n_labels > 1 or isinstance(model, Tagger))
     return model.to(device).eval(), tokenizer, names if has_names else None

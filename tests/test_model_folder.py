@@ -186,6 +186,93 @@ def test_the_head_of_another_task_is_left_out(tmp_path):
     model_folder.load_weights(MaskedLM(CONFIG), weights, tmp_path, ("decoder.bias",))
 
 
+def split_weights(folder, name):
+    """Replace model.safetensors by two shards and their index, beside a shard of another save."""
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    stem, suffix = name.split(".")
+    weight_map = {}
+    for i in range(3):
+        shard = f"{stem}-0000{i + 1}-of-00002.{suffix}"
+        part = {key: weights[key] for key in sorted(weights)[i::2]}
+        if i == 2:
+            part = {"of another save": torch.ones(2)}
+        else:
+            weight_map |= dict.fromkeys(part, shard)
+        write = torch.save if suffix == "bin" else safetensors.torch.save_file
+        write(part, folder / shard)
+    index = {"metadata": {"total_size": 9}, "weight_map": weight_map}
+    (folder / f"{name}.index.json").write_text(json.dumps(index))
+    return [folder / shard for shard in sorted(set(weight_map.values()))]
+
+
+each_format = pytest.mark.parametrize("name", ("model.safetensors", "pytorch_model.bin"))
+
+
+@each_format
+@pytest.mark.parametrize("kind", (MaskedLM, Classifier))
+def test_weights_in_shards(tmp_path, name, kind):
+    model = save(tmp_path, kind=kind)
+    split_weights(tmp_path, name)
+    again, _, _ = model_folder.open_model(tmp_path, CPU)
+    for key, weight in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key], weight)
+
+
+@each_format
+@pytest.mark.parametrize("change", ("missing", "cut short"))
+def test_a_broken_shard_is_named(tmp_path, name, change):
+    save(tmp_path)
+    _, shard = split_weights(tmp_path, name)
+    content = shard.read_bytes()
+    shard.unlink()
+    if change == "cut short":
+        shard.write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError) as error:
+        model_folder.load_model(tmp_path)
+    assert_one_line(error, shard)
+
+
+@pytest.mark.parametrize(
+    "content",
+    (
+        "{}",
+        "[]",
+        '{"weight_map": 3}',
+        '{"weight_map": {"a": 3}}',
+        '{"weight_map": {"a": "../model.bin"}}',
+    ),
+)
+def test_a_broken_index_is_named(tmp_path, content):
+    save(tmp_path)
+    split_weights(tmp_path, "model.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(UserError) as error:
+        model_folder.load_model(tmp_path)
+    assert_one_line(error, tmp_path)
+
+
+def test_a_folder_without_weights(tmp_path):
+    save(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError) as error:
+        model_folder.load_model(tmp_path)
+    assert_one_line(error, tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("prefix", ("module.", "_orig_mod.", "module._orig_mod."))
+@pytest.mark.parametrize("kind", (MaskedLM, Tagger))
+def test_weights_of_a_wrapped_model(tmp_path, prefix, kind):
+    """As DistributedDataParallel and torch.compile name them."""
+    model = save(tmp_path, kind=kind)
+    weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({prefix + name: w for name, w in weights.items()}, tmp_path / "pytorch_model.bin")
+    again, _, _ = model_folder.open_model(tmp_path, CPU)
+    for key, weight in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key], weight)
+
+
 class WithSecondObjective(MaskedLM):
     """What a fork may do: a module for pretraining alone."""
 

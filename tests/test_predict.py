@@ -138,17 +138,25 @@ def test_both_texts_of_a_pair_are_read(finetuned, tmp_path, capsys):
     ]
 
 
-def test_a_regression_predicts_a_number(pretrained, tmp_path, capsys):
+PROBLEM_TYPES = ("regression", None, "single_label_classification", "multi_label_classification")
+
+
+@pytest.mark.parametrize("problem_type", PROBLEM_TYPES)
+def test_one_output_is_a_number(pretrained, tmp_path, capsys, problem_type):
+    """Also without a problem_type, as cross-encoders are saved: its softmax would always be 1."""
     config, _, tokenizer, _ = model_folder.load_model(pretrained)
     torch.manual_seed(0)
     model = Classifier(config, 1).eval()
-    model_folder.save_model(tmp_path, model, tokenizer, {"problem_type": "regression"})
+    model_folder.save_model(tmp_path, model, tokenizer, {"problem_type": problem_type})
     records = predictions(capsys, "--model", tmp_path, *TEXTS)
     for record in records:
         ids = torch.tensor(tokenizer.encode(record["text"]).ids)
         with torch.no_grad():
             value = model(ids, torch.tensor([0, len(ids)], dtype=torch.int32), len(ids))
         assert record["value"] == pytest.approx(float(value), abs=1e-5)
+    assert len({record["value"] for record in records}) == len(TEXTS)
+    with pytest.raises(predict.UserError, match="not a classifier"):
+        predict.predict_texts(tmp_path, TEXTS)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +165,7 @@ def test_a_regression_predicts_a_number(pretrained, tmp_path, capsys):
         ({"architectures": ["BertModel"]}, "BertModel"),
         ({"classifier_pooling": "attention"}, "'attention'"),
         ({"problem_type": "multi_label_classification"}, "multi_label"),
+        ({"problem_type": "regression"}, "'regression' with 3 outputs"),  # never the first alone
     ),
 )
 def test_a_model_with_unknown_settings_is_refused(finetuned, tmp_path, changes, message):
