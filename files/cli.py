@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import kernels.dispatch
-from files.disk import UserError
+from files.disk import UserError, explain
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -115,21 +115,47 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
     return False
 
 
+def prepare_streams() -> None:
+    """Print UTF-8, whatever the terminal's encoding, and nothing where a stream is closed."""
+    for name in ("stdin", "stdout", "stderr"):  # of the descriptors 0, 1 and 2, the lowest first
+        if getattr(sys, name) is None:
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):  # half of a surrogate pair is escaped
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def restart_in_utf8() -> None:
+    """Start Python again in its UTF-8 mode where the locale has another encoding.
+
+    Only there are the texts and paths of the command line read as the UTF-8 that they are.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        environment = os.environ | {"PYTHONUTF8": "1"}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
 def run_script(main: Callable[[], dict[str, Any]], stopped: str = "stopped") -> dict[str, Any]:
     """Run a script's `main`, and return what it returns.
 
-    A UserError ends the process with exit code 2, and Ctrl-C and SIGTERM, with the line `stopped`,
-    end it with 130 and 143.
+    A UserError, or what the operating system refuses, ends the process with one line and exit code
+    2. Ctrl-C and SIGTERM end it with the line `stopped` and 130 or 143.
     """
 
     def stop(signal_number: int, _: Any) -> None:
         print(stopped, file=sys.stderr)
         sys.exit(128 + signal_number)
 
+    restart_in_utf8()
+    prepare_streams()
+    os.environ["MPLBACKEND"] = "agg"  # figures are files, whatever a notebook's shell has set
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     try:
         return main()
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    except BrokenPipeError:  # the reader of our output, perhaps `head`, has ended
+        os._exit(141)  # as a program that SIGPIPE kills; flushing at exit would fail again
+    except (UserError, OSError) as error:
+        message = explain(error) if isinstance(error, OSError) else error
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
         sys.exit(2)
