@@ -14,6 +14,8 @@ import torch
 import kernels.dispatch
 from files.disk import UserError, explain
 
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows each default, except one that says nothing: None, and False of an on/off flag."""
@@ -69,6 +71,11 @@ def number(kind: type, low: float, high: float | None = None) -> Callable[[str],
     return convert
 
 
+def under_torchrun() -> bool:
+    """Whether all variables are set that torchrun sets; a cluster may set some of them itself."""
+    return all(map(os.environ.get, TORCHRUN))
+
+
 def flags_to_json(args: argparse.Namespace) -> dict[str, Any]:
     """The flags in JSON's types, as they are saved with a run."""
     return json.loads(json.dumps(vars(args), default=str))
@@ -88,7 +95,7 @@ def choose_hardware(device_name: str | None, dtype_name: str) -> tuple[torch.dev
     if n_gpus := torch.cuda.device_count():
         available = ["cuda", *(f"cuda:{i}" for i in range(n_gpus)), *available]
     name = device_name or available[0]
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
+    if name == "cuda" and under_torchrun():
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     if name not in available:
         raise UserError(f"--device {name}: not on this machine; available: {', '.join(available)}")
