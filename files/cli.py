@@ -41,6 +41,27 @@ class Parser(argparse.ArgumentParser):
         about = "of matrix multiplications; auto: bfloat16 where the hardware supports it natively"
         self.add_argument("--dtype", choices=choices, default="auto", help=about)
 
+    def add_examples(self, tasks: tuple[str, ...]) -> None:
+        """The flags that say where labelled examples come from, and what they are."""
+        add = self.add_argument
+        add("--data", choices=("mr", "imdb"), default="mr", help="built-in sentences or reviews")
+        files = "your labels: .csv, .tsv, .jsonl, or .gz of one"
+        add("--train", type=Path, metavar="FILE", help=files)
+        test = "by default the last fifth of each class of --train"
+        add("--test", type=Path, metavar="FILE", help=test)
+        for column in ("text", "pair", "label"):
+            add(f"--{column}-column", help="guessed by default; a pair is a second text")
+        tagged = "; tokens needs a file of tagged words" if "tokens" in tasks else ""
+        add("--task", choices=tasks, help=f"guessed by default{tagged}")
+
+    def check_examples(self, args: argparse.Namespace) -> None:
+        """End the process if flags of `add_examples` do not go together."""
+        columns = (args.text_column, args.pair_column, args.label_column)
+        if args.train is None and any((args.test, *columns, args.task)):
+            self.error("--test, the columns and --task belong to --train FILE")
+        if args.task == "tokens" and any(columns):
+            self.error("--task tokens takes no columns")
+
     def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
         """Parse the command line; a mistake in it ends the process with exit code 2."""
         argv = sys.argv[1:] if argv is None else argv

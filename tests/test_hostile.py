@@ -5,6 +5,7 @@ accidents that are known to happen. CI runs a sample; -m slow runs the full coun
 """
 
 import argparse
+import ast
 import contextlib
 import gzip
 import hashlib
@@ -13,6 +14,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -359,6 +361,124 @@ def test_any_value_of_any_flag_is_taken_or_refused_in_one_line(script, n_cases, 
         st.sampled_from(names) | st.sampled_from(VALUES) | st.text(max_size=5), max_size=8
     )
     check_cases(n_cases // 4, tokens, lambda argv: run_or_one_line(parse, argv))
+
+
+def program() -> dict[str, ast.Module]:
+    """{module: its syntax tree} of all source files, docstrings removed."""
+    modules = {}
+    for folder in ("", "files", "analysis", "kernels", "benchmarks"):
+        for path in (ROOT / folder).glob("*.py"):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            for node in ast.walk(tree):
+                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                    node.body = node.body[ast.get_docstring(node) is not None :]
+            modules[".".join(filter(None, (folder, path.stem)))] = tree
+    return modules
+
+
+def find_definitions(modules):
+    """{(module, name): code}, {name: its methods}, and {module: {name in it: (module, name)}}.
+
+    The code of a class is what stands outside of its methods.
+    """
+    definitions, methods, names = {}, {}, {}
+    for module, tree in modules.items():
+        names[module] = {}
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef):
+                for method in [part for part in node.body if isinstance(part, ast.FunctionDef)]:
+                    key = (module, f"{node.name}.{method.name}")
+                    definitions[key] = method
+                    methods.setdefault(method.name, []).append(key)
+                    node.body.remove(method)
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+                definitions[module, node.name] = node
+                names[module][node.name] = (module, node.name)
+            elif isinstance(node, ast.Assign):
+                for name in [n.id for n in ast.walk(node) if isinstance(n, ast.Name)]:
+                    definitions.setdefault((module, name), node)
+                    names[module].setdefault(name, (module, name))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                names[module] |= {a.asname or a.name: (a.name, None) for a in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    whole = f"{node.module}.{alias.name}"
+                    target = (whole, None) if whole in modules else (node.module, alias.name)
+                    names[module][alias.asname or alias.name] = target
+    return definitions, methods, names
+
+
+def reachable(start, definitions, methods, names, barrier):
+    """The keys of `definitions` that the code of `start` may use, directly or through others."""
+    reached, todo = set(), [start]
+    while todo:
+        key = todo.pop()
+        if key in reached or key in barrier or key not in definitions:
+            continue
+        reached.add(key)
+        known = names[key[0]]
+        todo.append((key[0], f"{key[1]}.__init__"))
+        for node in ast.walk(definitions[key]):
+            if isinstance(node, ast.Name):
+                todo.append(known.get(node.id, (None, None)))
+            elif isinstance(node, ast.Attribute):
+                todo += methods.get(node.attr, []) if node.attr != "__init__" else []
+                module = known.get(ast.unparse(node.value), (None, None))
+                todo.append((module[0], node.attr))
+    return reached
+
+
+def flags_in_messages(code):
+    """The flags in the texts of some code, {} for a part that is filled in. A text that is a flag
+    and nothing else is an argument and no message."""
+    texts = {}
+    for node in ast.walk(code):
+        if isinstance(node, ast.JoinedStr):
+            parts = [part.value if isinstance(part, ast.Constant) else "{}" for part in node.values]
+            texts[id(node)] = "".join(map(str, parts))
+            texts |= {id(part): "" for part in node.values}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            texts.setdefault(id(node), node.value)
+    return {
+        flag
+        for text in texts.values()
+        if not re.fullmatch(r"--[a-z-]+", text)
+        for flag in re.findall(r"(?<![\w-])--[a-z{][a-z{}-]*", text)
+    }
+
+
+# analyze.py chooses the flags of finetune.py, and does without a corpus that it cannot use
+NOT_PRINTED = {"analyze": {("finetune", "main"), ("data", "Corpus.__init__")}}
+NOT_PRINTED["analyze"].add(("files.model_folder", "choose_max_len"))
+# bench.py opens the default corpus, with a batch that is shorter, and has no model in its folder
+NOT_PRINTED["bench"] = {("data", "Corpus.__init__"), ("files.disk", "make_folder")}
+
+
+@pytest.mark.parametrize("script", PARSERS)
+def test_every_flag_in_a_message_is_one_of_the_script_that_prints_it(script, monkeypatch):
+    definitions, methods, names = find_definitions(program())
+    barrier = NOT_PRINTED.get(script, set())
+    reached = reachable((script, "main"), definitions, methods, names, barrier)
+    assert (script, "main") in reached and ("files.cli", "choose_hardware") in reached
+    known = [*flag_names(PARSERS[script], monkeypatch), "--help"]
+    unknown = {
+        (key, flag)
+        for key in reached
+        for flag in flags_in_messages(definitions[key])
+        if not any(re.fullmatch(flag.replace("{}", "[a-z]+"), name) for name in known)
+    }
+    assert not unknown
+
+
+def test_no_message_with_a_flag_is_out_of_reach_of_the_scripts():
+    """Those that are would not be checked by the test above."""
+    definitions, methods, names = find_definitions(program())
+    reached = set()
+    for script in PARSERS:
+        reached |= reachable((script, "main"), definitions, methods, names, set())
+    rest = definitions.keys() - reached
+    assert not {key for key in rest if flags_in_messages(definitions[key])}
 
 
 class Started(Exception):
