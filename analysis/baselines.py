@@ -167,7 +167,7 @@ def document_vectors(texts: list[str], labelled: list[str], pretrained: Path) ->
     """
     path = pretrained / "metrics.json"
     with model_folder.reading(path):
-        metrics = json.loads(path.read_text()) if path.is_file() else {}
+        metrics = json.loads(path.read_bytes()) if path.is_file() else {}
         cache = CACHE / metrics.get("tokens_folder", "none")
     try:
         model = latent_semantics_of(cache)
@@ -180,7 +180,10 @@ def document_vectors(texts: list[str], labelled: list[str], pretrained: Path) ->
 @functools.lru_cache(1)  # an experiment embeds many draws of labels in one space
 def latent_semantics_of(cache: Path) -> Pipeline:
     corpus = Corpus(cache, max_len=256, micro_batch_tokens=1, seed=0)
-    return fit_latent_semantics(corpus.sample_texts(LSA_WINDOWS, seed=0))
+    texts = corpus.sample_texts(LSA_WINDOWS, seed=0)
+    if len(texts) < 2:
+        raise UserError(f"{cache}: one window of text, which has no components")
+    return fit_latent_semantics(texts)
 
 
 def fit_latent_semantics(texts: list[str]) -> Pipeline:

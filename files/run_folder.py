@@ -70,7 +70,7 @@ def lock(out: Path, model: Path | None = None) -> Iterator[None]:
             path.unlink()
         return
 
-    with open(path, "w") as file:
+    with open(path, "wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

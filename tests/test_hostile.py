@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zipfile
@@ -38,7 +39,17 @@ import labels
 import predict
 import train
 from data import Corpus
-from files import cli, disk, entities, model_folder, readers, reviews, run_folder
+from files import (
+    cli,
+    disk,
+    entities,
+    machine,
+    model_folder,
+    readers,
+    reviews,
+    run_folder,
+    token_cache,
+)
 from files.disk import UserError
 from files.machine import Ranks
 
@@ -516,6 +527,239 @@ def test_pretraining_starts_or_is_refused_in_one_line(corpus_file, tmp_path, n_c
         st.sampled_from(sorted(names)), st.sampled_from([*VALUES, "3", "100", "0.5", "1000000"])
     )
     check_cases(n_cases, one, check)
+
+
+# ---------------------------------------------------------------------- the environment of a script
+
+TEXTS = ["Un café très agréable", "素晴らしい", "Great 👍🏽", "plain"]
+LOCALES = {
+    "C": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    "latin-1": {"PYTHONIOENCODING": "latin-1"},
+    "ascii": {"PYTHONIOENCODING": "ascii:strict", "LC_ALL": "POSIX", "PYTHONUTF8": "0"},
+}
+
+
+def run(script, *argv, closed=(), **environment):
+    """(exit code, output, errors) of a script; `closed` are descriptors that its shell has closed,
+    and a variable of None is removed."""
+    variables = {name: value for name, value in os.environ.items() if name not in environment}
+    variables |= {name: str(value) for name, value in environment.items() if value is not None}
+    closing = "".join(f" {fd}>&-" for fd in closed)
+    command = ["sh", "-c", f'"$@"{closing}', "sh", sys.executable, ROOT / script, *argv]
+    done = subprocess.run(list(map(str, command)), capture_output=True, env=variables)
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def test_all_files_are_opened_as_utf8_whatever_the_locale():
+    open_calls = []
+    for module, tree in program().items():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call):
+                continue
+            name = ast.unparse(node.func).rpartition(".")[2]
+            if name in ("open", "read_text", "write_text", "fdopen", "TextIOWrapper"):
+                call = ast.unparse(node)
+                open_calls.append(call)
+                is_text = not re.search(r"[\"'][rwxa]b[\"']|^os\.open|^wheel\.open", call)
+                is_utf8 = "utf-8" in call or "**encoding" in call
+                assert is_utf8 or not is_text, f"{module}: {call}"
+    assert len(open_calls) > 10
+
+
+@pytest.mark.parametrize("locale", LOCALES)
+def test_answers_are_utf8_in_any_locale(finetuned, tmp_path, locale):
+    """Texts of a file and of the command line, printed as JSON and as lines."""
+    path = tmp_path / "naïve 漢字.txt"
+    path.write_text("\n".join(TEXTS), encoding="utf-8")
+    flags = ["--model", finetuned[0], "--device", "cpu"]
+    code, output, errors = run("predict.py", *flags, "--json", "--file", path, **LOCALES[locale])
+    answers = [json.loads(line) for line in output.splitlines()]
+    assert code == 0 and not errors
+    assert [answer["text"] for answer in answers] == TEXTS
+    assert answers[1]["place"] == f"{path}:2"
+    code, output, errors = run("predict.py", *flags, *TEXTS, **LOCALES[locale])
+    assert code == 0 and not errors
+    assert [line.split("\t")[1] for line in output.splitlines()] == TEXTS
+    assert {line.split()[0] for line in output.splitlines()} <= {"Birds", "кошки", "2"}
+
+
+def test_training_prints_utf8_in_any_locale(pretrained, topics, tmp_path):
+    out = tmp_path / "données"
+    flags = ["--model", pretrained, "--train", topics[0], "--methods", "ngrams", "--out", out]
+    code, output, errors = run("finetune.py", *flags, **LOCALES["C"])
+    assert code == 0 and "кошки" in output and "Traceback" not in errors
+    assert json.loads((out / "metrics.json").read_bytes())["names"][-1] == "кошки"
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_closed_streams_do_no_harm(finetuned, closed):
+    flags = ["--model", finetuned[0], "--device", "cpu"]
+    code, output, errors = run("predict.py", *flags, "bal dom", closed=closed)
+    assert code == 0 and not errors
+    assert bool(output) == (1 not in closed)
+
+
+def test_a_closed_standard_input_is_an_empty_one(finetuned, tmp_path):
+    flags = ["--corpus", "-", "--out", tmp_path, "--steps", "1", *SMALL]
+    code, _, errors = run("train.py", *flags, closed=(0,))
+    assert code == 2 and errors == "train.py: the corpus has no text\n"
+    code, _, errors = run("predict.py", "--model", finetuned[0], "-", closed=(0,))
+    assert code == 2 and errors == "predict.py: -: no texts in it\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+def test_output_on_a_full_disk_is_one_line(finetuned):
+    command = [sys.executable, ROOT / "predict.py", "--model", finetuned[0], "bal dom"]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 2
+    assert done.stderr == b"predict.py: No space left on device\n"
+
+
+ODD = {
+    "no backend": {"MPLBACKEND": "nonsense"},
+    "a backend of a notebook": {"MPLBACKEND": "module://matplotlib_inline.backend_inline"},
+    "no home": {"HOME": None},
+    "a home that cannot be written": {"HOME": "/proc/none", "XDG_CONFIG_HOME": "/proc/none"},
+    "a narrow terminal": {"COLUMNS": "1", "LINES": "1"},
+    "RANK alone": {"RANK": "0"},
+    "WORLD_SIZE alone": {"WORLD_SIZE": "8"},
+    "ranks of a cluster": {"RANK": "x", "WORLD_SIZE": "y", "LOCAL_RANK": "z"},
+    "an address alone": {"MASTER_ADDR": "nowhere.invalid", "LOCAL_RANK": "3"},
+}
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+TORCHRUN["MASTER_PORT"] = "29400"
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_run_in_an_odd_environment(corpus_file, tmp_path, name):
+    flags = ["--corpus", corpus_file, "--out", tmp_path, "--steps", "1", "--start", "random"]
+    flags += ["--layers", "1", "--d-model", "64", "--device", "cpu", *SMALL]
+    code, output, errors = run("train.py", *flags, **ODD[name])
+    assert code == 0 and not errors.strip()
+    assert (tmp_path / "metrics.json").exists() and (tmp_path / "curve.png").exists()
+    stray = [variable for variable in ("RANK", "WORLD_SIZE") if variable in ODD[name]]
+    line = f"one rank: {' and '.join(stray)} without the other variables of torchrun"
+    assert (line in output) == bool(stray)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"RANK": "x"},
+        {"RANK": "2"},
+        {"RANK": "-1"},
+        {"WORLD_SIZE": "0"},
+        {"WORLD_SIZE": ""},
+        {"MASTER_PORT": "http"},
+    ],
+    ids=str,
+)
+def test_ranks_that_torchrun_would_not_give(change, monkeypatch, capsys):
+    for name, value in (TORCHRUN | change).items():
+        monkeypatch.setenv(name, value)
+    if "" in change.values():  # as good as not set
+        assert machine.join_ranks(torch.device("cpu")) == Ranks(0, 1)
+        assert capsys.readouterr().out.startswith("one rank: RANK")
+        return
+    [(name, value)] = change.items()
+    with pytest.raises(UserError, match="torchrun sets them$") as error:
+        machine.join_ranks(torch.device("cpu"))
+    assert_one_line(error.value)
+    assert f"{name}={value}" in str(error.value)
+
+
+# ------------------------------------------------------------------------------------- the cache
+
+
+def cache_error(cache, *flags, limit=None, **environment):
+    """The one line that train.py ends with, whose cache is this folder."""
+    limited = ["sh", "-c", f'{f"ulimit -f {limit}; " if limit else ""}exec "$@"', "sh"]
+    command = [*limited, sys.executable, ROOT / "train.py", *flags]
+    variables = os.environ | {"CLOZE_CACHE": str(cache)} | environment
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=variables)
+    assert done.returncode == 2, done.stderr
+    assert_one_line(done.stderr)
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    "cache", ["/proc/cloze", "{}/file", "{}/file/below", "~nobody-at-all/cache"]
+)
+def test_a_cache_that_cannot_be_written_is_named(corpus_file, tmp_path, cache):
+    (tmp_path / "file").write_text("no folder")
+    cache = cache.format(tmp_path)
+    for corpus in (["--corpus", corpus_file], []):
+        message = cache_error(cache, *corpus, "--out", tmp_path / "out", "--steps", "1", *SMALL)
+        assert message.startswith(f"train.py: the cache {cache} cannot be used: ")
+        assert "CLOZE_CACHE" in message
+
+
+@pytest.mark.parametrize("limit", [1, 16])  # blocks of 512 bytes: at the first file, at a later one
+def test_a_full_cache_is_named_and_left_clean(corpus_file, tmp_path, limit):
+    flags = ["--corpus", corpus_file, "--out", tmp_path / "out", "--steps", "1", *SMALL]
+    message = cache_error(tmp_path / "cache", *flags, limit=limit)
+    assert f"the cache {tmp_path / 'cache'} cannot be used: " in message
+    assert "CLOZE_CACHE" in message and not list((tmp_path / "cache").iterdir())
+
+
+def test_a_cache_that_only_can_be_read_is_enough(corpus_file, tmp_path, monkeypatch):
+    """As that of an image of a container, which was filled while it was built."""
+    folder = token_cache.prepare([str(corpus_file)], 500)
+
+    def fail(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", fail)
+    assert token_cache.prepare([str(corpus_file)], 500) == folder
+    with pytest.raises(UserError, match="Read-only file system; CLOZE_CACHE"):
+        token_cache.prepare([str(corpus_file)], 501)
+
+
+@pytest.mark.parametrize("moment", ["before it is read", "before the spectral embedding"])
+def test_a_cache_that_goes_in_the_middle_is_one_line(corpus_file, tmp_path, monkeypatch, moment):
+    monkeypatch.setattr(token_cache, "CACHE", tmp_path / "cache")
+    folder = token_cache.prepare([str(corpus_file)], 500)
+    if moment == "before it is read":
+        shutil.rmtree(tmp_path / "cache")
+        with pytest.raises(UserError, match=f"^{folder}: this token cache is damaged or"):
+            Corpus(folder, 32, 512, 0)
+        return
+    corpus = Corpus(folder, 32, 512, 0)
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(UserError, match=f"{folder}.*No such file.*CLOZE_CACHE"):
+        corpus.spectral_embedding(64)
+
+
+@pytest.mark.parametrize(
+    "content", ['{"n_tokens": 9, "documents": 3}', '{"parts": [[0]], "n_tokens": 1}', "[]", "{", ""]
+)
+def test_tokens_of_another_version_are_one_line(pretrained, tmp_path, content):
+    cache = disk.CACHE / json.loads((pretrained / "metrics.json").read_text())["tokens_folder"]
+    shutil.copytree(cache, tmp_path / "tokens")
+    (tmp_path / "tokens" / "about.json").write_text(content)
+    with pytest.raises(
+        UserError, match="tokens: this token cache is damaged or of another version"
+    ):
+        Corpus(tmp_path / "tokens", 32, 512, 0)
+
+
+@pytest.mark.parametrize("text", ["of another version", "of one window", "gone"])
+def test_lsa_does_without_the_text_of_the_pretraining(pretrained, topics, tmp_path, text):
+    model = tmp_path / "model"
+    shutil.copytree(pretrained, model, ignore=shutil.ignore_patterns("checkpoints"))
+    folder = disk.CACHE / f"tokens-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    if text == "of one window":
+        path = tmp_path / "short.txt"
+        path.write_text("\n".join(["bal dom kist", "ler ban"]))
+        folder = token_cache.prepare([str(path)], 500)
+    elif text == "of another version":
+        folder.mkdir()
+        (folder / "about.json").write_text('{"n_tokens": 9, "documents": 3}')
+    (model / "metrics.json").write_text(json.dumps({"tokens_folder": folder.name}))
+    flags = ["--model", model, "--train", topics[0], "--labels", "24", "--seeds", "1"]
+    flags += ["--methods", "lsa", "--out", tmp_path / "out", "--device", "cpu"]
+    assert analyze.main(list(map(str, flags)))["lsa"][24][0] > 0.3
 
 
 # ----------------------------------------------------------------------------------- bounded memory
