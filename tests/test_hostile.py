@@ -12,6 +12,7 @@ import hashlib
 import http.server
 import io
 import json
+import math
 import os
 import pickle
 import re
@@ -27,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, sentences
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -38,6 +39,7 @@ import finetune
 import labels
 import predict
 import train
+from analysis import evaluation, plots
 from data import Corpus
 from files import (
     cli,
@@ -576,6 +578,8 @@ def test_answers_are_utf8_in_any_locale(finetuned, tmp_path, locale):
     assert code == 0 and not errors
     assert [answer["text"] for answer in answers] == TEXTS
     assert answers[1]["place"] == f"{path}:2"
+    if locale == "latin-1":  # which is that of the output only
+        return
     code, output, errors = run("predict.py", *flags, *TEXTS, **LOCALES[locale])
     assert code == 0 and not errors
     assert [line.split("\t")[1] for line in output.splitlines()] == TEXTS
@@ -660,6 +664,71 @@ def test_ranks_that_torchrun_would_not_give(change, monkeypatch, capsys):
         machine.join_ranks(torch.device("cpu"))
     assert_one_line(error.value)
     assert f"{name}={value}" in str(error.value)
+
+
+def test_analyze_takes_the_columns_that_its_message_asks_for(pretrained, tmp_path, capsys):
+    rows = [f"{['card', 'loan'][i % 2]},{text}" for i, text in enumerate(sentences(60, 5))]
+    path = tmp_path / "complaints.csv"
+    path.write_text("\n".join(["Product,Narrative", *rows]))
+    flags = ["--model", pretrained, "--train", path, "--labels", "20", "--seeds", "1"]
+    flags += ["--methods", "ngrams", "--out", tmp_path / "out"]
+    with pytest.raises(UserError, match="name it with --label-column"):
+        analyze.main(list(map(str, flags)))
+    flags += ["--label-column", "Product", "--text-column", "Narrative", "--task", "classify"]
+    assert list(analyze.main(list(map(str, flags)))["ngrams"]) == [20]
+    assert "text 'Narrative'" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------- figures
+
+CLASS_NAMES = {
+    "long": ["x" * 10_000, "y\n" * 500, "z"],
+    "formulas": ["cheap ($)", r"$\frac$", "mid ($$)"],
+    "scripts": ["素晴らしい", "ужасно", "👍🏽"],
+    "blank": ["", "  ", "_hidden"],
+    "many": [f"class number {i}" for i in range(50)],
+}
+
+
+@pytest.mark.parametrize("kind", CLASS_NAMES)
+def test_any_class_names_are_drawn_within_bounds(tmp_path, capfd, kind):
+    names = CLASS_NAMES[kind]
+    targets = np.arange(200) % len(names)
+    plots.confusion(targets, targets, names, tmp_path / "confusion.png")
+    output = capfd.readouterr()
+    assert not output.err and not output.out
+    header = (tmp_path / "confusion.png").read_bytes()[:24]
+    width, height = (int.from_bytes(header[i : i + 4], "big") for i in (16, 20))
+    assert 400 < width == height < 4000  # pixels
+
+
+@pytest.mark.parametrize("n_classes", [51, 1100])
+def test_too_many_classes_are_one_line_instead_of_a_figure(pretrained, tmp_path, capsys, n_classes):
+    words = sentences(2 * n_classes, 6)
+    names = [f"code {i}" for i in range(n_classes)]
+    train = labels.from_lists(words, names * 2, names)
+    test = labels.from_lists(words[:9], names[:9], names)
+    results = {"pretrained": {"accuracy": 0.5}}
+    predictions = {"pretrained": np.full((9, n_classes), 1 / n_classes)}
+    evaluation.write_results(tmp_path, train, test, results, predictions, {}, draws=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "predictions.npz"}
+    line = f"{tmp_path / 'confusion.png'} is left out: {n_classes:,} classes are more than 50\n"
+    output = capsys.readouterr()
+    assert output.err == line and len(output.out.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "values", [[1.0, math.nan, math.inf], [1e308, -1e308], [], [1.0] * 50_000], ids=len
+)
+def test_a_curve_is_drawn_or_left_out_with_one_line(tmp_path, capfd, values):
+    points = [{"step": i, "loss": value} for i, value in enumerate(values)]
+    plots.loss_curve(points, tmp_path / "curve.png")
+    errors = capfd.readouterr().err
+    if (tmp_path / "curve.png").exists():
+        assert not errors
+    else:
+        assert_one_line(errors)
+        assert errors.startswith(f"warning: {tmp_path / 'curve.png'} was not drawn: ")
 
 
 # ------------------------------------------------------------------------------------- the cache
