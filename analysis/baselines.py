@@ -171,8 +171,7 @@ def document_vectors(texts: list[str], labelled: list[str], pretrained: Path) ->
         cache = CACHE / metrics.get("tokens_folder", "none")
     try:
         model = latent_semantics_of(cache)
-    except UserError:  # it is not in the cache, was written by another version, or is too short
-        print("lsa learns from the labelled texts, without the text of the pretraining")
+    except (UserError, ValueError):  # not in the cache, of another version, of one window
         model = fit_latent_semantics(labelled)
     return model.transform(texts)
 
@@ -180,10 +179,7 @@ def document_vectors(texts: list[str], labelled: list[str], pretrained: Path) ->
 @functools.lru_cache(1)  # an experiment embeds many draws of labels in one space
 def latent_semantics_of(cache: Path) -> Pipeline:
     corpus = Corpus(cache, max_len=256, micro_batch_tokens=1, seed=0)
-    texts = corpus.sample_texts(LSA_WINDOWS, seed=0)
-    if len(texts) < 2:
-        raise UserError(f"{cache}: one window of text, which has no components")
-    return fit_latent_semantics(texts)
+    return fit_latent_semantics(corpus.sample_texts(LSA_WINDOWS, seed=0))
 
 
 def fit_latent_semantics(texts: list[str]) -> Pipeline:

@@ -1,7 +1,6 @@
 """The figures of all scripts, in one style: the colours of Okabe & Ito, which colour-blind readers
 can tell apart, and a different marker for each line."""
 
-import logging
 import sys
 import warnings
 from collections.abc import Callable
@@ -16,7 +15,6 @@ from files.disk import first_line
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555", "#000000")
 MARKERS = list("osD^vP*X")
 MOST_CLASSES = 50  # of a confusion matrix, which is 27 inches wide then
-LONGEST_NAME = 30  # characters of a class name
 
 
 def draw(path: Path, plot: Callable[[Any], None], width: float = 6.0, height: float = 4.0) -> None:
@@ -26,7 +24,6 @@ def draw(path: Path, plot: Callable[[Any], None], width: float = 6.0, height: fl
     """
     try:
         # the import takes a second, and fails where a setting of matplotlib is broken
-        logging.getLogger("matplotlib").setLevel(logging.ERROR)
         import matplotlib
         from matplotlib.figure import Figure
 
@@ -58,16 +55,14 @@ def loss_curve(points: list[dict[str, Any]], path: Path) -> None:
 
 def confusion(targets: np.ndarray, classes: np.ndarray, names: list[str], path: Path) -> None:
     """The confusion matrix of a classifier; numbers are shown for up to 20 classes."""
-    if len(names) > MOST_CLASSES:
-        problem = f"{len(names):,} classes are more than {MOST_CLASSES}"
-        print(f"{path} is left out: {problem}", file=sys.stderr)
-        return
 
     def plot(axes) -> None:
+        if len(names) > MOST_CLASSES:
+            raise ValueError(f"{len(names):,} classes are more than {MOST_CLASSES}")
         from sklearn.metrics import ConfusionMatrixDisplay
 
         axes.grid(False)
-        ticks = [" ".join(name[:LONGEST_NAME].split()) for name in names]
+        ticks = [" ".join(name[:30].split()) for name in names]
         options = {"labels": range(len(names)), "display_labels": ticks, "colorbar": False}
         options |= {"xticks_rotation": "vertical", "include_values": len(names) <= 20}
         ConfusionMatrixDisplay.from_predictions(targets, classes, ax=axes, **options)

@@ -86,14 +86,9 @@ class Ranks(NamedTuple):
 
 
 def join_ranks(device: torch.device) -> Ranks:
-    """Under torchrun, connect the processes of the run.
-
-    Raises:
-        UserError: the variables that torchrun sets have other values than it gives them.
-    """
+    """Under torchrun, connect the processes of the run; UserError if its variables are wrong."""
     if not under_torchrun():
-        stray = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
-        if stray:
+        if stray := [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]:
             print(f"one rank: {' and '.join(stray)} without the other variables of torchrun")
         return Ranks(0, 1)
     variables = " ".join(f"{name}={os.environ[name]}" for name in TORCHRUN)

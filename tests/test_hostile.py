@@ -634,7 +634,7 @@ def test_a_run_in_an_odd_environment(corpus_file, tmp_path, stray):
     flags = ["--corpus", corpus_file, "--out", tmp_path, "--steps", "1", "--start", "random"]
     flags += ["--layers", "1", "--d-model", "64", "--device", "cpu", *SMALL]
     code, output, errors = run("train.py", *flags, **ODD[stray])
-    assert code == 0 and not errors.strip()
+    assert code == 0 and "Traceback" not in errors and len(errors.splitlines()) < 3
     assert (tmp_path / "metrics.json").exists() and (tmp_path / "curve.png").exists()
     line = f"one rank: {stray} without the other variables of torchrun"
     assert (line in output) == bool(stray)
@@ -712,9 +712,9 @@ def test_too_many_classes_are_one_line_instead_of_a_figure(pretrained, tmp_path,
     predictions = {"pretrained": np.full((9, n_classes), 1 / n_classes)}
     evaluation.write_results(tmp_path, train, test, results, predictions, {}, draws=True)
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "predictions.npz"}
-    line = f"{tmp_path / 'confusion.png'} is left out: {n_classes:,} classes are more than 50\n"
+    line = f"{tmp_path / 'confusion.png'} was not drawn: {n_classes:,} classes are more than 50"
     output = capsys.readouterr()
-    assert output.err == line and len(output.out.splitlines()) == 1
+    assert output.err == f"warning: {line}\n" and len(output.out.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
