@@ -30,10 +30,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     models = "folders of train.py, or BERTs; only pretrained and frozen run for all of them"
     default = [Path("runs/pretrain")]
     add("--model", type=Path, nargs="+", default=default, metavar="DIR", help=models)
-    add("--data", choices=("mr", "imdb"), default="mr", help="built-in labels")
-    add("--train", type=Path, metavar="FILE", help="your own labels, as in finetune.py")
-    test = "without it, the last fifth of each class of --train"
-    add("--test", type=Path, metavar="FILE", help=test)
+    parser.add_examples(tasks=("classify", "regress"))
     add("--labels", default="100,1000,all", help="numbers of labels")
     draws = "draws of each number of labels; fewer than 5 make the intervals wide"
     add("--seeds", type=number(int, 1), default=5, help=draws)
@@ -55,8 +52,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for budget in args.labels:
         if budget != "all" and not re.fullmatch(r"[1-9]\d{0,8}", budget):
             parser.error(f"--labels {budget}: give whole numbers or all, separated by commas")
-    if args.test and not args.train:
-        parser.error("--test needs --train FILE")
+    parser.check_examples(args)
     return args
 
 
@@ -111,7 +107,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         device, dtype = choose_hardware(args.device, args.dtype)
         models = name_models(args.model)
         with contextlib.redirect_stdout(sys.stderr):
-            train, test = load(args.data, args.train, args.test)
+            columns = (args.text_column, args.pair_column, args.label_column)
+            train, test = load(args.data, args.train, args.test, columns, args.task)
         budgets = sorted({len(train) if n == "all" else int(n) for n in args.labels})
         for n in budgets:
             subsample(train, n, seed=0)  # raises UserError if the labels are too few or too many

@@ -24,7 +24,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from files.disk import UserError
+from files.disk import UserError, using_cache
 from files.token_cache import VALIDATION_SHARE, token_dtype
 from files.tokenizer import begins_word, ends_word, special_ids
 
@@ -102,21 +102,25 @@ class Corpus:
         self.max_len = max_len
         self.micro_batch_tokens = micro_batch_tokens
         self.seed = seed
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self.vocab_size = self.tokenizer.get_vocab_size()
+        try:
+            self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            self.vocab_size = self.tokenizer.get_vocab_size()
+            dtype = token_dtype(self.vocab_size)
+            self.tokens = np.memmap(folder / "tokens.bin", dtype=dtype, mode="r")
+            lengths = np.fromfile(folder / "lengths.bin", dtype=np.int32)
+            self.counts = np.load(folder / "counts.npy")
+            about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+            train_documents = [np.arange(first, cut) for first, cut, _ in about["parts"]]
+            held_out_documents = [np.arange(cut, end) for _, cut, end in about["parts"]]
+            is_whole = len(self.tokens) == lengths.sum() == self.counts.sum() == about["n_tokens"]
+        except Exception:  # each file is read by another library
+            is_whole = False
+        if not is_whole:
+            problem = "this token cache is damaged or of another version"
+            raise UserError(f"{folder}: {problem}; delete the folder, and it is written again")
         self.special = special_ids(self.tokenizer)
         self.is_special = np.isin(np.arange(self.vocab_size), list(self.special.values()))
-
-        self.tokens = np.memmap(folder / "tokens.bin", dtype=token_dtype(self.vocab_size), mode="r")
-        lengths = np.fromfile(folder / "lengths.bin", dtype=np.int32)
         self.document_ends = np.cumsum(lengths, dtype=np.int64)
-        about = json.loads((folder / "about.json").read_text())
-        if not len(self.tokens) == self.document_ends[-1:].sum() == about["n_tokens"]:
-            problem = "this token cache is damaged; delete the folder, and it is written again"
-            raise UserError(f"{folder}: {problem}")
-
-        train_documents = [np.arange(first, cut) for first, cut, _ in about["parts"]]
-        held_out_documents = [np.arange(cut, end) for _, cut, end in about["parts"]]
         self.train = self._cut(np.concatenate(train_documents))
         self.held_out = self._cut(np.concatenate(held_out_documents))
         if not len(self.held_out):  # a single document: hold out its end
@@ -132,7 +136,7 @@ class Corpus:
 
         self.rarity = None  # of each token of the vocabulary; None masks all tokens alike
         if mask == "rare":
-            frequency = np.load(folder / "counts.npy") / len(self.tokens)
+            frequency = self.counts / len(self.tokens)
             self.rarity = np.minimum(1, np.sqrt(RARE_FREQUENCY / np.maximum(frequency, 1e-12)))
             try:
                 self.begins_word = begins_word(self.tokenizer)
@@ -308,6 +312,7 @@ class Corpus:
         rotation, _ = torch.linalg.qr(torch.randn(d_model, d_model, generator=generator))
         return vectors @ rotation * (std / vectors[occurs].std()), occurs
 
+    @using_cache()
     def spectral_embedding(self, d_model: int) -> np.ndarray:
         """Word vectors from the co-occurrences of the corpus, (V, d_model) float32.
 

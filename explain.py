@@ -26,6 +26,7 @@ from files.cli import Parser, choose_hardware, number, run_script
 from files.disk import UserError, write_file
 from files.model_folder import open_model
 from files.readers import read_lines
+from files.reviews import load_reviews
 from files.tokenizer import special_ids
 from model import Classifier
 
@@ -205,7 +206,7 @@ def sample_texts(args: argparse.Namespace) -> list[str]:
     if args.file:
         texts = [text for _, text in read_lines(args.file)]
     else:
-        texts = labels.load(args.data)[1].texts
+        texts = [text for text, _ in load_reviews()[args.data]["test"]]
     texts = [text for text in texts if len(text.split()) > 1]
     if len(texts) < 2:
         raise UserError(f"{args.file}: at least 2 texts of at least two words are needed")

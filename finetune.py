@@ -64,13 +64,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     share = number(float, 0, 0.9)
     models = "folder of train.py, or BERT, RoBERTa or ModernBERT as a folder or a name on the hub"
     add("--model", type=Path, default=Path("runs/pretrain"), help=models)
-    add("--data", choices=("mr", "imdb"), default="mr", help="built-in sentences or reviews")
-    add("--train", type=Path, metavar="FILE", help="your labels: .csv, .tsv, .jsonl, or .gz of one")
-    add("--test", type=Path, metavar="FILE", help="by default the last fifth of each class")
-    for column in ("text", "pair", "label"):
-        add(f"--{column}-column", help="guessed by default; a pair is a second text")
-    tasks = "guessed by default; tokens needs a file of tagged words"
-    add("--task", choices=("classify", "regress", "tokens"), help=tasks)
+    parser.add_examples(tasks=("classify", "regress", "tokens"))
     add("--labels", type=positive, help="number of training examples to sample; by default all")
     add("--methods", help="which to run, separated by commas; by default all three")
     poolings = "what the classifier reads; by default mean, or what a BERT was trained with"
@@ -91,11 +85,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("runs/finetune"), help="folder of the run")
     add("--resume", action="store_true", help="continue after the last finished epoch in --out")
     args = parser.parse_args(argv)
-    columns = (args.text_column, args.pair_column, args.label_column)
-    if args.train is None and any((args.test, *columns, args.task)):
-        parser.error("--test, the columns and --task belong to --train FILE")
-    if args.task == "tokens" and any(columns):
-        parser.error("--task tokens takes no columns")
+    parser.check_examples(args)
     return args
 
 

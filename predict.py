@@ -8,7 +8,6 @@ Axes: T tokens of a batch, S texts of a batch, M masks of a batch, C classes or 
 
 import argparse
 import json
-import os
 import sys
 import threading
 from collections.abc import Callable
@@ -216,7 +215,4 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(2 if run_script(main)["broken"] else 0)
-    except BrokenPipeError:  # the reader of our output, perhaps `head`, has ended
-        os._exit(0)
+    sys.exit(2 if run_script(main)["broken"] else 0)

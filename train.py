@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from analysis import plots
 from data import Batch, Corpus
 from files import hub_names, machine, model_folder, run_folder
 from files.cli import Parser, choose_hardware, flags_to_json, number, run_script
@@ -220,6 +221,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         # from here on the folder belongs to this run: what an earlier one left in it is removed
         training = (model, *optimizers, scaler, monitor)
         record = {"flags": flags_to_json(args), "data": corpus.folder.name}
+        if initial:
+            record["data"] += run_folder.digest(initial.weights.values())
         record["environment"] = run_folder.environment(device, ranks.n)
         state = run_folder.start_or_resume(args, record, flags_to_json(parse_args([])), ranks)
         first_step = state.get("step", 0)
@@ -326,8 +329,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 metrics |= run_folder.load_best(args.out, model, points)
             model_folder.save_model(args.out, model, corpus.tokenizer)
             write_file(args.out / "metrics.json", to_json(metrics))
-            from analysis import plots  # matplotlib takes a second to import
-
             plots.loss_curve(points, args.out / "curve.png")
         validation_loss = metrics["validation_loss"]
         ranks.log(f"{args.out}: validation loss {validation_loss:.3f} after {seconds:.0f} s")

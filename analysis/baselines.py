@@ -25,7 +25,7 @@ from sklearn.preprocessing import normalize
 
 from data import Corpus
 from files import model_folder
-from files.disk import CACHE
+from files.disk import CACHE, UserError
 from files.entities import TaggedDataset, most_frequent_tags
 from labels import LabeledDataset, validation_splits
 from model import Classifier
@@ -162,14 +162,17 @@ def document_vectors(texts: list[str], labelled: list[str], pretrained: Path) ->
     """Latent semantic analysis of texts, (texts, components): TF-IDF and its truncated SVD.
 
     Args:
-        labelled: The texts to fit on if the text of the pretraining is not in the cache.
+        labelled: The texts to fit on if the text of the pretraining cannot be used.
         pretrained: The folder of the pretrained model, whose metrics.json names this text.
     """
     path = pretrained / "metrics.json"
     with model_folder.reading(path):
-        metrics = json.loads(path.read_text()) if path.is_file() else {}
+        metrics = json.loads(path.read_bytes()) if path.is_file() else {}
         cache = CACHE / metrics.get("tokens_folder", "none")
-    model = latent_semantics_of(cache) if cache.is_dir() else fit_latent_semantics(labelled)
+    try:
+        model = latent_semantics_of(cache)
+    except (UserError, ValueError):  # not in the cache, of another version, of one window
+        model = fit_latent_semantics(labelled)
     return model.transform(texts)
 
 

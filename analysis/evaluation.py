@@ -15,6 +15,7 @@ from scipy import stats
 from sklearn.metrics import f1_score
 from torch import nn
 
+from analysis import plots
 from analysis.baselines import constant_scores
 from files import entities
 from files.disk import to_json, write_file
@@ -25,7 +26,6 @@ from model import Classifier, Tagger
 Dataset = LabeledDataset | TaggedDataset
 
 BATCH_SIZE = 64
-MOST_CLASSES = 50  # of a confusion matrix that is worth drawing
 
 
 @torch.no_grad()
@@ -165,8 +165,6 @@ def write_results(
     write_file(out / "predictions.npz", content.getbuffer())
     write_file(out / "metrics.json", to_json(metrics))
     pretrained = arrays.get("pretrained", np.empty(0))
-    if draws and pretrained.ndim == 2 and len(train.names) <= MOST_CLASSES:
-        from analysis import plots  # matplotlib takes a second to import
-
+    if draws and pretrained.ndim == 2:
         plots.confusion(test.targets, pretrained.argmax(1), test.names, out / "confusion.png")
     return metrics

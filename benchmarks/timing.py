@@ -86,7 +86,7 @@ def peak_bytes(device: torch.device) -> int:
     status = Path("/proc/self/status")
     if not status.exists():
         raise UserError("--parts memory: on a CPU this needs Linux, for /proc/self/status")
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))[1])
 
 
 def run_in_new_process(function: Callable, *args: Any) -> Any:

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 import kernels.dispatch
-from files.disk import UserError
+from files.disk import UserError, explain
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -38,6 +40,27 @@ class Parser(argparse.ArgumentParser):
         choices = ("auto", "float32", "bfloat16", "float16")
         about = "of matrix multiplications; auto: bfloat16 where the hardware supports it natively"
         self.add_argument("--dtype", choices=choices, default="auto", help=about)
+
+    def add_examples(self, tasks: tuple[str, ...]) -> None:
+        """The flags that say where labelled examples come from, and what they are."""
+        add = self.add_argument
+        add("--data", choices=("mr", "imdb"), default="mr", help="built-in sentences or reviews")
+        files = "your labels: .csv, .tsv, .jsonl, or .gz of one"
+        add("--train", type=Path, metavar="FILE", help=files)
+        test = "by default the last fifth of each class of --train"
+        add("--test", type=Path, metavar="FILE", help=test)
+        for column in ("text", "pair", "label"):
+            add(f"--{column}-column", help="guessed by default; a pair is a second text")
+        tagged = "; tokens needs a file of tagged words" if "tokens" in tasks else ""
+        add("--task", choices=tasks, help=f"guessed by default{tagged}")
+
+    def check_examples(self, args: argparse.Namespace) -> None:
+        """End the process if flags of `add_examples` do not go together."""
+        columns = (args.text_column, args.pair_column, args.label_column)
+        if args.train is None and any((args.test, *columns, args.task)):
+            self.error("--test, the columns and --task belong to --train FILE")
+        if args.task == "tokens" and any(columns):
+            self.error("--task tokens takes no columns")
 
     def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
         """Parse the command line; a mistake in it ends the process with exit code 2."""
@@ -69,6 +92,11 @@ def number(kind: type, low: float, high: float | None = None) -> Callable[[str],
     return convert
 
 
+def under_torchrun() -> bool:
+    """Whether all variables are set that torchrun sets; a cluster may set some of them itself."""
+    return all(map(os.environ.get, TORCHRUN))
+
+
 def flags_to_json(args: argparse.Namespace) -> dict[str, Any]:
     """The flags in JSON's types, as they are saved with a run."""
     return json.loads(json.dumps(vars(args), default=str))
@@ -88,7 +116,7 @@ def choose_hardware(device_name: str | None, dtype_name: str) -> tuple[torch.dev
     if n_gpus := torch.cuda.device_count():
         available = ["cuda", *(f"cuda:{i}" for i in range(n_gpus)), *available]
     name = device_name or available[0]
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
+    if name == "cuda" and under_torchrun():
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     if name not in available:
         raise UserError(f"--device {name}: not on this machine; available: {', '.join(available)}")
@@ -115,21 +143,47 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
     return False
 
 
+def prepare_streams() -> None:
+    """Print UTF-8, whatever the terminal's encoding, and nothing where a stream is closed."""
+    for name in ("stdin", "stdout", "stderr"):  # of the descriptors 0, 1 and 2, the lowest first
+        if getattr(sys, name) is None:
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):  # half of a surrogate pair is escaped
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def restart_in_utf8() -> None:
+    """Start Python again in its UTF-8 mode where the locale has another encoding.
+
+    Only there are the texts and paths of the command line read as the UTF-8 that they are.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        environment = os.environ | {"PYTHONUTF8": "1"}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
 def run_script(main: Callable[[], dict[str, Any]], stopped: str = "stopped") -> dict[str, Any]:
     """Run a script's `main`, and return what it returns.
 
-    A UserError ends the process with exit code 2, and Ctrl-C and SIGTERM, with the line `stopped`,
-    end it with 130 and 143.
+    A UserError, or what the operating system refuses, ends the process with one line and exit code
+    2. Ctrl-C and SIGTERM end it with the line `stopped` and 130 or 143.
     """
 
     def stop(signal_number: int, _: Any) -> None:
         print(stopped, file=sys.stderr)
         sys.exit(128 + signal_number)
 
+    restart_in_utf8()
+    prepare_streams()
+    os.environ["MPLBACKEND"] = "agg"  # figures are files, whatever a notebook's shell has set
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     try:
         return main()
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    except BrokenPipeError:  # the reader of our output, perhaps `head`, has ended
+        os._exit(141)  # as a program that SIGPIPE kills; flushing at exit would fail again
+    except (UserError, OSError) as error:
+        message = explain(error) if isinstance(error, OSError) else error
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
         sys.exit(2)

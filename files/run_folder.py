@@ -39,8 +39,8 @@ LEFT_BEHIND = (
     *("metrics.json", "metrics.jsonl", "predictions.npz", "curve.png", "confusion.png"),
     *("ngrams.safetensors", "snapshots", "checkpoints"),
 )
-# Flags that a resumed run need not share with its first part.
-MAY_CHANGE = {"resume", "device", "out", "keep", "keep_best"}
+# Flags that a resumed run need not share with its first part: of files the content counts.
+MAY_CHANGE = {"resume", "device", "out", "keep", "keep_best", "model", "corpus", "train", "test"}
 
 # What every training.pt holds.
 STATE = {"step", "flags", "environment", "data", "parts", "pretraining_only"}
@@ -70,7 +70,7 @@ def lock(out: Path, model: Path | None = None) -> Iterator[None]:
             path.unlink()
         return
 
-    with open(path, "w") as file:
+    with open(path, "wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -21,7 +21,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from files.disk import CACHE, UserError, to_json, write_file
+from files.disk import CACHE, UserError, to_json, using_cache, write_file
 from files.readers import find_files, read_documents, text_suffix
 from files.reviews import fetch_reviews, load_reviews
 from files.tokenizer import train_tokenizer
@@ -32,6 +32,7 @@ BATCH = 64  # documents that are tokenized at once; a longest one takes 20 MB
 CACHE_FORMAT = "4"  # part of every key: raised when the layout of the cache changes
 
 
+@using_cache()
 def prepare(paths: list[str], vocab_size: int, tokenizer: Tokenizer | None = None) -> Path:
     """Tokenize a corpus once, and return its folder of the cache.
 
@@ -41,19 +42,21 @@ def prepare(paths: list[str], vocab_size: int, tokenizer: Tokenizer | None = Non
         tokenizer: that of an earlier model, used instead of a new one.
     """
     CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as work:
-        if "-" in paths:  # a corpus is read more than once, so it has to be a file
+    if "-" in paths:  # a corpus is read more than once, so it has to be a file
+        with tempfile.TemporaryDirectory(dir=CACHE) as work:
             stdin_file = Path(work) / "stdin.txt"
             with open(stdin_file, "wb") as copy:
                 shutil.copyfileobj(sys.stdin.buffer, copy)
             paths = [str(stdin_file) if path == "-" else path for path in paths]
-        files = find_files(paths)
+            return prepare(paths, vocab_size, tokenizer)
 
-        # a fork that trains another tokenizer must not find the tokens of the old one
-        source = tokenizer.to_str() if tokenizer else inspect.getsource(train_tokenizer)
-        key = _digest(files or [fetch_reviews()], f"{vocab_size} {source}")
-        folder = CACHE / f"tokens-{key}"
-        if not folder.exists():
+    files = find_files(paths)
+    # a fork that trains another tokenizer must not find the tokens of the old one
+    source = tokenizer.to_str() if tokenizer else inspect.getsource(train_tokenizer)
+    key = _digest(files or [fetch_reviews()], f"{vocab_size} {source}")
+    folder = CACHE / f"tokens-{key}"
+    if not folder.exists():
+        with tempfile.TemporaryDirectory(dir=CACHE) as work:
             tokenizer = tokenizer or _train_on_sample(files, vocab_size)
             _write_tokens(Path(work) / "new", _read_parts(files), tokenizer)
             with contextlib.suppress(OSError):  # another process wrote the same content first
@@ -109,8 +112,8 @@ def _write_tokens(folder: Path, parts: list[Iterable[str]], tokenizer: Tokenizer
                 encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
                 rows = [encoding.ids for encoding in encodings if encoding.ids]
                 ids = np.array(list(itertools.chain(*rows)), token_dtype(vocab_size))
-                ids.tofile(tokens)
-                np.array([len(row) for row in rows], dtype=np.int32).tofile(lengths)
+                tokens.write(ids)
+                lengths.write(np.array([len(row) for row in rows], dtype=np.int32))
                 counts += np.bincount(ids, minlength=vocab_size)
                 n_documents += len(rows)
             n_in_part = n_documents - first

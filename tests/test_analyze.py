@@ -317,7 +317,7 @@ def test_what_cannot_run_is_refused_before_the_first_run(
     [
         (["--methods", "frozen,svm"], "--methods svm: choose from pretrained,"),
         (["--labels", "ten"], "--labels ten: give whole numbers or all"),
-        (["--test", "test.csv"], "--test needs --train FILE"),
+        (["--test", "test.csv"], "--task belong to --train FILE"),
     ],
 )
 def test_wrong_flags_are_refused(capsys, flags, problem):

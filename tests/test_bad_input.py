@@ -109,6 +109,9 @@ FINETUNE = {
 }
 
 ANALYZE = {
+    "--task tokens": "invalid choice: 'tokens'",
+    "--label-column mood": "--label-column mood: no such column",
+    "--task regress": "{}/good.csv:2: label 'x' is no number",
     "--labels 0": "--labels 0: give whole numbers or all",
     "--labels 99": "--labels 99: there are only 24",
     "--seeds 0": "0: it must be at least 1",

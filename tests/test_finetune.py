@@ -11,7 +11,6 @@ from conftest import FAST, sentences, write_csv
 import finetune
 import labels
 import predict
-from analysis import plots
 from files import model_folder
 from files.disk import UserError
 from model import Classifier
@@ -292,7 +291,7 @@ def test_a_figure_that_fails_costs_no_result(topics, pretrained, tmp_path, monke
     def fail(*_):
         raise MemoryError("no room for the figure")
 
-    monkeypatch.setattr(plots.Figure, "savefig", fail)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
     metrics = finetune.main(files_of(topics, pretrained, tmp_path, "--methods", "pretrained"))
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
     assert "confusion.png was not drawn: no room for the figure" in capsys.readouterr().err

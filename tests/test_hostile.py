@@ -5,17 +5,21 @@ accidents that are known to happen. CI runs a sample; -m slow runs the full coun
 """
 
 import argparse
+import ast
 import contextlib
 import gzip
 import hashlib
 import http.server
 import io
 import json
+import math
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zipfile
@@ -24,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, sentences
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -35,8 +39,19 @@ import finetune
 import labels
 import predict
 import train
+from analysis import evaluation, plots
 from data import Corpus
-from files import cli, disk, entities, model_folder, readers, reviews, run_folder
+from files import (
+    cli,
+    disk,
+    entities,
+    machine,
+    model_folder,
+    readers,
+    reviews,
+    run_folder,
+    token_cache,
+)
 from files.disk import UserError
 from files.machine import Ranks
 
@@ -361,6 +376,124 @@ def test_any_value_of_any_flag_is_taken_or_refused_in_one_line(script, n_cases, 
     check_cases(n_cases // 4, tokens, lambda argv: run_or_one_line(parse, argv))
 
 
+def program() -> dict[str, ast.Module]:
+    """{module: its syntax tree} of all source files, docstrings removed."""
+    modules = {}
+    for folder in ("", "files", "analysis", "kernels", "benchmarks"):
+        for path in (ROOT / folder).glob("*.py"):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            for node in ast.walk(tree):
+                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                    node.body = node.body[ast.get_docstring(node) is not None :]
+            modules[".".join(filter(None, (folder, path.stem)))] = tree
+    return modules
+
+
+def find_definitions(modules):
+    """{(module, name): code}, {name: its methods}, and {module: {name in it: (module, name)}}.
+
+    The code of a class is what stands outside of its methods.
+    """
+    definitions, methods, names = {}, {}, {}
+    for module, tree in modules.items():
+        names[module] = {}
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef):
+                for method in [part for part in node.body if isinstance(part, ast.FunctionDef)]:
+                    key = (module, f"{node.name}.{method.name}")
+                    definitions[key] = method
+                    methods.setdefault(method.name, []).append(key)
+                    node.body.remove(method)
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+                definitions[module, node.name] = node
+                names[module][node.name] = (module, node.name)
+            elif isinstance(node, ast.Assign):
+                for name in [n.id for n in ast.walk(node) if isinstance(n, ast.Name)]:
+                    definitions.setdefault((module, name), node)
+                    names[module].setdefault(name, (module, name))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                names[module] |= {a.asname or a.name: (a.name, None) for a in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    whole = f"{node.module}.{alias.name}"
+                    target = (whole, None) if whole in modules else (node.module, alias.name)
+                    names[module][alias.asname or alias.name] = target
+    return definitions, methods, names
+
+
+def reachable(start, definitions, methods, names, barrier):
+    """The keys of `definitions` that the code of `start` may use, directly or through others."""
+    reached, todo = set(), [start]
+    while todo:
+        key = todo.pop()
+        if key in reached or key in barrier or key not in definitions:
+            continue
+        reached.add(key)
+        known = names[key[0]]
+        todo.append((key[0], f"{key[1]}.__init__"))
+        for node in ast.walk(definitions[key]):
+            if isinstance(node, ast.Name):
+                todo.append(known.get(node.id, (None, None)))
+            elif isinstance(node, ast.Attribute):
+                todo += methods.get(node.attr, []) if node.attr != "__init__" else []
+                module = known.get(ast.unparse(node.value), (None, None))
+                todo.append((module[0], node.attr))
+    return reached
+
+
+def flags_in_messages(code):
+    """The flags in the texts of some code, {} for a part that is filled in. A text that is a flag
+    and nothing else is an argument and no message."""
+    texts = {}
+    for node in ast.walk(code):
+        if isinstance(node, ast.JoinedStr):
+            parts = [part.value if isinstance(part, ast.Constant) else "{}" for part in node.values]
+            texts[id(node)] = "".join(map(str, parts))
+            texts |= {id(part): "" for part in node.values}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            texts.setdefault(id(node), node.value)
+    return {
+        flag
+        for text in texts.values()
+        if not re.fullmatch(r"--[a-z-]+", text)
+        for flag in re.findall(r"(?<![\w-])--[a-z{][a-z{}-]*", text)
+    }
+
+
+# analyze.py chooses the flags of finetune.py, and does without a corpus that it cannot use
+NOT_PRINTED = {"analyze": {("finetune", "main"), ("data", "Corpus.__init__")}}
+NOT_PRINTED["analyze"].add(("files.model_folder", "choose_max_len"))
+# bench.py opens the default corpus, with a batch that is shorter, and has no model in its folder
+NOT_PRINTED["bench"] = {("data", "Corpus.__init__"), ("files.disk", "make_folder")}
+
+
+@pytest.mark.parametrize("script", PARSERS)
+def test_every_flag_in_a_message_is_one_of_the_script_that_prints_it(script, monkeypatch):
+    definitions, methods, names = find_definitions(program())
+    barrier = NOT_PRINTED.get(script, set())
+    reached = reachable((script, "main"), definitions, methods, names, barrier)
+    assert (script, "main") in reached and ("files.cli", "choose_hardware") in reached
+    known = [*flag_names(PARSERS[script], monkeypatch), "--help"]
+    unknown = {
+        (key, flag)
+        for key in reached
+        for flag in flags_in_messages(definitions[key])
+        if not any(re.fullmatch(flag.replace("{}", "[a-z]+"), name) for name in known)
+    }
+    assert not unknown
+
+
+def test_no_message_with_a_flag_is_out_of_reach_of_the_scripts():
+    """Those that are would not be checked by the test above."""
+    definitions, methods, names = find_definitions(program())
+    reached = set()
+    for script in PARSERS:
+        reached |= reachable((script, "main"), definitions, methods, names, set())
+    rest = definitions.keys() - reached
+    assert not {key for key in rest if flags_in_messages(definitions[key])}
+
+
 class Started(Exception):
     """All flags are accepted: training would start now."""
 
@@ -396,6 +529,299 @@ def test_pretraining_starts_or_is_refused_in_one_line(corpus_file, tmp_path, n_c
         st.sampled_from(sorted(names)), st.sampled_from([*VALUES, "3", "100", "0.5", "1000000"])
     )
     check_cases(n_cases, one, check)
+
+
+# ---------------------------------------------------------------------- the environment of a script
+
+TEXTS = ["Un café très agréable", "素晴らしい", "Great 👍🏽", "plain"]
+LOCALES = {
+    "C": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    "latin-1": {"PYTHONIOENCODING": "latin-1"},
+}
+
+
+def run(script, *argv, closed=(), **environment):
+    """(exit code, output, errors) of a script; `closed` are descriptors that its shell has closed,
+    and a variable of None is removed."""
+    variables = {name: value for name, value in os.environ.items() if name not in environment}
+    variables |= {name: str(value) for name, value in environment.items() if value is not None}
+    closing = "".join(f" {fd}>&-" for fd in closed)
+    command = ["sh", "-c", f'"$@"{closing}', "sh", sys.executable, ROOT / script, *argv]
+    done = subprocess.run(list(map(str, command)), capture_output=True, env=variables)
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def test_all_files_are_opened_as_utf8_whatever_the_locale():
+    open_calls = []
+    for module, tree in program().items():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call):
+                continue
+            name = ast.unparse(node.func).rpartition(".")[2]
+            if name in ("open", "read_text", "write_text", "fdopen", "TextIOWrapper"):
+                call = ast.unparse(node)
+                open_calls.append(call)
+                is_text = not re.search(r"[\"'][rwxa]b[\"']|^os\.open|^wheel\.open", call)
+                is_utf8 = "utf-8" in call or "**encoding" in call
+                assert is_utf8 or not is_text, f"{module}: {call}"
+    assert len(open_calls) > 10
+
+
+@pytest.mark.parametrize("locale", LOCALES)
+def test_answers_are_utf8_in_any_locale(finetuned, tmp_path, locale):
+    """Texts of a file and of the command line, printed as JSON and as lines."""
+    path = tmp_path / "naïve 漢字.txt"
+    path.write_text("\n".join(TEXTS), encoding="utf-8")
+    flags = ["--model", finetuned[0], "--device", "cpu"]
+    code, output, errors = run("predict.py", *flags, "--json", "--file", path, **LOCALES[locale])
+    answers = [json.loads(line) for line in output.splitlines()]
+    assert code == 0 and not errors
+    assert [answer["text"] for answer in answers] == TEXTS
+    assert answers[1]["place"] == f"{path}:2"
+    if locale == "latin-1":  # which is that of the output only
+        return
+    code, output, errors = run("predict.py", *flags, *TEXTS, **LOCALES[locale])
+    assert code == 0 and not errors
+    assert [line.split("\t")[1] for line in output.splitlines()] == TEXTS
+    assert {line.split()[0] for line in output.splitlines()} <= {"Birds", "кошки", "2"}
+
+
+def test_training_prints_utf8_in_any_locale(pretrained, topics, tmp_path):
+    out = tmp_path / "données"
+    flags = ["--model", pretrained, "--train", topics[0], "--methods", "ngrams", "--out", out]
+    code, output, errors = run("finetune.py", *flags, **LOCALES["C"])
+    assert code == 0 and "кошки" in output and "Traceback" not in errors
+    assert json.loads((out / "metrics.json").read_bytes())["names"][-1] == "кошки"
+
+
+@pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)])
+def test_closed_streams_do_no_harm(finetuned, closed):
+    flags = ["--model", finetuned[0], "--device", "cpu"]
+    code, output, errors = run("predict.py", *flags, "bal dom", closed=closed)
+    assert code == 0 and not errors
+    assert bool(output) == (1 not in closed)
+
+
+def test_a_closed_standard_input_is_an_empty_one(finetuned, tmp_path):
+    flags = ["--corpus", "-", "--out", tmp_path, "--steps", "1", *SMALL]
+    code, _, errors = run("train.py", *flags, closed=(0,))
+    assert code == 2 and errors == "train.py: the corpus has no text\n"
+    code, _, errors = run("predict.py", "--model", finetuned[0], "-", closed=(0,))
+    assert code == 2 and errors == "predict.py: -: no texts in it\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+def test_output_on_a_full_disk_is_one_line(finetuned):
+    command = [sys.executable, ROOT / "predict.py", "--model", finetuned[0], "bal dom"]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 2
+    assert done.stderr == b"predict.py: No space left on device\n"
+
+
+ODD = {
+    "RANK": {"MPLBACKEND": "nonsense", "COLUMNS": "1", "LINES": "x", "RANK": "0"},
+    "WORLD_SIZE": {"HOME": None, "MPLBACKEND": "module://of.a.notebook", "WORLD_SIZE": "8"},
+    "RANK and WORLD_SIZE": {"HOME": "/proc/none", "RANK": "x", "WORLD_SIZE": "y"},
+    "": {"XDG_CONFIG_HOME": "/proc/none", "MASTER_ADDR": "nowhere.invalid", "LOCAL_RANK": "3"},
+}
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+TORCHRUN["MASTER_PORT"] = "29400"
+
+
+@pytest.mark.parametrize("stray", ODD)
+def test_a_run_in_an_odd_environment(corpus_file, tmp_path, stray):
+    flags = ["--corpus", corpus_file, "--out", tmp_path, "--steps", "1", "--start", "random"]
+    flags += ["--layers", "1", "--d-model", "64", "--device", "cpu", *SMALL]
+    code, output, errors = run("train.py", *flags, **ODD[stray])
+    assert code == 0 and "Traceback" not in errors and len(errors.splitlines()) < 3
+    assert (tmp_path / "metrics.json").exists() and (tmp_path / "curve.png").exists()
+    line = f"one rank: {stray} without the other variables of torchrun"
+    assert (line in output) == bool(stray)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"RANK": "x"},
+        {"RANK": "2"},
+        {"RANK": "-1"},
+        {"WORLD_SIZE": "0"},
+        {"WORLD_SIZE": ""},
+        {"MASTER_PORT": "http"},
+    ],
+    ids=str,
+)
+def test_ranks_that_torchrun_would_not_give(change, monkeypatch, capsys):
+    for name, value in (TORCHRUN | change).items():
+        monkeypatch.setenv(name, value)
+    if "" in change.values():  # as good as not set
+        assert machine.join_ranks(torch.device("cpu")) == Ranks(0, 1)
+        assert capsys.readouterr().out.startswith("one rank: RANK")
+        return
+    [(name, value)] = change.items()
+    with pytest.raises(UserError, match=r"torchrun sets them$") as error:
+        machine.join_ranks(torch.device("cpu"))
+    assert_one_line(error.value)
+    assert f"{name}={value}" in str(error.value)
+
+
+def test_analyze_takes_the_columns_that_its_message_asks_for(pretrained, tmp_path, capsys):
+    rows = [f"{['card', 'loan'][i % 2]},{text}" for i, text in enumerate(sentences(60, 5))]
+    path = tmp_path / "complaints.csv"
+    path.write_text("\n".join(["Product,Narrative", *rows]))
+    flags = ["--model", pretrained, "--train", path, "--labels", "20", "--seeds", "1"]
+    flags += ["--methods", "ngrams", "--out", tmp_path / "out"]
+    with pytest.raises(UserError, match="name it with --label-column"):
+        analyze.main(list(map(str, flags)))
+    flags += ["--label-column", "Product", "--text-column", "Narrative", "--task", "classify"]
+    assert list(analyze.main(list(map(str, flags)))["ngrams"]) == [20]
+    assert "text 'Narrative'" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------- figures
+
+CLASS_NAMES = {
+    "long": ["x" * 10_000, "y\n" * 500, "z"],
+    "formulas": ["cheap ($)", r"$\frac$", "mid ($$)"],
+    "scripts": ["素晴らしい", "ужасно", "👍🏽"],
+    "blank": ["", "  ", "_hidden"],
+    "many": [f"class number {i}" for i in range(50)],
+}
+
+
+@pytest.mark.parametrize("kind", CLASS_NAMES)
+def test_any_class_names_are_drawn_within_bounds(tmp_path, capfd, kind):
+    names = CLASS_NAMES[kind]
+    targets = np.arange(200) % len(names)
+    plots.confusion(targets, targets, names, tmp_path / "confusion.png")
+    output = capfd.readouterr()
+    assert not output.err and not output.out
+    header = (tmp_path / "confusion.png").read_bytes()[:24]
+    width, height = (int.from_bytes(header[i : i + 4], "big") for i in (16, 20))
+    assert 400 < width == height < 4000  # pixels
+
+
+@pytest.mark.parametrize("n_classes", [51, 1100])
+def test_too_many_classes_are_one_line_instead_of_a_figure(pretrained, tmp_path, capsys, n_classes):
+    words = sentences(2 * n_classes, 6)
+    names = [f"code {i}" for i in range(n_classes)]
+    train = labels.from_lists(words, names * 2, names)
+    test = labels.from_lists(words[:9], names[:9], names)
+    results = {"pretrained": {"accuracy": 0.5}}
+    predictions = {"pretrained": np.full((9, n_classes), 1 / n_classes)}
+    evaluation.write_results(tmp_path, train, test, results, predictions, {}, draws=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "predictions.npz"}
+    line = f"{tmp_path / 'confusion.png'} was not drawn: {n_classes:,} classes are more than 50"
+    output = capsys.readouterr()
+    assert output.err == f"warning: {line}\n" and len(output.out.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "values", [[1.0, math.nan, math.inf], [1e308, -1e308], [], [1.0] * 50_000], ids=len
+)
+def test_a_curve_is_drawn_or_left_out_with_one_line(tmp_path, capfd, values):
+    points = [{"step": i, "loss": value} for i, value in enumerate(values)]
+    plots.loss_curve(points, tmp_path / "curve.png")
+    errors = capfd.readouterr().err
+    if (tmp_path / "curve.png").exists():
+        assert not errors
+    else:
+        assert_one_line(errors)
+        assert errors.startswith(f"warning: {tmp_path / 'curve.png'} was not drawn: ")
+
+
+# ------------------------------------------------------------------------------------- the cache
+
+
+def cache_error(cache, *flags, limit=None, **environment):
+    """The one line that train.py ends with, whose cache is this folder."""
+    limited = ["sh", "-c", f'{f"ulimit -f {limit}; " if limit else ""}exec "$@"', "sh"]
+    command = [*limited, sys.executable, ROOT / "train.py", *flags]
+    variables = os.environ | {"CLOZE_CACHE": str(cache)} | environment
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=variables)
+    assert done.returncode == 2, done.stderr
+    assert_one_line(done.stderr)
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    "cache", ["/proc/cloze", "{}/file", "{}/file/below", "~nobody-at-all/cache"]
+)
+def test_a_cache_that_cannot_be_written_is_named(corpus_file, tmp_path, cache):
+    (tmp_path / "file").write_text("no folder")
+    cache = cache.format(tmp_path)
+    corpus = [] if cache.startswith("~") else ["--corpus", corpus_file]
+    message = cache_error(cache, *corpus, "--out", tmp_path / "out", "--steps", "1", *SMALL)
+    assert message.startswith(f"train.py: the cache {cache} cannot be used: ")
+    assert "CLOZE_CACHE" in message
+
+
+@pytest.mark.parametrize("limit", [1, 16])  # blocks of 512 bytes: at the first file, at a later one
+def test_a_full_cache_is_named_and_left_clean(corpus_file, tmp_path, limit):
+    flags = ["--corpus", corpus_file, "--out", tmp_path / "out", "--steps", "1", *SMALL]
+    message = cache_error(tmp_path / "cache", *flags, limit=limit)
+    assert f"the cache {tmp_path / 'cache'} cannot be used: " in message
+    assert "CLOZE_CACHE" in message and not list((tmp_path / "cache").iterdir())
+
+
+def test_a_cache_that_only_can_be_read_is_enough(corpus_file, tmp_path, monkeypatch):
+    """As that of an image of a container, which was filled while it was built."""
+    folder = token_cache.prepare([str(corpus_file)], 500)
+
+    def fail(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", fail)
+    assert token_cache.prepare([str(corpus_file)], 500) == folder
+    with pytest.raises(UserError, match="Read-only file system; CLOZE_CACHE"):
+        token_cache.prepare([str(corpus_file)], 501)
+
+
+@pytest.mark.parametrize("moment", ["before it is read", "before the spectral embedding"])
+def test_a_cache_that_goes_in_the_middle_is_one_line(corpus_file, tmp_path, monkeypatch, moment):
+    monkeypatch.setattr(token_cache, "CACHE", tmp_path / "cache")
+    folder = token_cache.prepare([str(corpus_file)], 500)
+    if moment == "before it is read":
+        shutil.rmtree(tmp_path / "cache")
+        with pytest.raises(UserError, match=f"^{folder}: this token cache is damaged or"):
+            Corpus(folder, 32, 512, 0)
+        return
+    corpus = Corpus(folder, 32, 512, 0)
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(UserError, match=f"{folder}.*No such file.*CLOZE_CACHE"):
+        corpus.spectral_embedding(64)
+
+
+@pytest.mark.parametrize(
+    "content", ['{"n_tokens": 9, "documents": 3}', '{"parts": [[0]], "n_tokens": 1}', "[]", "{", ""]
+)
+def test_tokens_of_another_version_are_one_line(pretrained, tmp_path, content):
+    cache = disk.CACHE / json.loads((pretrained / "metrics.json").read_text())["tokens_folder"]
+    shutil.copytree(cache, tmp_path / "tokens")
+    (tmp_path / "tokens" / "about.json").write_text(content)
+    with pytest.raises(
+        UserError, match="tokens: this token cache is damaged or of another version"
+    ):
+        Corpus(tmp_path / "tokens", 32, 512, 0)
+
+
+@pytest.mark.parametrize("text", ["of another version", "of one window", "gone"])
+def test_lsa_does_without_the_text_of_the_pretraining(pretrained, topics, tmp_path, text):
+    model = tmp_path / "model"
+    shutil.copytree(pretrained, model, ignore=shutil.ignore_patterns("checkpoints"))
+    folder = disk.CACHE / f"tokens-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    if text == "of one window":
+        path = tmp_path / "short.txt"
+        path.write_text("\n".join(["bal dom kist", "ler ban"]))
+        folder = token_cache.prepare([str(path)], 500)
+    elif text == "of another version":
+        folder.mkdir()
+        (folder / "about.json").write_text('{"n_tokens": 9, "documents": 3}')
+    (model / "metrics.json").write_text(json.dumps({"tokens_folder": folder.name}))
+    flags = ["--model", model, "--train", topics[0], "--labels", "24", "--seeds", "1"]
+    flags += ["--methods", "lsa", "--out", tmp_path / "out", "--device", "cpu"]
+    assert analyze.main(list(map(str, flags)))["lsa"][24][0] > 0.3
 
 
 # ----------------------------------------------------------------------------------- bounded memory

@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from files import disk, model_folder
+from files import cli, disk, model_folder
 from files.cli import Parser, choose_hardware
 from files.disk import UserError
 from files.tokenizer import train_tokenizer
@@ -475,7 +475,8 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
 
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for name in cli.TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
     return set_machine
 
 
@@ -498,6 +499,8 @@ def test_an_index_of_a_gpu_that_does_not_exist(machine):
 @pytest.mark.parametrize("name", (None, "cuda"))
 def test_each_rank_of_torchrun_has_its_own_gpu(machine, monkeypatch, name):
     machine((9, 0), n_devices=2)
+    for variable in cli.TORCHRUN:
+        monkeypatch.setenv(variable, "1")
     for rank in (0, 1):
         monkeypatch.setenv("LOCAL_RANK", str(rank))
         assert choose_hardware(name, "auto")[0] == torch.device(f"cuda:{rank}")

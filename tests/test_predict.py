@@ -320,4 +320,4 @@ def test_a_pipe_that_closes_early_ends_it_quietly(finetuned, tmp_path):
         assert process.stdout.readline().endswith(b"bal dom kist\n")
         process.stdout.close()
         assert process.stderr.read() == b""
-    assert process.returncode == 0
+    assert process.returncode == 141

@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 
+import finetune
+import train
 from files import disk, model_folder, run_folder
 from files.disk import UserError
 from files.machine import Ranks
@@ -27,7 +29,7 @@ from model import Config, MaskedLM
 TOKENIZER = train_tokenizer(["ab abc abcd"] * 3, 40)
 CONFIG = Config(TOKENIZER.get_vocab_size(), d_model=8, n_layers=2, n_heads=2, d_ff=12, max_len=16)
 FLAGS = {"steps": 9, "seed": 1, "mask_rate": 0.3, "corpus": [], "out": "a", "device": "cpu"}
-FLAGS |= {"resume": False, "keep": 2}
+FLAGS |= {"resume": False, "keep": 2, "label_column": "a"}
 ENVIRONMENT = {"torch": "2.13", "threads": 2}
 RECORD = {"flags": FLAGS, "environment": ENVIRONMENT, "data": "tokens-1"}
 
@@ -126,7 +128,7 @@ def test_the_best_checkpoint_is_loaded(started):
 
 
 @pytest.mark.parametrize(
-    "change", ({"steps": 10}, {"mask_rate": 0.15}, {"corpus": ["a.txt"]}), ids=str
+    "change", ({"steps": 10}, {"mask_rate": 0.15}, {"label_column": "b"}), ids=str
 )
 def test_resuming_with_other_flags_is_refused(started, change):
     save(started, 1)
@@ -136,7 +138,62 @@ def test_resuming_with_other_flags_is_refused(started, change):
     message = str(error.value)
     assert f"--{name.replace('_', '-')} {value}" in message and str(FLAGS[name]) in message
     may_change = {"resume": True, "device": "cuda", "out": "b", "keep": 7, "keep_best": True}
+    may_change |= {"corpus": ["moved.txt"], "model": "a", "train": "b.csv", "test": "c.csv"}
     assert resume(started, flags=FLAGS | may_change)
+
+
+def resumed(main, flags, capsys):
+    """What a run prints that goes on after its last checkpoint."""
+    capsys.readouterr()
+    main([*map(str, flags), "--resume"])
+    return capsys.readouterr().out
+
+
+def test_pretraining_goes_on_where_the_corpus_and_the_model_are_now(
+    pretrained, corpus_file, tmp_path, capsys
+):
+    old, new = tmp_path / "old", tmp_path / "new"
+    (old / "texts").mkdir(parents=True)
+    shutil.copy(corpus_file, old / "texts" / "notes.txt")
+    shutil.copytree(pretrained, old / "model", ignore=shutil.ignore_patterns("checkpoints"))
+    flags = ["--out", tmp_path / "run", "--steps", "1", "--micro-batch-tokens", "512"]
+    flags += ["--dtype", "float32", "--device", "cpu"]
+    train.main([*map(str, flags), "--corpus", f"{old}/texts/notes.txt", "--model", f"{old}/model"])
+    weights = (tmp_path / "run" / "model.safetensors").read_bytes()
+    old.rename(new)
+    moved = [*flags, "--corpus", new / "texts", "--model", new / "model"]
+    assert "resuming after step 1" in resumed(train.main, moved, capsys)
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == weights
+
+    weights = model_folder.load_model(new / "model")
+    other = MaskedLM(weights.config)
+    model_folder.save_model(new / "other", other, weights.tokenizer)
+    with pytest.raises(UserError, match="started with another model or other data"):
+        resumed(train.main, [*flags, "--corpus", new / "texts", "--model", new / "other"], capsys)
+    with open(new / "texts" / "notes.txt", "a") as file:
+        file.write("\nmore")
+    with pytest.raises(UserError, match="started with another model or other data"):
+        resumed(train.main, moved, capsys)
+
+
+def test_fine_tuning_goes_on_where_the_files_are_now(pretrained, topics, tmp_path, capsys):
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(pretrained, old / "model", ignore=shutil.ignore_patterns("checkpoints"))
+    for path in topics:
+        shutil.copy(path, old)
+
+    def flags(folder):
+        files = [f"--model={folder}/model", f"--train={folder}/train.csv"]
+        files += [f"--test={folder}/test.csv", "--methods", "pretrained", "--epochs", "1"]
+        return [*files, "--max-len", "32", "--dtype", "float32", "--out", f"{tmp_path}/run"]
+
+    finetune.main(flags(old))
+    old.rename(new)
+    assert "resuming after epoch 1 of pretrained" in resumed(finetune.main, flags(new), capsys)
+    text = (new / "train.csv").read_text(encoding="utf-8")
+    (new / "train.csv").write_text(text + '"bal dom",2\n', encoding="utf-8")
+    with pytest.raises(UserError, match="started with another model or other data"):
+        resumed(finetune.main, flags(new), capsys)
 
 
 def test_a_flag_that_an_older_run_did_not_have_counts_as_its_default(started):
