@@ -159,11 +159,16 @@ def hold_out_last_fifth(dataset: LabeledDataset) -> tuple[LabeledDataset, Labele
     [(train_idx, test_idx)] = cross_validation_splits(dataset, 1, TEST_SHARE)
     texts = dataset.joined_texts()
     training_texts = {texts[i] for i in train_idx}
-    test_idx = [i for i in test_idx if texts[i] not in training_texts]
-    if not test_idx:
-        raise UserError("no example of the held-out fifth differs from the rest; add a --test file")
+    new_idx = [i for i in test_idx if texts[i] not in training_texts]
+    if not len(test_idx):
+        raise UserError("there is no example to hold out for testing; add a --test file")
+    if not new_idx:
+        print(
+            "every held-out text is in the rest too, so the scores are too high: add a --test file"
+        )
+    test_idx = np.array(new_idx or test_idx)
     print(f"no test file: the last fifth of each class is held out, {len(test_idx):,} examples")
-    train, test = dataset[train_idx], dataset[np.array(test_idx)]
+    train, test = dataset[train_idx], dataset[test_idx]
     if n_missing := len(set(train.strata.tolist()) - set(test.strata.tolist())):
         print(f"{n_missing} of the classes have no test example that differs from the rest")
     return train, test

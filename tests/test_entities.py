@@ -97,7 +97,7 @@ def test_columns_and_jsonl_hold_the_same_sentences(tmp_path):
         ("a B-X\nb PER\n", ":2: tag 'PER'"),
         ("a B-\n", ":1: tag 'B-'"),
         ("a Q-X\n", ":1: tag 'Q-X'"),
-        ("a B-X\n", "no example of the held-out fifth"),
+        ("a B-X\n", "there is no example to hold out"),
         ("a O\nb O\n", "nothing to learn"),
         ("\n\n", "no sentences"),
         ("", "no sentences"),
@@ -107,7 +107,7 @@ def test_bad_columns(tmp_path, content, message):
     (tmp_path / "a.conll").write_text(content)
     with pytest.raises(UserError) as error:
         load(tmp_path / "a.conll", None)
-    assert str(error.value).startswith((str(tmp_path / "a.conll"), "no example"))
+    assert str(error.value).startswith((str(tmp_path / "a.conll"), "there is no example"))
     assert message in str(error.value)
 
 
