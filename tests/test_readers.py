@@ -320,7 +320,7 @@ def test_an_unclosed_quote_costs_its_own_line_alone(tmp_path, case, n_before):
 
 
 def test_columns_without_a_name_are_left_out_and_spaces_after_commas_do_not_count(tmp_path):
-    path = write(tmp_path, "a.csv", 'v1, "v2" ,,,\nham, "so, so",,,\nspam,win,x,,\n')
+    path = write(tmp_path, "a.csv", 'v1, "v2", ,,\nham, "so, so",,,\nspam,win,x,,\n')
     rows = [row for _, row in read_table(path)]
     assert rows == [{"v1": "ham", "v2": "so, so"}, {"v1": "spam", "v2": "win"}]
     path = write(tmp_path, "a.tsv", "\t text\n0\ta\n")  # as pandas writes its index
