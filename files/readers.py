@@ -28,6 +28,7 @@ LONGEST_PARAGRAPH = 50  # mean number of lines; above it blank lines are strays 
 FIRST_LINES = 10_000  # lines by which the paragraphs are judged
 # how JSON lines, or an array of objects, begin, whatever the name of their file
 JSON_START = re.compile(r'\s*(\[\s*)?\{\s*"[^"]*"\s*:')
+HIDDEN = re.compile(r"/(\.|__MACOSX/)")  # in the path of a file
 NOT_TEXT = re.compile("[\0\udc80-\udcff]")  # as "surrogateescape" decodes bytes that are not UTF-8
 
 Report = Callable[[UserError], None]  # called for each broken line, which is then left out
@@ -267,6 +268,8 @@ def _paragraphs(path: Path) -> Iterator[Iterator[str]]:
 def find_files(paths: Iterable[str]) -> list[Path]:
     """List the files among `paths`, and the .txt files and tables in the folders among them.
 
+    In a folder, hidden files and what macOS adds to archives are left out.
+
     Raises:
         UserError: A path does not exist, is no regular file, or is a folder without text files.
     """
@@ -275,17 +278,14 @@ def find_files(paths: Iterable[str]) -> list[Path]:
     for path in map(Path, paths):
         if not os.path.exists(path):
             raise UserError(f"{path}: no such file or folder")
-        inside = [path] if path.is_file() else _visible_files(path, suffixes)
+        inside = [path]
+        if not path.is_file():
+            inside = [
+                p for p in sorted(path.rglob("*")) if p.is_file() and text_suffix(p) in suffixes
+            ]
+            inside = [p for p in inside if not HIDDEN.search(f"/{p.relative_to(path).as_posix()}")]
         if not inside:
             names = ", ".join(suffixes)
             raise UserError(f"{path}: no regular file, and no folder of {names} (or .gz of one)")
         files += inside
     return files
-
-
-def _visible_files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """The files with these suffixes, without hidden ones and what macOS adds to archives."""
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and text_suffix(p) in suffixes]
-    parts = [p.relative_to(folder).parts for p in files]
-    is_hidden = [any(x.startswith(".") or x == "__MACOSX" for x in names) for names in parts]
-    return [p for p, hidden in zip(files, is_hidden, strict=True) if not hidden]
