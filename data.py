@@ -10,6 +10,7 @@ tokens that are read here.
 import bisect
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -25,9 +26,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from files.disk import UserError, using_cache
-from files.token_cache import VALIDATION_SHARE, token_dtype
+from files.token_cache import token_dtype
 from files.tokenizer import begins_word, ends_word, special_ids
 
+VALIDATION_SHARE = 0.01  # of the tokens of each part of the corpus
 VALIDATION_TOKENS = 65_536
 VALIDATION_CHUNK = 8192  # tokens of a validation batch, whatever a run's own micro-batches have
 # Of any tokens, so that the loss is not comparable with the training loss of rare words.
@@ -110,8 +112,7 @@ class Corpus:
             lengths = np.fromfile(folder / "lengths.bin", dtype=np.int32)
             self.counts = np.load(folder / "counts.npy")
             about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-            train_documents = [np.arange(first, cut) for first, cut, _ in about["parts"]]
-            held_out_documents = [np.arange(cut, end) for _, cut, end in about["parts"]]
+            part_ends = about["part_ends"]
             is_whole = len(self.tokens) == lengths.sum() == self.counts.sum() == about["n_tokens"]
         except Exception:  # each file is read by another library
             is_whole = False
@@ -121,12 +122,18 @@ class Corpus:
         self.special = special_ids(self.tokenizer)
         self.is_special = np.isin(np.arange(self.vocab_size), list(self.special.values()))
         self.document_ends = np.cumsum(lengths, dtype=np.int64)
-        self.train = self._cut(np.concatenate(train_documents))
-        self.held_out = self._cut(np.concatenate(held_out_documents))
-        if not len(self.held_out):  # a single document: hold out its end
-            cut = math.floor((1 - VALIDATION_SHARE) * len(self.train))
-            self.held_out = self.train[cut:]
-            self.train = self.train[:cut]
+        windows = self._cut_documents()
+        is_held_out = np.zeros(len(windows), dtype=bool)
+        for start, end in itertools.pairwise([0, *part_ends]):  # the last windows of each
+            in_part = slice(*np.searchsorted(windows.start, [start, end]))
+            n_left = np.cumsum(windows.length[in_part][::-1])[::-1]  # tokens from a window on
+            is_held_out[in_part] = n_left <= max(n_left[-1], VALIDATION_SHARE * n_left[0])
+        if is_held_out.all():
+            raise UserError(
+                "the corpus is a single window: give it more text, or a lower --max-len"
+            )
+        self.train = windows[~is_held_out]
+        self.held_out = windows[is_held_out]
         n_tokens = int(self.train.length.sum()) + 2 * len(self.train)
         if n_tokens < micro_batch_tokens:
             raise UserError(
@@ -146,11 +153,10 @@ class Corpus:
         self.first_rows = [0]  # the number of the first row of each epoch
         self.epoch = -1
 
-    def _cut(self, documents: np.ndarray) -> Windows:
+    def _cut_documents(self) -> Windows:
         """Cut documents evenly into windows."""
-        ends = self.document_ends[documents]
-        starts = np.where(documents > 0, self.document_ends[documents - 1], 0)
-        lengths = ends - starts
+        starts = np.concatenate(([0], self.document_ends[:-1]))
+        lengths = self.document_ends - starts
         n_windows = -(-lengths // (self.max_len - 2))
         which, i = _ranges(np.zeros_like(n_windows), n_windows)  # window i of document `which`
         begin = i * lengths[which] // n_windows[which]

@@ -104,7 +104,7 @@ def load(
     items, chosen = read_examples(train, Columns(*columns))
     names = None
     if (task or guess_task(item.label for item in items)) == "classify":
-        names = _class_names(train, items, minimum=2 if test else 3)
+        names = _class_names(train, items)
     examples = _to_dataset(items, names)
     classes = "numbers (regression)"
     if names:
@@ -115,15 +115,16 @@ def load(
     return examples, _to_dataset(read_examples(test, chosen)[0], names)
 
 
-def _class_names(path: Path, items: list[Item], minimum: int) -> list[str]:
-    """The distinct labels: numbers by value, then names. Raises UserError if one is too rare."""
+def _class_names(path: Path, items: list[Item]) -> list[str]:
+    """The distinct labels: numbers by value, then names. Raises UserError if it is only one."""
     counts = Counter(item.label for item in items)
     if len(counts) < 2:
         raise UserError(f"{path}: the label column has one class only, {items[0].label!r}")
-    for item in items:
-        if counts[item.label] < minimum:
-            problem = f"class {item.label!r} has too few examples, {counts[item.label]}"
-            raise UserError(f"{item.source}: {problem}; each class needs at least {minimum}")
+    if single := [item for item in items if counts[item.label] == 1]:
+        names = ", ".join(repr(item.label) for item in single[:10])
+        if len(single) == len(items):
+            raise UserError(f"{path}: each label occurs once only, such as {names}")
+        print(f"{single[0].source}: classes with one example only, for training: {names}")
     return sorted(counts, key=lambda name: (np.nan_to_num(to_number(name), nan=np.inf), name))
 
 
@@ -152,20 +153,29 @@ def _to_dataset(items: list[Item], names: list[str] | None) -> LabeledDataset:
 def hold_out_last_fifth(dataset: LabeledDataset) -> tuple[LabeledDataset, LabeledDataset]:
     """Hold out the last fifth of each class, without texts that also occur in the rest.
 
-    Neighbours in a file often belong together, so that a random split would leak.
+    Neighbours in a file often belong together, so that a random split would leak. A class that
+    then lacks test examples is named.
     """
     [(train_idx, test_idx)] = cross_validation_splits(dataset, 1, TEST_SHARE)
     texts = dataset.joined_texts()
     training_texts = {texts[i] for i in train_idx}
-    test_idx = [i for i in test_idx if texts[i] not in training_texts]
-    if not test_idx:
-        raise UserError("every example of the held-out fifth is in the rest too; add a --test file")
+    new_idx = [i for i in test_idx if texts[i] not in training_texts]
+    if not len(test_idx):
+        raise UserError("there is no example to hold out for testing; add a --test file")
+    if not new_idx:
+        print(
+            "every held-out text is in the rest too, so the scores are too high: add a --test file"
+        )
+    test_idx = np.array(new_idx or test_idx)
     print(f"no test file: the last fifth of each class is held out, {len(test_idx):,} examples")
-    return dataset[train_idx], dataset[np.array(test_idx)]
+    train, test = dataset[train_idx], dataset[test_idx]
+    if n_missing := len(set(train.strata.tolist()) - set(test.strata.tolist())):
+        print(f"{n_missing} of the classes have no test example that differs from the rest")
+    return train, test
 
 
 def subsample(dataset: LabeledDataset, n_labels: int | None, seed: int) -> LabeledDataset:
-    """Sample a label budget in proportion to the classes, at least two of each.
+    """Sample a label budget in proportion to the classes, at least two of each, if it has two.
 
     Returns:
         `n_labels` examples (None: all of them) in the order of the file.
@@ -175,7 +185,8 @@ def subsample(dataset: LabeledDataset, n_labels: int | None, seed: int) -> Label
     """
     n_labels = n_labels or len(dataset)
     counts = np.bincount(dataset.strata)
-    minimum = max(N_FOLDS, 2 * len(counts))
+    at_least = np.minimum(2, counts)  # of each class
+    minimum = max(N_FOLDS, at_least.sum())
     if n_labels < minimum:
         needed = f"at least {minimum} are needed: two of each class, and three in all"
         raise UserError(f"--labels {n_labels}: {needed}")
@@ -185,7 +196,7 @@ def subsample(dataset: LabeledDataset, n_labels: int | None, seed: int) -> Label
         return dataset
 
     quota = n_labels * counts / counts.sum()
-    sizes = np.maximum(2, np.floor(quota).astype(int))
+    sizes = np.maximum(at_least, np.floor(quota).astype(int))
     while sizes.sum() < n_labels:  # to the largest remainders
         sizes[(quota - sizes).argmax()] += 1
     while sizes.sum() > n_labels:  # where a class has more than its share, because of the minimum
@@ -199,6 +210,8 @@ def subsample(dataset: LabeledDataset, n_labels: int | None, seed: int) -> Label
 def cross_validation_splits(dataset: LabeledDataset, n_folds: int, hold_out: float) -> list[Split]:
     """Cut each class into contiguous blocks, in the order of the file.
 
+    Both sides of a split have examples of each class: of a single example the first side alone.
+
     Args:
         dataset: S examples.
         n_folds: One split per fold; 1 means one split.
@@ -209,12 +222,16 @@ def cross_validation_splits(dataset: LabeledDataset, n_folds: int, hold_out: flo
     for stratum in np.unique(strata):
         members = np.flatnonzero(strata == stratum)
         position[members] = (np.arange(len(members)) + 0.5) / len(members)
+        position[members[-1:]] = 1 - 1e-9  # the last one is held out, however few there are
+    is_single = np.bincount(strata)[strata] == 1
     held_out = [position >= 1 - hold_out]
     if n_folds > 1:
         # the classes take turns in which block comes first: no fold of few examples is empty
         fold = ((position * n_folds).astype(int) + strata) % n_folds
         held_out = [fold == i for i in range(n_folds)]
-    return [(np.flatnonzero(~is_held), np.flatnonzero(is_held)) for is_held in held_out]
+    held_out = [is_held & ~is_single for is_held in held_out]
+    splits = [(np.flatnonzero(~is_held), np.flatnonzero(is_held)) for is_held in held_out]
+    return [split for split in splits if n_folds == 1 or len(split[1])]
 
 
 def validation_splits(dataset: LabeledDataset) -> list[Split]:

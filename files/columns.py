@@ -2,12 +2,13 @@
 
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from files.disk import UserError
-from files.readers import TABLE_SUFFIXES, Report, is_text, read_table, refuse, text_suffix
+from files.readers import TABLE_SUFFIXES, Report, is_text, read_table, refuse, table_format
 
 # Usual column names, the most likely first. Without one of them the length of the values decides.
 TEXT_NAMES = ("text", "sentence", "review", "content", "document", "body", "message", "title")
@@ -17,7 +18,6 @@ PAIR_NAMES = (
     *(("question1", "question2"), ("premise", "hypothesis"), ("question", "answer")),
 )
 LABEL_NAMES = ("label", "class", "category", "target", "sentiment", "stars", "rating", "score", "y")
-MOST_INTEGER_CLASSES = 20  # integers with more distinct values are regression targets
 N_GUESS_ROWS = 200  # rows of which the length of the values is compared
 
 Row = tuple[int, dict[str, Any]]  # line number, {column: value}
@@ -85,7 +85,7 @@ def read_examples(path: Path, columns: Columns) -> tuple[list[Item], Columns]:
     Raises:
         UserError: The file is no table, lacks a column, or has a row without a text or a label.
     """
-    if text_suffix(path) not in TABLE_SUFFIXES:
+    if table_format(path) is None:
         suffixes = ", ".join(TABLE_SUFFIXES)
         raise UserError(f"{path}: labelled examples come as {suffixes} (or .gz of one)")
     rows = list(read_table(path))
@@ -105,6 +105,8 @@ def to_items(
     """
     for line, row in rows:
         text, pair, label = (row.get(name) for name in columns)
+        if isinstance(label, list) and len(label) == 1:
+            label = label[0]
         if not is_text(text):
             problem = f"no text in field {columns.text!r}"
         elif columns.pair and not is_text(pair):
@@ -118,12 +120,16 @@ def to_items(
 
 
 def guess_task(labels: Iterable[str]) -> str:
-    """Names are classes, and so are integers with few distinct values."""
-    values = {to_number(label) for label in labels}
-    is_integer = all(value.is_integer() for value in values)
-    if any(map(math.isnan, values)) or (is_integer and len(values) <= MOST_INTEGER_CLASSES):
+    """Names are classes, and so are integers most of whose values occur more than once."""
+    counts = Counter(labels)
+    values = [to_number(label) for label in counts]
+    if any(map(math.isnan, values)):
         return "classify"
-    return "regress"
+    n_repeated = sum(count > 1 for count in counts.values())
+    is_class = all(value.is_integer() for value in values) and 2 * n_repeated > len(values)
+    task, other = ("classify", "regress") if is_class else ("regress", "classify")
+    print(f"the labels are numbers; guessed: --task {task}; otherwise give --task {other}")
+    return task
 
 
 def to_number(text: str) -> float:

@@ -1,11 +1,17 @@
 """Token labels: files of tagged words, their tokens, and the entities that tags form.
 
 Tags are IOB2 (Ramshaw & Marcus 1995, cmp-lg/9505040, with B- at each beginning): B-X begins an
-entity of type X, I-X continues it (or begins one where there is none), O is outside of any.
+entity of type X, I-X continues it (or begins one where there is none), O is outside of any. Files
+of other schemes (IOB1, BIOES, BILOU, BMES) are converted.
+
+A model tags units: the tokenizer's words and, in scripts without spaces, single characters. Words
+of a file are split into units for training, as running text is for prediction, so that both agree;
+the score of a file counts its own words.
 """
 
 import itertools
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +22,18 @@ from tokenizers import Tokenizer
 
 from files.columns import Item
 from files.disk import UserError
-from files.readers import is_text, read_lines, read_table, text_suffix
+from files.readers import is_text, read_lines, read_table, table_format
 from files.tokenizer import special_ids
 from labels import batches, hold_out_last_fifth
 from model import Tagger
 
 OUTSIDE = "O"
+IOB2_LETTERS = {"B": "B", "I": "I", "M": "I", "E": "I", "L": "I", "S": "B", "U": "B"}
+# Thai and Lao, Burmese, Khmer, kana, ideographs
+NO_SPACES = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+NO_SPACES += "\U00020000-\U0003ffff"
+MARKS = "".join(c for c in map(chr, range(0x300, 0x3100)) if unicodedata.category(c)[0] == "M")
+UNIT = re.compile(f"[{NO_SPACES}][{MARKS}]*|[^\\s{NO_SPACES}]+")
 NOT_SCORED = -100  # the target of a token without a tag: cross_entropy's ignore_index
 
 Sentence = list[Item]  # words, whose labels are their tags
@@ -62,12 +74,12 @@ def load(train: Path, test: Path | None) -> tuple[TaggedDataset, TaggedDataset]:
     Raises UserError if a file cannot be used, or has a tag that `train` does not have.
     """
     sentences = read_sentences(train)
-    tags = {word.label for sentence in sentences for word in sentence}
-    names = [OUTSIDE, *sorted(tags - {OUTSIDE})]
-    if len(names) < 2:
+    tags = {word.label for sentence in sentences for word in sentence} - {OUTSIDE}
+    types = sorted({tag[2:] for tag in tags})
+    if not types:
         raise UserError(f"{train}: every word is tagged {OUTSIDE}; there is nothing to learn")
-    types = ", ".join(sorted({name[2:] for name in names[1:]}))
-    print(f"{train}: {len(sentences):,} sentences; entities of {types}")
+    names = [OUTSIDE, *(f"{letter}-{kind}" for letter in "BI" for kind in types)]
+    print(f"{train}: {len(sentences):,} sentences; entities of {', '.join(types)}")
     dataset = _to_dataset(sentences, names)
     if test is None:
         return hold_out_last_fifth(dataset)
@@ -86,30 +98,40 @@ def _to_dataset(sentences: list[Sentence], names: list[str]) -> TaggedDataset:
 
 
 def read_sentences(path: Path) -> list[Sentence]:
-    """Read a .jsonl file with lists of words and tags, or CoNLL's columns.
+    """Read JSON with lists of words and tags, or CoNLL's columns; the tags become IOB2.
 
     A line of columns has the word first and the tag last; a blank line ends a sentence. Raises
     UserError if a line is not like this or has another tag; the message names the line.
     """
-    read = _read_jsonl if text_suffix(path) == ".jsonl" else _read_columns
+    is_json = (table_format(path) or "").startswith("json")
+    read = _read_json if is_json else _read_columns
     sentences = [sentence for sentence in read(path) if sentence]
     if not sentences:
         raise UserError(f"{path}: no sentences in it")
     for word in itertools.chain.from_iterable(sentences):
-        if not re.fullmatch(f"{OUTSIDE}|[BI]-.+", word.label):
+        if not re.fullmatch(f"{OUTSIDE}|[{''.join(IOB2_LETTERS)}]-.+", word.label):
             problem = f"tag {word.label!r} is none of {OUTSIDE}, B-TYPE and I-TYPE"
-            raise UserError(f"{word.source}: {problem}")
-    return sentences
+            raise UserError(f"{word.source}: {problem}, or of another scheme such as BIOES")
+    return [_to_iob2(sentence) for sentence in sentences]
 
 
-def _read_jsonl(path: Path) -> list[Sentence]:
+def _to_iob2(sentence: Sentence) -> Sentence:
+    letters = IOB2_LETTERS | {OUTSIDE: OUTSIDE}
+    tags = [letters[word.label[0]] + word.label[1:] for word in sentence]
+    for kind, first, _ in entities_of(tags):
+        tags[first] = f"B-{kind}"
+    return [word._replace(label=tag) for word, tag in zip(sentence, tags, strict=True)]
+
+
+def _read_json(path: Path) -> list[Sentence]:
     sentences = []
     for line, row in read_table(path):
-        words, tags = row.get("words"), row.get("tags")
+        words = row.get("words", row.get("tokens"))
+        tags = row.get("tags", row.get("ner_tags"))
         are_texts = all(isinstance(x, list) and all(map(is_text, x)) for x in (words, tags))
         if not are_texts or len(words) != len(tags):
             problem = "the fields 'words' and 'tags' must be equally long lists of text"
-            raise UserError(f"{path}:{line}: {problem}")
+            raise UserError(f"{path}:{line}: {problem}, the tags by name, such as B-PER")
         pairs = zip(words, tags, strict=True)
         sentences.append([Item(f"{path}:{line}", word, label=tag) for word, tag in pairs])
     return sentences
@@ -133,16 +155,19 @@ def _read_columns(path: Path) -> list[Sentence]:
 
 def encode_words(
     sentences: list[list[str]], tokenizer: Tokenizer, max_len: int
-) -> tuple[list[np.ndarray], list[np.ndarray], int]:
+) -> tuple[list[np.ndarray], list[list[list[int]]], int]:
     """Tokenize sentences that are split into words; a sentence that is too long loses its end.
 
     Returns:
         rows: (tokens, 2) int64 of each sentence, as `labels.encode` gives them.
-        first_pieces: (words,) int64 of each sentence: where in its row a word begins; 0: nowhere.
+        first_pieces: Of each word of each sentence, where in its row the units of the word begin;
+            [] where the row has nothing of it.
         n_cut: The number of sentences that were longer than `max_len` tokens.
     """
     special = special_ids(tokenizer)
-    encodings = tokenizer.encode_batch(sentences, is_pretokenized=True, add_special_tokens=False)
+    spans = {word: word_spans(word, tokenizer) for word in set(itertools.chain(*sentences))}
+    units = [[word[a:b] for word in words for a, b in spans[word]] for words in sentences]
+    encodings = tokenizer.encode_batch(units, is_pretokenized=True, add_special_tokens=False)
     rows = []
     first_pieces = []
     n_cut = 0
@@ -151,29 +176,36 @@ def encode_words(
         n_cut += bool(encoding.overflowing)
         ids = [special["cls"], *encoding.ids, special["sep"]]
         rows.append(np.array([ids, [0] * len(ids)]).T)
-        first = np.zeros(len(words), dtype=np.int64)
-        word_numbers, positions = np.unique(encoding.word_ids, return_index=True)
-        first[word_numbers.astype(int)] = positions + 1
+        word_of_unit = np.repeat(np.arange(len(words)), [len(spans[word]) for word in words])
+        first: list[list[int]] = [[] for _ in words]
+        for unit, position in zip(*np.unique(encoding.word_ids, return_index=True), strict=True):
+            first[word_of_unit[unit]].append(int(position) + 1)
         first_pieces.append(first)
     return rows, first_pieces, n_cut
 
 
 def token_targets(
-    rows: list[np.ndarray], first_pieces: list[np.ndarray], dataset: TaggedDataset
+    rows: list[np.ndarray], first_pieces: list[list[list[int]]], dataset: TaggedDataset
 ) -> list[np.ndarray]:
-    """(tokens,) of each row: the tag of a word at its first piece, NOT_SCORED elsewhere."""
+    """(tokens,) of each row: the tag of a unit at its first piece, NOT_SCORED elsewhere.
+
+    The first unit of a word has the word's tag; the others continue it.
+    """
+    numbers = {name: i for i, name in enumerate(dataset.names)}
     targets = []
     for row, first, tags in zip(rows, first_pieces, dataset.targets, strict=True):
         target = np.full(len(row), NOT_SCORED)
-        target[first] = [dataset.names.index(tag) for tag in tags]
-        target[0] = NOT_SCORED  # [CLS], where the words without a piece point to
+        for places, tag in zip(first, tags, strict=True):
+            continued = tag if tag == OUTSIDE else f"I{tag[1:]}"
+            target[places] = numbers.get(continued, NOT_SCORED)
+            target[places[:1]] = numbers[tag]
         targets.append(target)
     return targets
 
 
-def word_tags(token_tags: np.ndarray, first_pieces: np.ndarray, names: list[str]) -> list[str]:
+def word_tags(token_tags: np.ndarray, first_pieces: list[list[int]], names: list[str]) -> list[str]:
     """The tag of each word, from those of its row's tokens; a word without a token is OUTSIDE."""
-    return [names[token_tags[first]] if first else OUTSIDE for first in first_pieces]
+    return [names[token_tags[first[0]]] if first else OUTSIDE for first in first_pieces]
 
 
 def entities_of(tags: list[str]) -> list[Entity]:
@@ -213,11 +245,14 @@ def predict_entities(
 
 
 def word_spans(text: str, tokenizer: Tokenizer) -> list[tuple[int, int]]:
-    """Where the words of a text, as the tokenizer splits it, begin and end."""
+    """Where the units of a text begin and end.
+
+    They are the tokenizer's words, without the space that byte-level BPE counts to a word, and the
+    single characters of scripts that are written without spaces.
+    """
     encoding = tokenizer.encode(text, add_special_tokens=False)
-    spans = [encoding.word_to_chars(i) for i in dict.fromkeys(encoding.word_ids)]
-    # byte-level BPE counts the space before a word to the word
-    return [(b - len(text[a:b].lstrip()), b) for a, b in spans if text[a:b].strip()]
+    words = [encoding.word_to_chars(i) for i in dict.fromkeys(encoding.word_ids)]
+    return [unit.span() for start, end in words for unit in UNIT.finditer(text, start, end)]
 
 
 def entity_f1(truth: list[list[str]], predicted: list[list[str]]) -> dict[str, float]:

@@ -7,20 +7,28 @@ file is a UserError that names the file and the line.
 import contextlib
 import csv
 import gzip
+import io
 import itertools
 import json
 import os
 import re
+import sys
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from files.disk import UserError
 
-TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv")
+TABLE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
 LONGEST_DOCUMENT = 2**20  # characters; a longer document is cut into several
 LONGEST_LINE = 2**24  # characters; a longer line or field of a table is refused
+LONGEST_PARAGRAPH = 50  # mean number of lines; above it blank lines are strays between documents
+FIRST_LINES = 10_000  # lines by which the paragraphs are judged
+# how JSON lines, or an array of objects, begin, whatever the name of their file
+JSON_START = re.compile(r'\s*(\[\s*)?\{\s*"[^"]*"\s*:')
+HIDDEN = re.compile(r"/(\.|__MACOSX/)")  # in the path of a file
 NOT_TEXT = re.compile("[\0\udc80-\udcff]")  # as "surrogateescape" decodes bytes that are not UTF-8
 
 Report = Callable[[UserError], None]  # called for each broken line, which is then left out
@@ -45,29 +53,36 @@ def read_lines(
         UserError: The file cannot be read, or a line is too long.
     """
     number = 1
+    with _open(path) as file:
+        head = file.peek(1)
+        is_old_mac = b"\r" in head[:-1] and b"\n" not in head
+        newline = None if is_old_mac else "\n"
+        lines = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline)
+        while text := lines.readline(LONGEST_LINE):
+            is_whole = text.endswith("\n") or len(text) < LONGEST_LINE
+            if not is_whole and not in_pieces:
+                problem = f"a line of more than {LONGEST_LINE:,} characters"
+                raise UserError(f"{path}:{number}: {problem}")
+            if NOT_TEXT.search(text):
+                problem = "not UTF-8 text, or a NUL byte; convert it, for example with iconv"
+                report(UserError(f"{path}:{number}: {problem}"))
+                text = "\n"
+            yield number, text
+            number += is_whole
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[io.BufferedReader]:
+    """Open the bytes of a file, or of standard input. Raises UserError if they cannot be read."""
     try:
-        with _open(path) as file:
-            while text := file.readline(LONGEST_LINE):
-                is_whole = text.endswith("\n") or len(text) < LONGEST_LINE
-                if not is_whole and not in_pieces:
-                    problem = f"a line of more than {LONGEST_LINE:,} characters"
-                    raise UserError(f"{path}:{number}: {problem}")
-                if NOT_TEXT.search(text):
-                    problem = "not UTF-8 text, or a NUL byte; convert it, for example with iconv"
-                    report(UserError(f"{path}:{number}: {problem}"))
-                    text = "\n"
-                yield number, text
-                number += is_whole
+        if str(path) == "-":
+            yield sys.stdin.buffer
+        else:
+            with gzip.open(path) if path.suffix == ".gz" else open(path, "rb", 2**16) as file:
+                yield file
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be read: {reason}") from None
-
-
-def _open(path: Path) -> TextIO:
-    encoding = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": "\n"}
-    if str(path) == "-":
-        return open(0, closefd=False, **encoding)
-    return gzip.open(path, "rt", **encoding) if path.suffix == ".gz" else open(path, **encoding)
 
 
 def text_suffix(path: Path) -> str:
@@ -80,15 +95,30 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def read_table(path: Path, report: Report = refuse) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Read (number of the row's last line, {column: value}) of a .jsonl, .csv or .tsv file.
+def table_format(path: Path) -> str | None:
+    """Which table a file holds: "json lines", "json array", "csv", "tsv", or None for plain text.
 
-    The first line of a .csv or .tsv file names the columns. In a .tsv file every tab separates two
-    fields, and quotes are ordinary characters. `report` is called for each row that is broken.
+    JSON is recognized by how the file begins, whatever its name.
     """
-    if text_suffix(path) == ".jsonl":
-        return _read_jsonl(path, report)
-    return _read_csv(path, report)
+    with _open(path) as file:
+        head = file.peek(1).decode("utf-8-sig", "replace")
+    suffix = text_suffix(path)
+    if JSON_START.match(head) or suffix in (".json", ".jsonl"):
+        return "json array" if head.lstrip().startswith("[") else "json lines"
+    return suffix[1:] if suffix in TABLE_SUFFIXES else None
+
+
+def read_table(path: Path, report: Report = refuse) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Read (number of the row's first line, {column: value}) of a table.
+
+    The first line of a .csv or .tsv file names the columns; a column without a name is left out. In
+    a .tsv file every tab separates two fields, and quotes are ordinary characters. `report` is
+    called for each row that is broken.
+    """
+    kind = table_format(path)
+    if kind == "json array":
+        return _read_json_array(path)
+    return _read_jsonl(path, report) if kind == "json lines" else _read_csv(path, report)
 
 
 def _read_jsonl(path: Path, report: Report) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -97,30 +127,75 @@ def _read_jsonl(path: Path, report: Report) -> Iterator[tuple[int, dict[str, Any
             continue
         try:
             row = json.loads(line)
-            if "\\ud" in line.lower():  # half of a surrogate pair cannot be encoded as UTF-8
-                json.dumps(row, ensure_ascii=False).encode()
-            if not isinstance(row, dict):
-                raise ValueError('each line must be a JSON object such as {"text": "..."}')
+            _check_row(row, line)
         except (ValueError, RecursionError) as error:
             report(UserError(f"{path}:{number}: broken JSON: {error}"))
         else:
             yield number, row
 
 
+def _read_json_array(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Decode one object after another, so that the array need not fit into memory."""
+    decode = json.JSONDecoder().raw_decode
+    before_row = re.compile(r"\s*\[\s*")
+    text, line, min_length, error = "", 1, 0, None
+    for piece in itertools.chain((piece for _, piece in read_lines(path, in_pieces=True)), [""]):
+        text += piece
+        if piece and len(text) < min_length:
+            continue
+        end = 0
+        while match := before_row.match(text, end):
+            try:
+                row, row_end = decode(text, match.end())
+                _check_row(row, text[match.end() : row_end])
+            except (ValueError, RecursionError) as problem:  # or the rest of it is not read yet
+                error = getattr(problem, "msg", problem)
+                break
+            line += text.count("\n", end, match.end())
+            yield line, row
+            line += text.count("\n", match.end(), row_end)
+            end = row_end
+            before_row = re.compile(r"\s*,\s*")
+        text = text[end:]
+        if len(text) > LONGEST_LINE:
+            break
+        min_length = 2 * len(text)  # an object of many lines is not decoded again for each line
+    if not re.fullmatch(r"(\s*\[)?\s*\]\s*", text):
+        line += re.match(r"[\s,\[]*", text)[0].count("\n")
+        raise UserError(f"{path}:{line}: broken JSON: {error or 'the array does not end here'}")
+
+
+def _check_row(row: Any, source: str) -> None:
+    """Raises ValueError if decoded JSON is no object, or cannot be encoded as UTF-8."""
+    if "\\ud" in source.lower():  # half of a surrogate pair
+        json.dumps(row, ensure_ascii=False).encode()
+    if not isinstance(row, dict):
+        raise ValueError('each row must be a JSON object such as {"text": "..."}')
+
+
 def _read_csv(path: Path, report: Report) -> Iterator[tuple[int, dict[str, Any]]]:
     csv.field_size_limit(LONGEST_LINE)
-    lines = (line for _, line in read_lines(path, report))
+    dialect = {"strict": True, "skipinitialspace": True}
     if text_suffix(path) == ".tsv":
-        reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-    else:
-        reader = csv.reader(lines, strict=True)
+        dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    lines = read_lines(path, report)
+    again: deque[tuple[int, str]] = deque()  # lines to read once more
+    row_lines: list[tuple[int, str]] = []  # those of one row
 
+    def take_lines() -> Iterator[str]:
+        while line := again.popleft() if again else next(lines, None):
+            row_lines.append(line)
+            yield line[1]
+
+    reader = csv.reader(take_lines(), **dialect)
     header: list[str] = []
     with contextlib.suppress(csv.Error):
-        header = next(reader, [])
-    if not header or len(set(header)) < len(header):
+        header = [name.strip() for name in next(reader, [])]
+    names = [name for name in header if name]
+    if not names or len(set(names)) < len(names):
         raise UserError(f"{path}:1: the first line must name the columns, each once")
     while True:
+        row_lines.clear()
         try:
             row = next(reader)
             if row and len(row) != len(header):
@@ -128,39 +203,54 @@ def _read_csv(path: Path, report: Report) -> Iterator[tuple[int, dict[str, Any]]
         except StopIteration:
             return
         except csv.Error as error:
-            report(UserError(f"{path}:{reader.line_num}: {error}"))
+            # a quote that is not closed has swallowed the lines after the first: read them again
+            (number, line), *rest = row_lines
+            hint = "a quote is not closed: " if rest and line.count('"') % 2 else ""
+            report(UserError(f"{path}:{number}: {hint}{error}"))
+            again.extendleft(reversed(rest))
+            reader = csv.reader(take_lines(), **dialect)
             continue
         if row:
-            yield reader.line_num, dict(zip(header, row, strict=True))
+            fields = zip(header, row, strict=True)
+            yield row_lines[0][0], {name: value for name, value in fields if name}
 
 
-def read_documents(path: Path) -> Iterator[str]:
+def read_documents(path: Path, text_column: str | None = None) -> Iterator[str]:
     """Read the documents of a file, each of at most LONGEST_DOCUMENT characters.
 
-    In a table the documents are the column or field `text`. In plain text, blank lines separate
-    documents; in a file without blank lines, each line is a document.
+    In a table the documents are the column `text_column`, by default "text" in small or capital
+    letters. In plain text, blank lines separate documents; in a file of lines, where blank lines
+    are missing or rare, each line is a document.
     """
-    is_table = text_suffix(path) in TABLE_SUFFIXES
-    for document in _read_column(path) if is_table else _read_plain_text(path):
+    is_table = table_format(path) is not None
+    for document in _read_column(path, text_column) if is_table else _read_plain_text(path):
         for start in range(0, len(document) or 1, LONGEST_DOCUMENT):
             yield document[start : start + LONGEST_DOCUMENT]
 
 
-def _read_column(path: Path) -> Iterator[str]:
+def _read_column(path: Path, column: str | None) -> Iterator[str]:
     for number, row in read_table(path):
-        if not isinstance(row.get("text"), str):
+        names = [name for name in row if name == column or (not column and name.lower() == "text")]
+        if not names or not isinstance(row[names[0]], str):
             fields = ", ".join(map(repr, row)) or "none"
-            raise UserError(f"{path}:{number}: no text in field 'text'; the fields are {fields}")
-        yield row["text"]
+            problem = f"no text in field {column or 'text'!r}; the fields are {fields}"
+            raise UserError(f"{path}:{number}: {problem}; --text-column names another")
+        yield row[names[0]]
 
 
 def _read_plain_text(path: Path) -> Iterator[str]:
-    has_blank_lines = len(list(itertools.islice(_paragraphs(path), 2))) > 1
+    is_blank = [
+        line.isspace()
+        for _, line in itertools.islice(read_lines(path, in_pieces=True), FIRST_LINES)
+    ]
+    n_paragraphs = sum(not blank for blank, _ in itertools.groupby(is_blank))
+    mean_length = is_blank.count(False) / max(1, n_paragraphs)  # in lines
+    has_paragraphs = n_paragraphs > 1 and mean_length <= LONGEST_PARAGRAPH
     for lines in _paragraphs(path):
         document = ""
         for line in lines:
             is_long = len(document) + len(line) > LONGEST_DOCUMENT
-            if document and (is_long or not has_blank_lines):
+            if document and (is_long or not has_paragraphs):
                 yield document
                 document = ""
             document += line
@@ -178,6 +268,8 @@ def _paragraphs(path: Path) -> Iterator[Iterator[str]]:
 def find_files(paths: Iterable[str]) -> list[Path]:
     """List the files among `paths`, and the .txt files and tables in the folders among them.
 
+    In a folder, hidden files and what macOS adds to archives are left out.
+
     Raises:
         UserError: A path does not exist, is no regular file, or is a folder without text files.
     """
@@ -186,8 +278,12 @@ def find_files(paths: Iterable[str]) -> list[Path]:
     for path in map(Path, paths):
         if not os.path.exists(path):
             raise UserError(f"{path}: no such file or folder")
-        inside = [path] if path.is_file() else sorted(path.rglob("*"))
-        inside = [p for p in inside if p.is_file() and (p == path or text_suffix(p) in suffixes)]
+        inside = [path]
+        if not path.is_file():
+            inside = [
+                p for p in sorted(path.rglob("*")) if p.is_file() and text_suffix(p) in suffixes
+            ]
+            inside = [p for p in inside if not HIDDEN.search(f"/{p.relative_to(path).as_posix()}")]
         if not inside:
             names = ", ".join(suffixes)
             raise UserError(f"{path}: no regular file, and no folder of {names} (or .gz of one)")

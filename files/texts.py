@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from files.columns import N_GUESS_ROWS, Columns, Item, choose_columns, to_items
 from files.disk import UserError
-from files.readers import TABLE_SUFFIXES, Report, read_lines, read_table, text_suffix
+from files.readers import TABLE_SUFFIXES, Report, read_lines, read_table, table_format
 
 
 def read_items(args: argparse.Namespace, report: Report) -> Iterator[Item]:
@@ -30,7 +30,7 @@ def read_items(args: argparse.Namespace, report: Report) -> Iterator[Item]:
 
 def _read_all(args: argparse.Namespace, report: Report) -> Iterator[Item]:
     path = args.file
-    is_table = path is not None and text_suffix(path) in TABLE_SUFFIXES
+    is_table = path is not None and table_format(path) is not None
     if not is_table and (args.text_column or args.pair_column):
         suffixes = ", ".join(TABLE_SUFFIXES)
         raise UserError(f"--text-column and --pair-column belong to a --file of {suffixes}")

@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import inspect
 import itertools
-import math
 import os
 import shutil
 import sys
@@ -22,24 +21,29 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from files.disk import CACHE, UserError, to_json, using_cache, write_file
-from files.readers import find_files, read_documents, text_suffix
+from files.readers import TABLE_SUFFIXES, find_files, read_documents, table_format, text_suffix
 from files.reviews import fetch_reviews, load_reviews
 from files.tokenizer import train_tokenizer
 
 TOKENIZER_SAMPLE = 10**8  # bytes the tokenizer is trained on; more do not change its vocabulary
-VALIDATION_SHARE = 0.01  # of the documents of each part of the corpus
 BATCH = 64  # documents that are tokenized at once; a longest one takes 20 MB
-CACHE_FORMAT = "4"  # part of every key: raised when the layout of the cache changes
+CACHE_FORMAT = "5"  # part of every key: raised when the layout of the cache changes
 
 
 @using_cache()
-def prepare(paths: list[str], vocab_size: int, tokenizer: Tokenizer | None = None) -> Path:
+def prepare(
+    paths: list[str],
+    vocab_size: int,
+    tokenizer: Tokenizer | None = None,
+    text_column: str | None = None,
+) -> Path:
     """Tokenize a corpus once, and return its folder of the cache.
 
     Args:
         paths: files, folders, "-" for standard input; empty for the default corpus.
         vocab_size: of a tokenizer that is trained on the text, if the text fills it.
         tokenizer: that of an earlier model, used instead of a new one.
+        text_column: of the tables among the files, see `read_documents`.
     """
     CACHE.mkdir(parents=True, exist_ok=True)
     if "-" in paths:  # a corpus is read more than once, so it has to be a file
@@ -48,17 +52,21 @@ def prepare(paths: list[str], vocab_size: int, tokenizer: Tokenizer | None = Non
             with open(stdin_file, "wb") as copy:
                 shutil.copyfileobj(sys.stdin.buffer, copy)
             paths = [str(stdin_file) if path == "-" else path for path in paths]
-            return prepare(paths, vocab_size, tokenizer)
+            return prepare(paths, vocab_size, tokenizer, text_column)
 
     files = find_files(paths)
+    if text_column and not any(map(table_format, files)):
+        suffixes = ", ".join(TABLE_SUFFIXES)
+        raise UserError(f"--text-column {text_column}: it belongs to a --corpus of {suffixes}")
+
     # a fork that trains another tokenizer must not find the tokens of the old one
     source = tokenizer.to_str() if tokenizer else inspect.getsource(train_tokenizer)
-    key = _digest(files or [fetch_reviews()], f"{vocab_size} {source}")
+    key = _digest(files or [fetch_reviews()], f"{vocab_size} {text_column} {source}")
     folder = CACHE / f"tokens-{key}"
     if not folder.exists():
         with tempfile.TemporaryDirectory(dir=CACHE) as work:
-            tokenizer = tokenizer or _train_on_sample(files, vocab_size)
-            _write_tokens(Path(work) / "new", _read_parts(files), tokenizer)
+            tokenizer = tokenizer or _train_on_sample(files, text_column, vocab_size)
+            _write_tokens(Path(work) / "new", _read_parts(files, text_column), tokenizer)
             with contextlib.suppress(OSError):  # another process wrote the same content first
                 os.rename(Path(work) / "new", folder)
     return folder
@@ -77,10 +85,10 @@ def _digest(files: list[Path], source: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def _read_parts(files: list[Path]) -> list[Iterable[str]]:
+def _read_parts(files: list[Path], text_column: str | None) -> list[Iterable[str]]:
     """All documents of files; without files, those of each collection and class of the reviews."""
     if files:
-        return [itertools.chain.from_iterable(map(read_documents, files))]
+        return [itertools.chain.from_iterable(read_documents(f, text_column) for f in files)]
     texts: dict[tuple[str, str], list[str]] = {}
     for name, splits in load_reviews().items():
         for text, label in splits["train"]:
@@ -88,25 +96,24 @@ def _read_parts(files: list[Path]) -> list[Iterable[str]]:
     return list(texts.values())
 
 
-def _train_on_sample(files: list[Path], vocab_size: int) -> Tokenizer:
+def _train_on_sample(files: list[Path], text_column: str | None, vocab_size: int) -> Tokenizer:
     print(f"training a tokenizer of up to {vocab_size:,} word pieces", flush=True)
     n_bytes = sum(file.stat().st_size for file in files)
     share = TOKENIZER_SAMPLE / max(1, n_bytes)
     rng = np.random.default_rng(0)
-    documents = itertools.chain.from_iterable(_read_parts(files))
+    documents = itertools.chain.from_iterable(_read_parts(files, text_column))
     return train_tokenizer((text for text in documents if rng.random() < share), vocab_size)
 
 
 def _write_tokens(folder: Path, parts: list[Iterable[str]], tokenizer: Tokenizer) -> None:
-    """Write a folder of the cache; the last documents of each part are for validation."""
+    """Write a folder of the cache."""
     folder.mkdir()
     vocab_size = tokenizer.get_vocab_size()
     counts = np.zeros(vocab_size, dtype=np.int64)
     n_documents = 0
-    bounds = []  # of each part: its first document, its first validation document, its end
+    part_ends = []  # in tokens
     with open(folder / "tokens.bin", "wb") as tokens, open(folder / "lengths.bin", "wb") as lengths:
         for part in parts:
-            first = n_documents
             documents = iter(tqdm(part, "tokenizing", unit=" documents", disable=None, leave=False))
             while texts := list(itertools.islice(documents, BATCH)):
                 encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
@@ -116,9 +123,7 @@ def _write_tokens(folder: Path, parts: list[Iterable[str]], tokenizer: Tokenizer
                 lengths.write(np.array([len(row) for row in rows], dtype=np.int32))
                 counts += np.bincount(ids, minlength=vocab_size)
                 n_documents += len(rows)
-            n_in_part = n_documents - first
-            n_validation = math.ceil(VALIDATION_SHARE * n_in_part) if n_in_part > 1 else 0
-            bounds.append([first, n_documents - n_validation, n_documents])
+            part_ends.append(int(counts.sum()))
         for file in (tokens, lengths):  # on the disk before the folder gets its name
             file.flush()
             os.fsync(file.fileno())
@@ -128,7 +133,7 @@ def _write_tokens(folder: Path, parts: list[Iterable[str]], tokenizer: Tokenizer
         raise UserError("the corpus has no text")
     np.save(folder / "counts.npy", counts)
     write_file(folder / "tokenizer.json", tokenizer.to_str().encode())
-    write_file(folder / "about.json", to_json({"n_tokens": n_tokens, "parts": bounds}))
+    write_file(folder / "about.json", to_json({"n_tokens": n_tokens, "part_ends": part_ends}))
     sizes = f"{n_tokens:,} tokens in {n_documents:,} documents"
     print(f"{sizes}; vocabulary: {vocab_size:,} word pieces", flush=True)
 

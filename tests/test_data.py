@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 import sys
 from types import SimpleNamespace
 
@@ -48,18 +49,15 @@ def documents_of(corpus: Corpus, windows: data.Windows) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def unique(tmp_path_factory):
-    """(token cache, {token: (document, position)}) of a corpus that holds each token once.
-
-    Only the last document, which is held out, repeats all of them, in another order.
-    """
+    """(token cache, {token: (document, position)}) of a corpus that holds each token once."""
     rng = np.random.default_rng(0)
     syllables = ["".join(pair) for pair in itertools.product("bdfgklmnprstvz", "aeiou")]
     pairs = itertools.product(syllables[:40], syllables[:40])
     words = rng.permutation(["".join(pair) for pair in pairs])
     cuts = np.cumsum(rng.integers(1, 60, size=40))
     documents = [" ".join(part) for part in np.split(words[: cuts[-1]], cuts[:-1])]
-    held_out = " ".join(rng.permutation(words[: cuts[-1]]))
-    folder = tokenized(tmp_path_factory.mktemp("unique") / "a.txt", [*documents, held_out])
+    tokenizer = train_tokenizer([" ".join(words)] * 2, 4000)
+    folder = tokenized(tmp_path_factory.mktemp("unique") / "a.txt", documents, tokenizer=tokenizer)
     rows = token_rows(Corpus(folder, MAX_LEN, ROW, 0), documents)
     positions = {token: (i, j) for i, row in enumerate(rows) for j, token in enumerate(row)}
     assert len(positions) == sum(map(len, rows)) == cuts[-1]
@@ -506,7 +504,7 @@ def reviews(tmp_path, cache, monkeypatch):
 
 def test_validation_is_of_all_parts_of_the_corpus_and_the_same_for_every_run(reviews, monkeypatch):
     """Even where more is held out than is validated on."""
-    monkeypatch.setattr(token_cache, "VALIDATION_SHARE", 0.2)
+    monkeypatch.setattr(data, "VALIDATION_SHARE", 0.2)
     monkeypatch.setattr(data, "VALIDATION_TOKENS", 1024)
     monkeypatch.setattr(data, "VALIDATION_CHUNK", 256)
     folder = prepare([], 400)
@@ -634,12 +632,62 @@ def test_documents_of_one_word(tmp_path):
         assert sum(map(len, windows)) == 64 and min(map(len, windows)) >= 3
 
 
-def test_of_a_single_document_the_end_is_held_out(tmp_path):
-    folder = tokenized(tmp_path / "a.txt", [" ".join(sentences(200, 7))])
+@pytest.mark.parametrize("sizes", [[200], [100, 100], [5, 195], [195, 5], [1] * 200, [9] * 22])
+def test_one_percent_of_the_tokens_is_held_out_at_the_end(tmp_path, sizes):
+    """Whatever the number and the lengths (in sentences) of the documents."""
+    lines = iter(sentences(200, 7))
+    documents = [" ".join(itertools.islice(lines, size)) for size in sizes]
+    folder = tokenized(tmp_path / "a.txt", documents)
     corpus = Corpus(folder, MAX_LEN, ROW, seed=0)
-    assert 0 < len(corpus.held_out) <= 0.02 * len(corpus.train) + 1
+    share = corpus.held_out.length.sum() / len(corpus.tokens)
+    assert 0.01 - MAX_LEN / len(corpus.tokens) <= share <= 0.01
     assert (corpus.train.start + corpus.train.length).max() == corpus.held_out.start.min()
     assert len(corpus.batch(5, 0, 1, 0.3).ids) == ROW and len(corpus.validation_batches()) > 0
+
+
+def test_of_two_windows_one_is_held_out_and_a_single_one_is_refused(tmp_path):
+    text = " ".join(sentences(12, 3))
+    folder = tokenized(tmp_path / "a.txt", [text])
+    n_tokens = len(Corpus(folder, MAX_LEN, 64, seed=0, mask="even").tokens)
+    corpus = Corpus(folder, n_tokens, 64, seed=0)
+    assert (len(corpus.train), len(corpus.held_out)) == (1, 1)
+    with pytest.raises(UserError, match=r"single window: .*--max-len"):
+        Corpus(folder, n_tokens + 2, 64, seed=0)
+
+
+@pytest.mark.parametrize("places", [[200], [3], [100, 300, 301]])
+def test_a_stray_blank_line_leaves_lines_documents(tmp_path, places):
+    lines = sentences(400, 8)
+    for place in places:
+        lines.insert(place, " ")
+    path = tmp_path / "a.txt"
+    path.write_text("\n".join(lines))
+    assert len(Corpus(prepare([str(path)], 400), MAX_LEN, ROW, 0).document_ends) == 400
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json"])
+def test_a_column_of_text_is_named_or_called_text(tmp_path, cache, name):
+    path = tmp_path / name
+    for header, flag in (("Text", None), ("TEXT", None), ("text", None), ("body", "body")):
+        rows = [{header: text, "other": "x"} for text in sentences(50, 9)]
+        lines = [f"{header},other", *(f'"{row[header]}",x' for row in rows)]
+        content = "\n".join(map(json.dumps, rows)) if "js" in name else "\n".join(lines)
+        path.write_text(content)
+        corpus = Corpus(prepare([str(path)], 400, text_column=flag), MAX_LEN, ROW, seed=0)
+        decoded = corpus.tokenizer.decode(corpus.tokens.tolist())
+        assert len(corpus.document_ends) == 50 and "other" not in decoded
+    with pytest.raises(
+        UserError, match=f"{name}:.* 'text'; the fields are 'body', 'other'; --text"
+    ):
+        prepare([str(path)], 400)
+    prepare([str(path)], 400, text_column="other")
+    assert len(list(cache.iterdir())) == 5  # one per header and flag
+
+
+def test_a_text_column_without_tables_is_refused(tmp_path, cache):
+    (tmp_path / "a.txt").write_text("a\nb\n")
+    with pytest.raises(UserError, match=r"^--text-column body: .*--corpus of .jsonl"):
+        prepare([str(tmp_path / "a.txt")], 400, text_column="body")
 
 
 def test_sampled_texts_are_windows_of_the_training_text(prose):
@@ -689,14 +737,14 @@ def test_a_text_that_cannot_be_read_leaves_nothing_in_the_cache(tmp_path, cache)
 
 
 def test_the_default_corpus_is_its_training_blocks(reviews):
-    """Of each class the last documents are held out, and no test text is tokenized."""
+    """Of each class the last windows are held out, and no test text is tokenized."""
     corpus = Corpus(prepare([], 400), MAX_LEN, ROW, seed=0)
     assert "secret" not in corpus.tokenizer.decode(corpus.tokens.tolist())
     rows = token_rows(corpus, [text for part in reviews for text in part])
     assert corpus.tokens.tolist() == [token for row in rows for token in row]
-    held_out = {150 * part + i for part in range(4) for i in (148, 149)}
-    assert set(documents_of(corpus, corpus.held_out).tolist()) == held_out
-    assert set(documents_of(corpus, corpus.train).tolist()) == {*range(600)} - held_out
+    last_two = {150 * part + i for part in range(4) for i in (148, 149)}
+    held_out = set(documents_of(corpus, corpus.held_out).tolist())
+    assert {149, 299, 449, 599} <= held_out <= last_two
     assert corpus.train.length.sum() + corpus.held_out.length.sum() == len(corpus.tokens)
 
 

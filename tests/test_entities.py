@@ -86,7 +86,7 @@ def test_columns_and_jsonl_hold_the_same_sentences(tmp_path):
         assert [([w.text for w in s], [w.label for w in s]) for s in read] == sentences
         train, test = load(path, None)
         assert (len(train), len(test)) == (16, 4)
-        assert train.names == ["O", "B-LOC", "B-PER", "I-LOC"]
+        assert train.names == ["O", "B-LOC", "B-PER", "I-LOC", "I-PER"]
         assert list(zip(test.words, test.targets, strict=True)) == sentences[16:]
 
 
@@ -96,7 +96,8 @@ def test_columns_and_jsonl_hold_the_same_sentences(tmp_path):
         ("a B-X\nb\n", ":2: one column"),
         ("a B-X\nb PER\n", ":2: tag 'PER'"),
         ("a B-\n", ":1: tag 'B-'"),
-        ("a E-X\n", ":1: tag 'E-X'"),
+        ("a Q-X\n", ":1: tag 'Q-X'"),
+        ("a B-X\n", "there is no example to hold out"),
         ("a O\nb O\n", "nothing to learn"),
         ("\n\n", "no sentences"),
         ("", "no sentences"),
@@ -106,7 +107,8 @@ def test_bad_columns(tmp_path, content, message):
     (tmp_path / "a.conll").write_text(content)
     with pytest.raises(UserError) as error:
         load(tmp_path / "a.conll", None)
-    assert str(error.value).startswith(str(tmp_path / "a.conll")) and message in str(error.value)
+    assert str(error.value).startswith((str(tmp_path / "a.conll"), "there is no example"))
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +127,8 @@ def test_bad_columns(tmp_path, content, message):
             {"words": ["a", 3], "tags": ["O", "O"]},
             ":2: the fields 'words' and 'tags' must be equally long lists",
         ),
-        ({"words": ["a"], "tags": ["S-X"]}, ":2: tag 'S-X' is none of O, B-TYPE and I-TYPE"),
+        ({"words": ["a"], "tags": ["Q-X"]}, ":2: tag 'Q-X' is none of O, B-TYPE and I-TYPE"),
+        ({"tokens": ["a"], "ner_tags": [3]}, ":2: .* the tags by name, such as B-PER"),
     ),
 )
 def test_bad_rows(tmp_path, row, message):
@@ -185,6 +188,72 @@ def test_a_text_is_split_into_words_as_its_tokenizer_splits_it(make):
     words = [text[start:end] for start, end in word_spans(text, make(long_word_documents()))]
     comma = ["dom,"] if make is sentencepiece else ["dom", ","]
     assert words == ["bal", *comma, "kist"]
+
+
+ENTITIES = [("PER", 1, 1), ("PER", 2, 4), ("LOC", 5, 6), ("LOC", 8, 8)]
+SCHEMES = {  # of these entities of nine words
+    "IOB2": "O B-PER B-PER I-PER I-PER B-LOC I-LOC O B-LOC",
+    "IOB1": "O I-PER B-PER I-PER I-PER I-LOC I-LOC O I-LOC",
+    "BIOES": "O S-PER B-PER I-PER E-PER B-LOC E-LOC O S-LOC",
+    "BILOU": "O U-PER B-PER I-PER L-PER B-LOC L-LOC O U-LOC",
+    "BMES": "O S-PER B-PER M-PER E-PER B-LOC E-LOC O S-LOC",
+}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_all_schemes_of_tags_are_the_same_entities(tmp_path, scheme):
+    tags = SCHEMES[scheme].split()
+    rows = [(list("abcdefghi"), tags)]
+    json_path = tmp_path / "a.json"
+    json_path.write_text(json.dumps([{"tokens": rows[0][0], "ner_tags": tags}]))
+    for path in (write_conll(tmp_path / "a.conll", rows), json_path):
+        train, _ = load(path, path)
+        assert train.targets == [SCHEMES["IOB2"].split()]
+        assert entities.entities_of(train.targets[0]) == ENTITIES
+
+
+# A sentence of a file (words, tags), the same as running text, and its entities.
+RUNNING_TEXT = {
+    "English": (
+        [("The", "O"), ("U.S.", "B-LOC"), ("won", "O"), ("vs.", "O"), ("Coca-Cola", "B-ORG")],
+        "The U.S. won vs. Coca-Cola",
+    ),
+    "Chinese words": ([("王芳", "B-PER"), ("去", "O"), ("上海市", "B-LOC")], "王芳去上海市"),
+    "Chinese characters": (
+        [("王", "B-PER"), ("芳", "I-PER"), ("去", "O"), ("上", "B-LOC"), ("海", "I-LOC")],
+        "王芳去上海",
+    ),
+    "Japanese": (
+        [("私", "O"), ("は", "O"), ("さいたま市", "B-LOC"), ("へ", "O")],
+        "私はさいたま市へ",
+    ),
+    "Thai": ([("ฉัน", "O"), ("อยู่", "O"), ("กรุงเทพ", "B-LOC"), ("นี้", "O")], "ฉันอยู่กรุงเทพนี้"),
+    "Hindi": ([("राम", "B-PER"), ("दिल्ली", "B-LOC"), ("में", "O")], "राम दिल्ली में"),
+    "Hindi with danda": ([("में", "O"), ("दिल्ली", "B-LOC"), ("।", "O")], "में दिल्ली।"),
+    "Khmer": ([("ខ្ញុំ", "O"), ("នៅ", "O"), ("ភ្នំពេញ", "B-LOC")], "ខ្ញុំនៅភ្នំពេញ"),
+}
+
+
+@pytest.mark.parametrize("make", (wordpiece, byte_level_bpe, sentencepiece))
+@pytest.mark.parametrize("language", RUNNING_TEXT)
+def test_running_text_is_split_into_the_units_that_were_trained(make, language):
+    """Their targets, decoded as predictions are, are the entities of the file."""
+    pairs, text = RUNNING_TEXT[language]
+    words, tags = map(list, zip(*pairs, strict=True))
+    names = ["O", *(f"{letter}-{kind}" for letter in "BI" for kind in ("LOC", "ORG", "PER"))]
+    tokenizer = make([*long_word_documents(), *[f"{text} {' '.join(words)}"] * 9])
+    rows, first_pieces, _ = encode_words([words], tokenizer, 99)
+    [target] = token_targets(rows, first_pieces, TaggedDataset([words], [tags], names))
+    assert entities.word_tags(target, first_pieces[0], names) == tags
+
+    if language == "Hindi with danda" and make is not wordpiece:
+        return  # these tokenizers do not part the danda from a combining mark
+    spans = word_spans(text, tokenizer)
+    trained = [word[a:b] for word in words for a, b in word_spans(word, tokenizer)]
+    assert trained == [text[a:b] for a, b in spans]
+    unit_tags = [names[number] for number in target if number != entities.NOT_SCORED]
+    predicted = [text[spans[a][0] : spans[b][1]] for _, a, b in entities.entities_of(unit_tags)]
+    assert predicted == ["".join(words[a : b + 1]) for _, a, b in entities.entities_of(tags)]
 
 
 TAGS = st.sampled_from(["O", "B-A", "I-A", "B-B", "I-B"])

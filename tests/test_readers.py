@@ -27,7 +27,7 @@ def characters(without: str):
     )
 
 
-LINE = characters("\n").filter(str.strip)
+LINE = characters("\n\r").filter(str.strip)
 FIELD = st.text(" a\",'\r\n\t") | characters("")
 FIELDS = st.lists(st.tuples(FIELD, st.integers(0, 99)), min_size=1, max_size=6)
 FLAT_FIELDS = st.lists(st.tuples(characters("\t\n\r"), st.integers(0, 99)), min_size=1, max_size=6)
@@ -195,7 +195,7 @@ def test_messages_name_the_line(tmp_path, mistake):
                 assert not after or message in str(caught.value)
 
 
-@pytest.mark.parametrize("content", ["", "text,text\na,b\n", "\ntext\na\n"])
+@pytest.mark.parametrize("content", ["", ",\na,b\n", "text,text\na,b\n", "\ntext\na\n"])
 def test_a_table_without_column_names_is_refused(tmp_path, content):
     path = write(tmp_path, "a.csv", content)
     with pytest.raises(UserError, match=f"^{path}:1: .*columns"):
@@ -224,6 +224,138 @@ def test_a_line_longer_than_the_limit_is_cut_in_plain_text_alone(tmp_path, monke
     assert [document.strip() for document in documents] == ["12345678", "90123", "b", "c"]
     with pytest.raises(UserError, match=":2: a line of more than 8 characters"):
         list(read_documents(write(tmp_path, "a.csv", "text\n1234567890123\n")))
+
+
+RECORDS = [{"text": "one [1]"}, {"n": {"a": [3]}, "text": 'two "2"\n'}, {"text": "three, {3}"}]
+JSON_FORMS = {
+    "lines": "\n".join(map(json.dumps, RECORDS)),
+    "spaced lines": "\n \n  ".join(map(json.dumps, RECORDS)) + "\n",
+    "array": json.dumps(RECORDS),
+    "indented array": json.dumps(RECORDS, indent=2) + "\n",
+    "array of lines": "[\n" + ",\n".join(map(json.dumps, RECORDS)) + "\n]\n",
+    "ASCII-only array": json.dumps(RECORDS, ensure_ascii=True).replace("one", "\\u006fne"),
+}
+
+
+@pytest.mark.parametrize("form", JSON_FORMS)
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.txt", "a", "a.csv", "a.json.gz"])
+def test_json_is_recognized_by_its_content(tmp_path, form, name):
+    gz = name.endswith(".gz")
+    path = write(tmp_path, name.removesuffix(".gz"), JSON_FORMS[form], bom=form == "array", gz=gz)
+    assert list(read_documents(path)) == [record["text"] for record in RECORDS]
+    assert [row for _, row in read_table(path)] == RECORDS
+
+
+def test_rows_of_an_array_have_the_lines_where_they_begin(tmp_path):
+    path = write(
+        tmp_path, "a.json", json.dumps([{"text": "a", "n": i} for i in range(9)], indent=1)
+    )
+    assert [number for number, _ in read_table(path)] == [2 + 4 * i for i in range(9)]
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ("[]", None),
+        ("[ \n ]\n", None),
+        ('[{"text": "a"}', 1),
+        ('[{"text": "a"},\n{"text": "b"', 2),
+        ('[{"text": "a"}\n{"text": "b"}]', 2),
+        ('[{"text": "a"},\n\n"b"]', 3),
+        ('["a", "b"]', 1),
+        ('{\n "text": "a"\n}', 1),
+        ('{"data": [{"text": "a"}]}', 1),
+        ("a line of prose", 1),
+    ],
+)
+def test_json_of_another_form_is_refused_with_its_line(tmp_path, content, line):
+    path = write(tmp_path, "a.json", content)
+    if line is None:
+        assert list(read_documents(path)) == []
+        return
+    with pytest.raises(UserError, match=f"^{path}:{line}: (broken JSON|no text in field)"):
+        list(read_documents(path))
+
+
+@pytest.mark.parametrize(
+    "content", ['["No," he said, {and} left.\n', "{{title}}: a text\n", "[1] Go\n"]
+)
+def test_prose_with_brackets_is_prose(tmp_path, content):
+    assert list(read_documents(write(tmp_path, "a.txt", content))) == [content]
+
+
+def test_an_array_that_is_larger_than_what_is_read_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "LONGEST_LINE", 50)
+    records = [{"text": f"number {i}"} for i in range(100)]
+    for content in (json.dumps(records), json.dumps(records, indent=3)):
+        path = write(tmp_path, "a.json", content)
+        assert [row for _, row in read_table(path)] == records
+    with pytest.raises(UserError, match=":1: broken JSON"):
+        list(read_table(write(tmp_path, "a.json", '[{"text": "' + "long " * 40 + '"}]')))
+
+
+def unclosed(before: int, bad: str, after: list[str]) -> str:
+    return "text,label\n" + "fine,x\n" * before + bad + "\n" + "\n".join(after) + "\n"
+
+
+UNCLOSED = {  # (the bad line, the lines after it, rows of those)
+    "no other quote": ('"He said,x', ["a,x", "b,y"], 2),
+    "quoted rows after it": ('"He said,x', ['"a",x', '"b, c",y'], 2),
+    "in the second field": ('well,"He said', ['a,"x"', "b,y"], 2),
+    "the last line": ('"He said,x', [], 0),
+    "a row of two lines after it": ('"He said,x', ['"a\nb",x', "c,y"], 2),
+}
+
+
+@pytest.mark.parametrize("case", UNCLOSED)
+@pytest.mark.parametrize("n_before", [0, 30])
+def test_an_unclosed_quote_costs_its_own_line_alone(tmp_path, case, n_before):
+    bad, after, n_after = UNCLOSED[case]
+    path = write(tmp_path, "a.csv", unclosed(n_before, bad, after))
+    errors = []
+    rows = list(read_table(path, errors.append))
+    assert [str(error).split(": ")[0] for error in errors] == [f"{path}:{n_before + 2}"]
+    assert len(rows) == n_before + n_after
+    assert [number for number, _ in rows][n_before:][:1] == [n_before + 3] * bool(n_after)
+
+
+def test_columns_without_a_name_are_left_out_and_spaces_after_commas_do_not_count(tmp_path):
+    path = write(tmp_path, "a.csv", 'v1, "v2", ,,\nham, "so, so",,,\nspam,win,x,,\n')
+    rows = [row for _, row in read_table(path)]
+    assert rows == [{"v1": "ham", "v2": "so, so"}, {"v1": "spam", "v2": "win"}]
+    path = write(tmp_path, "a.tsv", "\t text\n0\ta\n")  # as pandas writes its index
+    assert [row for _, row in read_table(path)] == [{"text": "a"}]
+
+
+@pytest.mark.parametrize("gz", [False, True])
+def test_old_mac_line_endings(tmp_path, gz):
+    path = write(tmp_path, "a.txt", "one\rtwo\rthree\r", gz=gz)
+    assert [d.strip() for d in read_documents(path)] == ["one", "two", "three"]
+    path = write(tmp_path, "a.csv", 'text,n\r"a, b",1\rc,2\r', gz=gz)
+    assert [row["text"] for _, row in read_table(path)] == ["a, b", "c"]
+    path = write(tmp_path, "a.jsonl", '{"text": "a"}\r{"text": "b"}', gz=gz)
+    assert list(read_documents(path)) == ["a", "b"]
+
+
+def test_hidden_files_of_a_folder_are_skipped(tmp_path):
+    folder = tmp_path / ".cache" / "corpus"  # what is above the folder does not count
+    for name in (
+        "a.txt",
+        "._a.txt",
+        ".git/b.txt",
+        "__MACOSX/c.txt",
+        "x/__MACOSX/._d.txt",
+        "x/e.txt",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("text")
+    files = find_files([str(folder)])
+    assert [str(file.relative_to(folder)) for file in files] == ["a.txt", "x/e.txt"]
+    assert find_files([str(folder / "._a.txt")]) == [folder / "._a.txt"]
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / ".hidden.txt").write_text("text")
+    with pytest.raises(UserError, match="no folder of"):
+        find_files([str(tmp_path / "only")])
 
 
 def test_folders_are_read_in_order_without_other_files(tmp_path):
