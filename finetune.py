@@ -236,7 +236,7 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
                 continue
             start_time = time.time()
             if method in BASELINES:
-                predictions[method] = fit_baseline(train, test, args.seed)
+                predictions[method] = fit_baseline(train, test, tokenizer, args.seed)
                 results[method] = report(method, test.targets, predictions[method], start_time)
                 continue
 
