@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from analysis import costs, experiment, plots, report
+from analysis.baselines import pretraining_corpus
 from analysis.experiment import METHODS, Setup, plan_runs
 from analysis.results import Plan, Results, Table
 from files import disk, model_folder, run_folder
@@ -120,6 +121,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         plan: Plan = {}
         for i, model in enumerate(models):
             for method in args.methods:
+                if method == "spectral" and not pretraining_corpus(models[model]):
+                    reason = "the tokens of its pretraining are not in the cache"
+                    print(f"{model}: spectral is left out: {reason}", file=sys.stderr)
+                    continue
                 is_pretrained = method in ("pretrained", "frozen")
                 if is_pretrained or i == 0:  # the others do not depend on the weights
                     name = f"{model}, {method}" if is_pretrained and len(models) > 1 else method

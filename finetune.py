@@ -233,7 +233,7 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
                 continue
             start_time = time.time()
             if method in BASELINES:
-                predictions[method] = fit_baseline(train, test, args.seed)
+                predictions[method] = fit_baseline(train, test, tokenizer, args.seed)
             elif method == WITH_NGRAMS:
                 network = predictions["pretrained"]
                 both = add_ngrams(args.out, rows, train, test_rows, network, args.seed)

@@ -1,4 +1,4 @@
-"""Baselines: linear models of words and word pairs, of latent semantics, of given features.
+"""Baselines: linear models of words and word pairs, latent semantics, word vectors, any features.
 
 A method is a function that returns its `fit` and the grid of its choices. `fit(choice, train_idx,
 eval_idx)` learns from some examples and scores others. Scores are probabilities (examples,
@@ -7,6 +7,9 @@ classes), or for regression the predicted numbers (examples,).
 
 import functools
 import json
+import re
+import sys
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse import csr_matrix, issparse
+from scipy.sparse import csr_array, csr_matrix, issparse
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer, TfidfVectorizer
@@ -22,6 +25,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import normalize
+from tokenizers import Tokenizer, pre_tokenizers
 
 from data import Corpus
 from files import model_folder
@@ -37,18 +41,27 @@ NGRAM_GRID = (
     *(("nbsvm", 0.01), ("nbsvm", 0.1), ("nbsvm", 0.3), ("nbsvm", 1.0), ("nbsvm", 3.0)),
 )
 RIDGE_GRID = tuple(("ridge", c) for c in (0.1, 0.3, 1.0, 3.0, 10.0))
-BAG_OF_WORDS_GRID = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
-LSA_WIDTHS = (100, 256, 512)
-LSA_GRID = tuple((width, c) for width in LSA_WIDTHS for c in (1.0, 10.0))
+LSA_WIDTHS = (32, 64, 128, 256, 512, 1024)
+LSA_GRID = tuple(
+    (width, c) for width in LSA_WIDTHS for c in (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+)
 LSA_WINDOWS = 50_000
+SPECTRAL_GRID = tuple((w, c) for w in ("plain", "sif") for c in (0.01, 0.1, 1.0, 10.0, 100.0, 1e3))
+SIF = 1e-3  # the word frequency at which SIF halves the weight (Arora et al. 2017, section 4.1)
 HEAD_C = 1e-3  # fine-tuning from a head that fits better ends lower
-WORD = r"(?u)\b\w+\b"  # scikit-learn's own pattern ignores words of one letter
+LONGEST_WORD = 32  # characters
+# Scripts that are written without spaces (Thai to Khmer, kana, Chinese), and emoji.
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2600-\u27bf\u3040-\u30ff\u3400-\u9fff"
+UNSPACED += "\uff66-\uff9f\U0001f000-\U0001faff\U00020000-\U0003ffff"
 
 Fit = Callable[[Any, np.ndarray, np.ndarray], np.ndarray]
 
 
 def fit_baseline(
-    train: LabeledDataset | TaggedDataset, test: LabeledDataset | TaggedDataset, seed: int
+    train: LabeledDataset | TaggedDataset,
+    test: LabeledDataset | TaggedDataset,
+    tokenizer: Tokenizer,
+    seed: int,
 ) -> Any:
     """Fit `ngrams`, or for token labels the most frequent tag of each word.
 
@@ -58,7 +71,7 @@ def fit_baseline(
     if isinstance(train, TaggedDataset):
         return most_frequent_tags(train, test.words)
     examples = concatenate(train, test)
-    fit, grid = ngrams(examples, seed)
+    fit, grid = ngrams(examples, tokenizer, seed)
     choice, _ = choose(fit, grid, train)
     train_idx, test_idx = np.split(np.arange(len(examples)), [len(train)])
     return torch.from_numpy(fit(choice, train_idx, test_idx))
@@ -93,13 +106,13 @@ def goodness(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------- the methods
 
 
-def ngrams(examples: LabeledDataset, seed: int) -> tuple[Fit, Sequence]:
+def ngrams(examples: LabeledDataset, tokenizer: Tokenizer, seed: int) -> tuple[Fit, Sequence]:
     """The better of two linear classifiers of unigrams and bigrams; for numbers, ridge regression.
 
     One is logistic regression on TF-IDF, the other NB-SVM (Wang & Manning 2012, section 2.3) with
     logistic regression as its classifier, each of one class against the rest.
     """
-    counts = count_words(examples, ngram_range=(1, 2), token_pattern=WORD)
+    counts = count_ngrams(examples.joined_texts(), tokenizer)
 
     def fit(choice: tuple, train_idx: np.ndarray, eval_idx: np.ndarray) -> np.ndarray:
         variant, c = choice
@@ -133,81 +146,148 @@ class LogCountRatio(TransformerMixin, BaseEstimator):
         return (counts > 0).multiply(self.ratio).tocsr()
 
 
-def bag_of_words(examples: LabeledDataset) -> tuple[Fit, Sequence]:
-    """A linear model of the TF-IDF of the words of the training texts."""
-    counts = count_words(examples)
-
-    def fit(c: float, train_idx: np.ndarray, eval_idx: np.ndarray) -> np.ndarray:
-        linear = linear_model(examples.names is not None, c)
-        model = make_pipeline(TfidfTransformer(sublinear_tf=True), linear)
-        return fit_and_score(model, counts, examples, train_idx, eval_idx)
-
-    return fit, BAG_OF_WORDS_GRID
-
-
-def lsa(examples: LabeledDataset, n_train: int, pretrained: Path) -> tuple[Fit, Sequence]:
+def lsa(
+    examples: LabeledDataset, n_train: int, pretrained: Path, tokenizer: Tokenizer
+) -> tuple[Fit, Sequence]:
     """A linear model of the first components of document vectors, whose number is chosen too."""
     texts = examples.joined_texts()
-    vectors = document_vectors(texts, texts[:n_train], pretrained)
-
-    def fit(choice: tuple, train_idx: np.ndarray, eval_idx: np.ndarray) -> np.ndarray:
-        width, c = choice
-        model = linear_model(examples.names is not None, c)
-        return fit_and_score(model, normalize(vectors[:, :width]), examples, train_idx, eval_idx)
-
-    return fit, LSA_GRID
+    vectors = document_vectors(texts, texts[:n_train], pretrained, tokenizer)
+    grid = [(width, c) for width, c in LSA_GRID if width < 2 * vectors.shape[1]]
+    return fit_linear(lambda width: normalize(vectors[:, :width]), examples), grid or LSA_GRID[:1]
 
 
-def document_vectors(texts: list[str], labelled: list[str], pretrained: Path) -> np.ndarray:
+def document_vectors(
+    texts: list[str], labelled: list[str], pretrained: Path, tokenizer: Tokenizer
+) -> np.ndarray:
     """Latent semantic analysis of texts, (texts, components): TF-IDF and its truncated SVD.
 
     Args:
         labelled: The texts to fit on if the text of the pretraining cannot be used.
         pretrained: The folder of the pretrained model, whose metrics.json names this text.
     """
+    corpus = pretraining_corpus(pretrained)
+    model = latent_semantics_of(corpus) if corpus else fit_latent_semantics(labelled, tokenizer)
+    return model.transform(texts) if model else np.zeros((len(texts), 0))
+
+
+@functools.lru_cache(2)
+def pretraining_corpus(pretrained: Path, max_len: int = 256) -> Corpus | None:
+    """The text that a run of train.py learned from; None where it is not in the cache, of another
+    version, or of a single window."""
     path = pretrained / "metrics.json"
     with model_folder.reading(path):
         metrics = json.loads(path.read_bytes()) if path.is_file() else {}
-        cache = CACHE / metrics.get("tokens_folder", "none")
+        folder = CACHE / metrics.get("tokens_folder", "none")
     try:
-        model = latent_semantics_of(cache)
-    except (UserError, ValueError):  # not in the cache, of another version, of one window
-        model = fit_latent_semantics(labelled)
-    return model.transform(texts)
+        return Corpus(folder, max_len, micro_batch_tokens=1, seed=0, mask="even")
+    except UserError:
+        return None
 
 
 @functools.lru_cache(1)  # an experiment embeds many draws of labels in one space
-def latent_semantics_of(cache: Path) -> Pipeline:
-    corpus = Corpus(cache, max_len=256, micro_batch_tokens=1, seed=0)
-    return fit_latent_semantics(corpus.sample_texts(LSA_WINDOWS, seed=0))
+def latent_semantics_of(corpus: Corpus) -> Pipeline | None:
+    return fit_latent_semantics(corpus.sample_texts(LSA_WINDOWS, seed=0), corpus.tokenizer)
 
 
-def fit_latent_semantics(texts: list[str]) -> Pipeline:
+def fit_latent_semantics(texts: list[str], tokenizer: Tokenizer) -> Pipeline | None:
     """TF-IDF of the texts, and its SVD with as many components as the widest choice has."""
-    min_df = 2 if len(texts) > 1000 else 1
     # the SVD in float64 takes longer and gives the same accuracies
-    tfidf = TfidfVectorizer(sublinear_tf=True, min_df=min_df, dtype=np.float32)
-    features = tfidf.fit_transform(texts)
-    width = min(max(LSA_WIDTHS), min(features.shape) - 1)
-    return make_pipeline(tfidf, TruncatedSVD(width, random_state=0).fit(features))
+    options = {"sublinear_tf": True, "min_df": 2 if len(texts) > 1000 else 1, "dtype": np.float32}
+    tfidf = TfidfVectorizer(**options, **count_words(tokenizer))
+    try:
+        features = tfidf.fit_transform(texts)
+        width = min(max(LSA_WIDTHS), min(features.shape) - 1)
+        return make_pipeline(tfidf, TruncatedSVD(width, random_state=0).fit(features))
+    except ValueError:
+        warn_once("lsa: fewer than two texts or words to learn from: it predicts a constant")
+        return None
+
+
+def spectral(examples: LabeledDataset, corpus: Corpus, d_model: int) -> tuple[Fit, Sequence]:
+    """A linear model of the mean of the vectors that `train.py` starts from, scaled to length 1.
+
+    The weight of a word is 1 or SIF's a / (a + frequency) (Arora et al. 2017, equation 1).
+    """
+    vectors = corpus.spectral_embedding(d_model)
+    frequencies = corpus.counts / len(corpus.tokens)
+    weights = {"plain": np.ones(len(vectors)), "sif": SIF / (SIF + frequencies)}
+    encodings = corpus.tokenizer.encode_batch_fast(
+        examples.joined_texts(), add_special_tokens=False
+    )
+    ids = [encoding.ids for encoding in encodings]
+    begins = np.cumsum([0, *map(len, ids)])
+    ones = np.ones(begins[-1], dtype=np.float32)
+    counts = csr_array(
+        (ones, np.concatenate(ids).astype(np.int32), begins), (len(ids), len(vectors))
+    )
+    features = {
+        name: normalize(counts @ (weight[:, None] * vectors)) for name, weight in weights.items()
+    }
+
+    return fit_linear(features.__getitem__, examples), SPECTRAL_GRID
 
 
 # ------------------------------------------------------------------------------- what they share
 
 
-def count_words(examples: LabeledDataset, **options) -> csr_matrix:
-    """How often each example has each word or n-gram, (examples, n-grams); the options are those
-    of CountVectorizer."""
-    texts = examples.joined_texts()
+def count_ngrams(texts: list[str], tokenizer: Tokenizer) -> csr_matrix:
+    """How often each text has each unigram and bigram, (texts, n-grams)."""
     try:
-        return CountVectorizer(**options).fit_transform(texts)
-    except ValueError:  # there is no word
+        return CountVectorizer(ngram_range=(1, 2), **count_words(tokenizer)).fit_transform(texts)
+    except ValueError:
+        warn_once("ngrams: the texts have no words: it predicts a constant")
         return csr_matrix((len(texts), 0))
+
+
+def count_words(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The options by which the vectorizers of scikit-learn count the words of `split_words`."""
+    return {"tokenizer": functools.partial(split_words, tokenizer), "token_pattern": None}
+
+
+def split_words(tokenizer: Tokenizer, text: str) -> list[str]:
+    """The words into which the tokenizer splits a text before it cuts them into pieces.
+
+    Where words have no spaces, these are characters. Punctuation counts only in texts that have
+    nothing else: it would not help the n-grams of sentences.
+    """
+    if tokenizer.normalizer:
+        text = tokenizer.normalizer.normalize_str(text)
+    pre_tokenizer = tokenizer.pre_tokenizer or pre_tokenizers.BertPreTokenizer()
+    spans = [span for _, span in pre_tokenizer.pre_tokenize_str(text)]
+    words = [part for start, end in spans for part in _split_unspaced(text[start:end].strip())]
+    return [word for word in words if not _is_punctuation(word)] or words
+
+
+@functools.lru_cache(2**16)
+def _split_unspaced(word: str) -> list[str]:
+    pattern = "." if len(word) > LONGEST_WORD else f"[{UNSPACED}]|[^{UNSPACED}]+"
+    return re.findall(pattern, word, re.DOTALL)
+
+
+@functools.lru_cache(2**16)
+def _is_punctuation(word: str) -> bool:
+    return all(unicodedata.category(character).startswith("P") for character in word)
+
+
+@functools.cache  # once, however many splits and draws
+def warn_once(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
 
 
 def linear_model(is_classification: bool, c: float) -> LogisticRegression | Ridge:
     """Logistic regression, or for numbers ridge regression, with inverse regularization c."""
     return LogisticRegression(C=c, max_iter=2000) if is_classification else Ridge(alpha=1 / c)
+
+
+def fit_linear(features_of: Callable[[Any], np.ndarray], examples: LabeledDataset) -> Fit:
+    """The `fit` of a linear model, whose choice is (variant of the features, C)."""
+
+    def fit(choice: tuple, train_idx: np.ndarray, eval_idx: np.ndarray) -> np.ndarray:
+        variant, c = choice
+        model = linear_model(examples.names is not None, c)
+        return fit_and_score(model, features_of(variant), examples, train_idx, eval_idx)
+
+    return fit
 
 
 def fit_and_score(

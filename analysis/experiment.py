@@ -28,7 +28,7 @@ PRETRAINED_RATES = (0.0, 1e-4, 3e-4)
 BERT_RATES = (0.0, 5e-5, 1e-4)
 RANDOM_WEIGHTS_RATES = (5e-4, 1e-3, 2e-3)
 MAX_CHOOSING = 2000  # examples on which networks are trained while the learning rate is chosen
-FROZEN_GRID = (1e-3, 1e-2, 0.1, 1.0)  # inverse regularization strengths C
+FROZEN_GRID = tuple(("mean", c) for c in (1e-3, 1e-2, 0.1, 1.0))  # C
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity, so that it can be a key of a cache
@@ -42,6 +42,11 @@ class Setup:
     device: torch.device
     dtype: torch.dtype
     out: Path
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """That of the first model, whose words all baselines count."""
+        return model_folder.load_model(next(iter(self.models.values()))).tokenizer
 
     @property
     def autocast(self) -> torch.autocast:
@@ -120,12 +125,15 @@ def frozen(examples: LabeledDataset, run: Run, setup: Setup) -> tuple[Fit, Seque
     network, tokenizer, max_len = load_classifier(run.model, setup)
     rows, _ = encode(examples, tokenizer, max_len)
     features = forward_all(network, rows, np.arange(len(rows)), setup.autocast, network.features)
+    return baselines.fit_linear(lambda _: features, examples), FROZEN_GRID
 
-    def fit(c: float, train_idx: np.ndarray, eval_idx: np.ndarray) -> np.ndarray:
-        model = baselines.linear_model(examples.names is not None, c)
-        return baselines.fit_and_score(model, features, examples, train_idx, eval_idx)
 
-    return fit, FROZEN_GRID
+def spectral(examples: LabeledDataset, run: Run, setup: Setup) -> tuple[Fit, Sequence]:
+    """Means of the word vectors that the pretraining started from."""
+    folder = setup.models[run.model]
+    config = model_folder.load_model(folder).config
+    corpus = baselines.pretraining_corpus(folder, config.max_len)
+    return baselines.spectral(examples, corpus, config.d_model)
 
 
 def load_classifier(model: str, setup: Setup) -> tuple[Classifier, Tokenizer, int]:
@@ -144,9 +152,9 @@ METHODS = {
     "pretrained": fine_tuning,
     "frozen": frozen,
     "random_weights": fine_tuning,
-    "ngrams": lambda examples, run, _: baselines.ngrams(examples, run.seed),
+    "ngrams": lambda examples, run, setup: baselines.ngrams(examples, setup.tokenizer, run.seed),
     "lsa": lambda examples, run, setup: baselines.lsa(
-        examples, run.labels, setup.models[run.model]
+        examples, run.labels, setup.models[run.model], setup.tokenizer
     ),
-    "bag_of_words": lambda examples, *_: baselines.bag_of_words(examples),
+    "spectral": spectral,
 }

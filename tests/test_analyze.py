@@ -136,7 +136,7 @@ def calls(monkeypatch):
 def flags_of(topics, model, out, *more):
     train, test = map(str, topics)
     flags = ["--model", str(model), "--train", train, "--test", test, "--out", str(out)]
-    flags += ["--dtype", "float32", "--seeds", "2", "--methods", "pretrained,frozen,bag_of_words"]
+    flags += ["--dtype", "float32", "--seeds", "2", "--methods", "pretrained,frozen,ngrams"]
     return [*flags, *more]
 
 
@@ -159,7 +159,7 @@ def test_whole_experiment(analysis):
     _, out, scores = analysis
     lines = read_results(out)
     assert len(lines) == 3 * 2 * 2  # methods, budgets, draws
-    assert set(scores) == {"pretrained", "frozen", "bag_of_words"}
+    assert set(scores) == {"pretrained", "frozen", "ngrams"}
     for method, cells in scores.items():
         accuracies = [
             float(line["accuracy"])
@@ -179,7 +179,7 @@ def test_whole_experiment(analysis):
         if (line["method"], line["labels"]) == ("frozen", "30")
     ]
     assert f" {np.mean(of_draws):.3f} |" in text
-    assert re.search(r"^\| bag_of_words \| \d+\.\d\d \|$", text, re.MULTILINE)
+    assert re.search(r"^\| ngrams \| \d+\.\d\d \|$", text, re.MULTILINE)
     assert "With 30 labels use " in text
 
 
@@ -213,11 +213,11 @@ def test_finished_runs_are_not_repeated(analysis, topics, calls):
 
 def test_a_stop_loses_only_the_run_that_was_stopped(analysis, topics, tmp_path, monkeypatch, calls):
     model, _, _ = analysis
-    flags = flags_of(topics, model, tmp_path, "--labels", "12", "--methods", "ngrams,bag_of_words")
+    flags = flags_of(topics, model, tmp_path, "--labels", "12", "--methods", "ngrams,spectral")
     run_method = experiment.run_method
 
     def stop(run, setup):
-        if run.method == "bag_of_words" and run.seed == 1:
+        if run.method == "spectral" and run.seed == 1:
             raise SystemExit(130)
         return run_method(run, setup)
 
@@ -238,7 +238,7 @@ def test_other_weights_or_labels_in_the_same_folder_are_another_result(
     model, out, _ = analysis
     out = shutil.copytree(out, tmp_path / "out")
     model = shutil.copytree(model, tmp_path / "model")
-    flags = [*flags_of(topics, model, out), "--labels", "12", "--methods", "bag_of_words"]
+    flags = [*flags_of(topics, model, out), "--labels", "12", "--methods", "ngrams"]
     analyze.main(flags)
     assert not calls  # the copy is the same model
 
@@ -267,13 +267,13 @@ def test_training_that_diverges_leaves_its_cell_out(
         return fine_tune(flags, data)
 
     monkeypatch.setattr(finetune, "main", diverge)
-    more = ["--labels", "12,30", "--methods", "pretrained,bag_of_words", "--seeds", "1"]
+    more = ["--labels", "12,30", "--methods", "pretrained,ngrams", "--seeds", "1"]
     scores = analyze.main(flags_of(topics, model, tmp_path, *more))
     assert set(scores["pretrained"]) == {12}
-    assert set(scores["bag_of_words"]) == {12, 30}
+    assert set(scores["ngrams"]) == {12, 30}
     line = "pretrained of model, 30 labels, draw 1: training diverged; the report leaves it out"
     assert line in capsys.readouterr().err.splitlines()
-    assert "| bag_of_words |" in (tmp_path / "report.md").read_text()
+    assert "| ngrams |" in (tmp_path / "report.md").read_text()
 
 
 def test_without_any_result_there_is_no_report(analysis, topics, tmp_path, monkeypatch):
@@ -340,9 +340,9 @@ def test_regression_has_r_squared(pretrained, tmp_path):
     path = write_csv(tmp_path / "numbers.csv", examples)
     out = tmp_path / "out"
     flags = ["--model", str(pretrained), "--train", str(path), "--out", str(out), "--seeds", "1"]
-    flags += ["--methods", "frozen,ngrams,lsa,bag_of_words", "--labels", "30,all"]
+    flags += ["--methods", "frozen,ngrams,lsa,spectral", "--labels", "30,all"]
     scores = analyze.main([*flags, "--dtype", "float32"])
-    assert scores["bag_of_words"][96][0] > 0
+    assert scores["ngrams"][96][0] > 0
     report = (out / "report.md").read_text()
     assert "R squared" in report and "Macro-F1" not in report
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,14 +11,19 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import normalize
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel, Metaspace
 
 import labels
 from analysis import baselines
 from data import Corpus
 from files import disk
+from files.tokenizer import train_tokenizer
 from labels import LabeledDataset, cross_validation_splits
 
 NGRAMS = {"ngram_range": (1, 2), "token_pattern": r"(?u)\b\w+\b"}
+TOKENIZER = train_tokenizer(sentences(50, 0), 200)
 SOLVER = {"solver": "liblinear", "dual": True, "random_state": 0, "max_iter": 1000}
 
 
@@ -35,7 +41,7 @@ def fit_ngrams(texts, targets, eval_texts, n_classes):
     train = LabeledDataset(texts, None, targets, names)
     unused = np.zeros(len(eval_texts), targets.dtype)
     test = LabeledDataset(eval_texts, None, unused, names)
-    return baselines.fit_baseline(train, test, seed=0).numpy()
+    return baselines.fit_baseline(train, test, TOKENIZER, seed=0).numpy()
 
 
 def tfidf_by_hand(texts, targets, eval_texts, n_classes, c):
@@ -133,20 +139,75 @@ def test_ngrams_of_numbers_is_ridge_regression_on_tfidf(monkeypatch):
     assert np.allclose(scores, expected, atol=1e-2)
 
 
-@pytest.mark.parametrize("texts", [["!", "?", "...", "!!"], ["", " ", "\n", "\t"]])
-def test_without_words_ngrams_predicts_the_majority_class(texts):
+def test_without_words_ngrams_predicts_the_majority_class_and_says_so(capsys):
+    baselines.warn_once.cache_clear()
+    texts = ["", " ", "\n", "\t"]
     targets = np.array([1, 1, 0, 1])
-    scores = fit_ngrams(texts, targets, ["a text", "!"], 2)
+    scores = fit_ngrams(texts, targets, [" ", ""], 2)
     assert np.allclose(scores, [[0.25, 0.75]] * 2)
-    scores = fit_ngrams(texts, targets.astype(np.float32), ["a text"], None)
+    scores = fit_ngrams(texts, targets.astype(np.float32), [""], None)
     assert np.allclose(scores, [0.75])
+    line = "ngrams: the texts have no words: it predicts a constant"
+    assert capsys.readouterr().err.splitlines() == [line]
+    assert baselines.document_vectors(texts, texts, Path("nowhere"), TOKENIZER).shape == (4, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("M K a v", ["m", "k", "a", "v"]),
+        ("don't stop!", ["don", "t", "stop"]),
+        ("good😀😀 👍", ["good", "😀", "😀", "👍"]),
+        ("电影很好", ["电", "影", "很", "好"]),
+        ("かわいい", ["か", "わ", "い", "い"]),
+        ("หนังดี", ["ห", "น", "ั", "ง", "ด", "ี"]),
+        ("अच्छी फिल्म", ["अच्छी", "फिल्म"]),
+        ("acgt" * 9, list("acgt" * 9)),
+        ("!? .", ["!", "?", "."]),
+    ],
+)
+def test_words_of_any_script(text, words):
+    assert baselines.split_words(TOKENIZER, text) == words
+
+
+@pytest.mark.parametrize("pre_tokenizer", [ByteLevel(), Metaspace(), None])
+def test_words_of_other_tokenizers(pre_tokenizer):
+    tokenizer = Tokenizer(BPE())
+    if pre_tokenizer:
+        tokenizer.pre_tokenizer = pre_tokenizer
+    assert baselines.split_words(tokenizer, "ein café 电影") == ["ein", "café", "电", "影"]
+
+
+@pytest.mark.parametrize("signs", ["GA", "😀😢", "好坏", "!?"])
+def test_ngrams_learns_from_what_is_no_word_in_english(signs):
+    texts = [f"{signs[i % 2]} {signs[i % 2]}" for i in range(12)]
+    scores = fit_ngrams(texts, np.arange(12) % 2, list(signs), 2)
+    assert scores.argmax(1).tolist() == [0, 1]
+
+
+def test_spectral_is_the_mean_of_the_initial_vectors(topics, pretrained):
+    train, test = labels.load(None, *topics)
+    corpus = Corpus(baselines.token_cache(pretrained), 32, 1, 0, "even")
+    vectors = corpus.spectral_embedding(256)
+    frequency = np.load(corpus.folder / "counts.npy") / len(corpus.tokens)
+    for variant, weight in (("plain", 1 + 0 * frequency), ("sif", 1e-3 / (1e-3 + frequency))):
+        features = []
+        for text in train.texts + test.texts:
+            ids = corpus.tokenizer.encode(text, add_special_tokens=False).ids
+            features.append(np.mean([weight[i] * vectors[i] for i in ids], axis=0))
+        features = normalize(np.array(features))
+        model = LogisticRegression(C=10, max_iter=2000)
+        model.fit(features[: len(train)], train.targets)
+        method = functools.partial(baselines.spectral, corpus=corpus, d_model=256)
+        scores = fit_on_all(method, train, test, (variant, 10.0))
+        assert np.allclose(scores, model.predict_proba(features[len(train) :]), atol=1e-3)
 
 
 ODD = {
     "one letter": (["a", "b", "a", "b"], [0, 1, 0, 1], ["a", "b", "c"]),
     "one class": (["a b", "c d", "e"], [1, 1, 1], ["a", ""]),
-    "no word in a class": (["!", "?", "a b", "a"], [0, 0, 1, 1], ["a", "!"]),
-    "no word in a fold": (["!", "!", "a b", "!", "!", "b"], [0, 1, 0, 1, 0, 1], ["a", "b"]),
+    "no word in a class": (["", " ", "a b", "a"], [0, 0, 1, 1], ["a", ""]),
+    "no word in a fold": (["", "", "a b", "", "", "b"], [0, 1, 0, 1, 0, 1], ["a", "b"]),
     "two of each class": (["a", "b", "c", "d"], [0, 1, 1, 0], ["a"]),
     "class 2 is absent": (["a b", "c d", "a", "c"], [0, 1, 0, 1], ["a"]),
 }
@@ -173,27 +234,21 @@ def fit_on_all(method, train, test, choice):
     return fit(choice, train_idx, test_idx)
 
 
-def test_bag_of_words_is_scikit_learn_called_by_hand(topics):
-    train, test = labels.load(None, *topics)
-    tfidf = TfidfVectorizer(sublinear_tf=True).fit(train.texts)
-    model = LogisticRegression(C=3, max_iter=2000).fit(tfidf.transform(train.texts), train.targets)
-    scores = fit_on_all(baselines.bag_of_words, train, test, 3.0)
-    assert np.allclose(scores, model.predict_proba(tfidf.transform(test.texts)))
-
-
 def test_lsa_is_scikit_learn_called_by_hand(topics, pretrained):
     train, test = labels.load(None, *topics)
-    lsa = functools.partial(baselines.lsa, n_train=len(train), pretrained=pretrained)
-    scores = fit_on_all(lsa, train, test, (100, 10.0))
+    lsa = functools.partial(
+        baselines.lsa, n_train=len(train), pretrained=pretrained, tokenizer=TOKENIZER
+    )
+    scores = fit_on_all(lsa, train, test, (128, 10.0))
 
     cache = disk.CACHE / json.loads((pretrained / "metrics.json").read_text())["tokens_folder"]
     corpus = Corpus(cache, max_len=256, micro_batch_tokens=1, seed=0)
     texts = corpus.sample_texts(50_000, seed=0)
     tfidf = TfidfVectorizer(sublinear_tf=True).fit(texts)
-    width = min(512, len(texts) - 1, len(tfidf.vocabulary_) - 1)
+    width = min(1024, len(texts) - 1, len(tfidf.vocabulary_) - 1)
     svd = TruncatedSVD(width, random_state=0).fit(tfidf.transform(texts))
-    features = normalize(svd.transform(tfidf.transform(train.texts))[:, :100])
-    eval_features = normalize(svd.transform(tfidf.transform(test.texts))[:, :100])
+    features = normalize(svd.transform(tfidf.transform(train.texts))[:, :128])
+    eval_features = normalize(svd.transform(tfidf.transform(test.texts))[:, :128])
     model = LogisticRegression(C=10, max_iter=2000).fit(features, train.targets)
     assert np.allclose(scores, model.predict_proba(eval_features), atol=1e-3)
 
@@ -202,8 +257,8 @@ def test_without_the_text_of_the_pretraining_lsa_is_fitted_on_the_labelled_texts
     pretrained, tmp_path
 ):
     texts = sentences(30, 3)
-    assert baselines.document_vectors(texts, texts, tmp_path).shape == (30, 29)
-    assert baselines.document_vectors(texts, texts, pretrained).shape[1] > 29
+    assert baselines.document_vectors(texts, texts, tmp_path, TOKENIZER).shape == (30, 29)
+    assert baselines.document_vectors(texts, texts, pretrained, TOKENIZER).shape[1] > 29
 
 
 def test_a_class_that_the_targets_lack_has_no_probability():
