@@ -30,6 +30,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     models = "folders of train.py, or BERTs; only pretrained and frozen run for all of them"
     default = [Path("runs/pretrain")]
     add("--model", type=Path, nargs="+", default=default, metavar="DIR", help=models)
+    pool = "the models are pretraining seeds of one recipe: count them as one method"
+    add("--pool", action="store_true", help=pool)
     add("--data", choices=("mr", "imdb"), default="mr", help="built-in labels")
     add("--train", type=Path, metavar="FILE", help="your own labels, as in finetune.py")
     test = "without it, the last fifth of each class of --train"
@@ -57,6 +59,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--labels {budget}: give whole numbers or all, separated by commas")
     if args.test and not args.train:
         parser.error("--test needs --train FILE")
+    if args.pool and len(args.model) == 1:
+        parser.error("--pool needs several folders after --model")
     return args
 
 
@@ -120,13 +124,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
         data = args.train.name if args.train else args.data
         setup = Setup(data, models, train, test, device, dtype, args.out)
+        if args.pool:
+            experiment.check_pool(setup)
         plan: Plan = {}
         for i, model in enumerate(models):
             for method in args.methods:
                 is_pretrained = method in ("pretrained", "frozen")
                 if is_pretrained or i == 0:  # the others do not depend on the weights
-                    name = f"{model}, {method}" if is_pretrained and len(models) > 1 else method
-                    plan[name] = plan_runs(setup, model, method, budgets, args.seeds)
+                    one_of_several = is_pretrained and len(models) > 1 and not args.pool
+                    name = f"{model}, {method}" if one_of_several else method
+                    cells = plan.setdefault(name, {n: [] for n in budgets})
+                    for n, runs in plan_runs(setup, model, method, budgets, args.seeds).items():
+                        cells[n] += runs
         run_missing(plan, results, setup)
 
         table = Table(results, plan, test.targets)

@@ -3,6 +3,7 @@ on all of them, and evaluate it once on the test set."""
 
 import functools
 import hashlib
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from analysis.baselines import Fit
 from analysis.evaluation import forward_all, measure
 from analysis.results import Run
 from files import model_folder
+from files.disk import UserError
 from labels import LabeledDataset, encode, subsample
 from model import Classifier
 
@@ -29,6 +31,7 @@ BERT_RATES = (0.0, 5e-5, 1e-4)
 RANDOM_WEIGHTS_RATES = (5e-4, 1e-3, 2e-3)
 MAX_CHOOSING = 2000  # examples on which networks are trained while the learning rate is chosen
 FROZEN_GRID = (1e-3, 1e-2, 0.1, 1.0)  # inverse regularization strengths C
+NOT_THE_RECIPE = {"seed", "out", "device", "resume", "compile", "log_every", "save_every", "keep"}
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity, so that it can be a key of a cache
@@ -69,6 +72,26 @@ def fingerprint(model: str, setup: Setup) -> str:
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:12]
+
+
+def check_pool(setup: Setup) -> None:
+    """Raises UserError unless the models differ in their weights, but not in their recipe."""
+    recipes, weights = {}, {}
+    for name, folder in setup.models.items():
+        path = folder / "flags.json"
+        with model_folder.reading(path):
+            flags = json.loads(path.read_text()) if path.is_file() else {}
+            recipes[folder] = {f: flags[f] for f in flags.keys() - NOT_THE_RECIPE}
+        weights.setdefault(fingerprint(name, setup), []).append(str(folder))
+    for same in weights.values():
+        if len(same) > 1:
+            raise UserError(f"--pool: {' and '.join(same)} have the same weights")
+    first, *others = recipes
+    for other in others:
+        for flag in sorted(recipes[first].keys() & recipes[other].keys()):
+            if recipes[first][flag] != recipes[other][flag]:
+                name = "--" + flag.replace("_", "-")
+                raise UserError(f"--pool: {first} and {other} were trained with different {name}")
 
 
 def run_method(run: Run, setup: Setup) -> tuple[dict[str, Any], np.ndarray]:

@@ -23,8 +23,11 @@ def by_budget(table: Table, values: dict[str, dict[int, Any]]) -> list[str]:
 
 def accuracy(table: Table, train: LabeledDataset, test: LabeledDataset, n_draws: int) -> list[str]:
     """Accuracy (or R squared) and macro-F1."""
+    n_seeds = max(len(score.values) for cells in table.scores.values() for score in cells.values())
+    seeds = f"{n_seeds} pretraining seeds and " if n_seeds > 1 else ""
     lines = [
-        f"Test {table.metric}, mean of {n_draws} draws [95% interval over draws and test texts].",
+        f"Test {table.metric}, mean of {seeds}{n_draws} draws [95% interval over these and over",
+        f"test texts in blocks of {table.blocks.length} neighbours]. One seed or draw is fixed.",
         *by_budget(table, table.estimates),
         "![learning curves](curves.png)",
         "",

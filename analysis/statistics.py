@@ -119,8 +119,9 @@ class Score:
                 deviations = means - means.mean(0)
                 observed = (deviations.mean(1) ** 2).sum() / (n - 1) / n
                 explained = sum(map(self.blocks.variance_of_mean, deviations)) / (n - 1) / n
-                variance += max(0.0, observed - explained)
-                squares += observed**2 / (n - 1)
+                component = max(0.0, observed - explained)
+                variance += component
+                squares += component**2 / (n - 1)
 
         if variance == 0:
             return Estimate(self.mean, self.mean, self.mean)
