@@ -3,6 +3,7 @@ on all of them, and evaluate it once on the test set."""
 
 import functools
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -75,23 +76,22 @@ def fingerprint(model: str, setup: Setup) -> str:
 
 
 def check_pool(setup: Setup) -> None:
-    """Raises UserError unless the models differ in their weights, but not in their recipe."""
-    recipes, weights = {}, {}
-    for name, folder in setup.models.items():
-        path = folder / "flags.json"
-        with model_folder.reading(path):
-            flags = json.loads(path.read_text()) if path.is_file() else {}
-            recipes[folder] = {f: flags[f] for f in flags.keys() - NOT_THE_RECIPE}
-        weights.setdefault(fingerprint(name, setup), []).append(str(folder))
-    for same in weights.values():
-        if len(same) > 1:
-            raise UserError(f"--pool: {' and '.join(same)} have the same weights")
-    first, *others = recipes
-    for other in others:
-        for flag in sorted(recipes[first].keys() & recipes[other].keys()):
-            if recipes[first][flag] != recipes[other][flag]:
-                name = "--" + flag.replace("_", "-")
-                raise UserError(f"--pool: {first} and {other} were trained with different {name}")
+    """Raises UserError unless the models are seeds of one recipe: equal flags, other weights."""
+    for (name, folder), (other_name, other) in itertools.combinations(setup.models.items(), 2):
+        if fingerprint(name, setup) == fingerprint(other_name, setup):
+            raise UserError(f"--pool: {folder} and {other} have the same weights")
+        flags, other_flags = read_flags(folder), read_flags(other)
+        for flag in sorted(flags.keys() & other_flags.keys() - NOT_THE_RECIPE):
+            if flags[flag] != other_flags[flag]:
+                problem = f"were trained with different --{flag.replace('_', '-')}"
+                raise UserError(f"--pool: {folder} and {other} {problem}")
+
+
+def read_flags(folder: Path) -> dict[str, Any]:
+    """The flags of a run of train.py; of other models there are none."""
+    path = folder / "flags.json"
+    with model_folder.reading(path):
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
 
 
 def run_method(run: Run, setup: Setup) -> tuple[dict[str, Any], np.ndarray]:

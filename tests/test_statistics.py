@@ -313,7 +313,7 @@ def test_pooled_models_are_one_method(seeds, topics, tmp_path, monkeypatch):
     assert [line["model"] for line in lines if line["method"] == "ngrams"] == ["seed0"] * 2
     report = (tmp_path / "report.md").read_text()
     assert "mean of 3 pretraining seeds and 2 draws [95% interval" in report
-    assert re.search(r"in blocks of \d+ neighbours", report)
+    assert re.search(r"in blocks of\n\d+ neighbours", report)
 
 
 @pytest.mark.parametrize(
