@@ -31,6 +31,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     models = "folders of train.py, or BERTs; only pretrained and frozen run for all of them"
     default = [Path("runs/pretrain")]
     add("--model", type=Path, nargs="+", default=default, metavar="DIR", help=models)
+    pool = "the models are pretraining seeds of one recipe: count them as one method"
+    add("--pool", action="store_true", help=pool)
     parser.add_examples(tasks=("classify", "regress"))
     add("--labels", default="100,1000,all", help="numbers of labels")
     draws = "draws of each number of labels; fewer than 5 make the intervals wide"
@@ -54,6 +56,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         if budget != "all" and not re.fullmatch(r"[1-9]\d{0,8}", budget):
             parser.error(f"--labels {budget}: give whole numbers or all, separated by commas")
     parser.check_examples(args)
+    if args.pool and len(args.model) == 1:
+        parser.error("--pool needs several folders after --model")
     return args
 
 
@@ -118,17 +122,22 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
         data = args.train.name if args.train else args.data
         setup = Setup(data, models, train, test, device, dtype, args.out)
+        if args.pool:
+            experiment.check_pool(setup)
         plan: Plan = {}
         for i, model in enumerate(models):
             for method in args.methods:
-                if method == "spectral" and not pretraining_corpus(models[model]):
+                if method == "spectral" and i == 0 and not pretraining_corpus(models[model]):
                     reason = "the tokens of its pretraining are not in the cache"
                     print(f"{model}: spectral is left out: {reason}", file=sys.stderr)
                     continue
                 is_pretrained = method in ("pretrained", "frozen")
                 if is_pretrained or i == 0:  # the others do not depend on the weights
-                    name = f"{model}, {method}" if is_pretrained and len(models) > 1 else method
-                    plan[name] = plan_runs(setup, model, method, budgets, args.seeds)
+                    one_of_several = is_pretrained and len(models) > 1 and not args.pool
+                    name = f"{model}, {method}" if one_of_several else method
+                    cells = plan.setdefault(name, {n: [] for n in budgets})
+                    for n, runs in plan_runs(setup, model, method, budgets, args.seeds).items():
+                        cells[n] += runs
         run_missing(plan, results, setup)
 
         table = Table(results, plan, test.targets)

@@ -3,6 +3,8 @@ on all of them, and evaluate it once on the test set."""
 
 import functools
 import hashlib
+import itertools
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from analysis.baselines import Fit
 from analysis.evaluation import forward_all, measure
 from analysis.results import Run
 from files import model_folder
+from files.disk import UserError
 from labels import LabeledDataset, encode, subsample
 from model import Classifier
 
@@ -29,6 +32,7 @@ BERT_RATES = (0.0, 5e-5, 1e-4)
 RANDOM_WEIGHTS_RATES = (5e-4, 1e-3, 2e-3)
 MAX_CHOOSING = 2000  # examples on which networks are trained while the learning rate is chosen
 FROZEN_GRID = tuple(("mean", c) for c in (1e-3, 1e-2, 0.1, 1.0))  # C
+NOT_THE_RECIPE = {"seed", "out", "device", "resume", "compile", "log_every", "save_every", "keep"}
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity, so that it can be a key of a cache
@@ -74,6 +78,25 @@ def fingerprint(model: str, setup: Setup) -> str:
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:12]
+
+
+def check_pool(setup: Setup) -> None:
+    """Raises UserError unless the models are seeds of one recipe: equal flags, other weights."""
+    for (name, folder), (other_name, other) in itertools.combinations(setup.models.items(), 2):
+        if fingerprint(name, setup) == fingerprint(other_name, setup):
+            raise UserError(f"--pool: {folder} and {other} have the same weights")
+        flags, other_flags = read_flags(folder), read_flags(other)
+        for flag in sorted(flags.keys() & other_flags.keys() - NOT_THE_RECIPE):
+            if flags[flag] != other_flags[flag]:
+                problem = f"were trained with different --{flag.replace('_', '-')}"
+                raise UserError(f"--pool: {folder} and {other} {problem}")
+
+
+def read_flags(folder: Path) -> dict[str, Any]:
+    """The flags of a run of train.py; of other models there are none."""
+    path = folder / "flags.json"
+    with model_folder.reading(path):
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
 
 
 def run_method(run: Run, setup: Setup) -> tuple[dict[str, Any], np.ndarray]:

@@ -23,8 +23,12 @@ def by_budget(table: Table, values: dict[str, dict[int, Any]]) -> list[str]:
 
 def accuracy(table: Table, train: LabeledDataset, test: LabeledDataset, n_draws: int) -> list[str]:
     """Accuracy (or R squared) and macro-F1."""
+    n_seeds = max(len(score.values) for cells in table.scores.values() for score in cells.values())
+    seeds = f"{n_seeds} pretraining seeds and " if n_seeds > 1 else ""
     lines = [
-        f"Test {table.metric}, mean of {n_draws} draws [95% interval over draws and test texts].",
+        f"Test {table.metric}, mean of {seeds}{n_draws} draws [95% interval]. The intervals cover",
+        "seeds and draws, where there are several, and test texts in blocks of",
+        f"{table.blocks.length} neighbours.",
         *by_budget(table, table.estimates),
         "![learning curves](curves.png)",
         "",
@@ -55,4 +59,9 @@ def costs(table: Table, milliseconds: dict[str, float]) -> list[str]:
     rows = [[method, f"{time:.2f}"] for method, time in milliseconds.items()]
     advice = [s for n in table.budgets for s in statistics.advise(table.scores, milliseconds, n)]
     lines = markdown(["", "milliseconds per text"], rows)
-    return ["Measured on this machine, one text at a time.", *lines, *(f"- {s}" for s in advice)]
+    lines = ["Measured on this machine, one text at a time.", *lines]
+    lines += [
+        "The intervals are corrected for choosing among all pairs of methods (Bonferroni).",
+        "",
+    ]
+    return [*lines, *(f"- {s}" for s in advice)]

@@ -76,30 +76,39 @@ class Results:
 
 
 class Table:
-    """The scores {method: {labels: score}} of the cells whose draws have all finished.
+    """The scores {method: {labels: score}} of the cells whose draws have all finished. Models that
+    share a cell are pretraining seeds of one method.
 
     Raises UserError if there is no such cell."""
 
     def __init__(self, results: Results, plan: Plan, targets: np.ndarray):
         self.metric = "accuracy" if targets.dtype.kind == "i" else "R squared"
-        self.scores: dict[str, dict[int, Score]] = {}
         self.macro_f1: dict[str, dict[int, str]] = {}  # mean of the draws; empty of numbers
-        counts = statistics.bootstrap_counts(len(targets))
+        values: dict[str, dict[int, np.ndarray]] = {}  # (S, D, N), see analysis/statistics.py
         for method, cells in plan.items():
             for labels, runs in cells.items():
                 if any(run not in results for run in runs):
                     continue
-                values = np.stack([goodness(results.load(run), targets) for run in runs])
+                by_run = np.stack([goodness(results.load(run), targets) for run in runs])
+                by_run = by_run.astype(np.int8 if self.metric == "accuracy" else np.float32)
                 if self.metric == "R squared":
-                    values = 1 + values / targets.var()
-                score = statistics.mean_score(values, counts)
-                self.scores.setdefault(method, {})[labels] = score
+                    by_run = 1 + by_run / targets.var()
+                n_seeds = len({run.model for run in runs})
+                cell = by_run.reshape(n_seeds, -1, len(targets))
+                values.setdefault(method, {})[labels] = cell
                 if self.metric == "accuracy":
                     lines = [results.lines[tuple(map(str, run))] for run in runs]
                     of_draws = [float(line["macro_f1"]) for line in lines]
                     self.macro_f1.setdefault(method, {})[labels] = f"{np.mean(of_draws):.3f}"
-        if not self.scores:
+        if not values:
             raise UserError(f"{results.path}: no method has finished: there is nothing to report")
+
+        errors = [cell.mean((0, 1)) for cells in values.values() for cell in cells.values()]
+        self.blocks = statistics.choose_blocks(errors, targets)
+        self.scores: dict[str, dict[int, Score]] = {
+            method: {labels: Score(cell, self.blocks) for labels, cell in cells.items()}
+            for method, cells in values.items()
+        }
         self.budgets = sorted({labels for cells in self.scores.values() for labels in cells})
         self.estimates: dict[str, dict[int, Estimate]] = {
             method: {labels: score.estimate(maximum=1) for labels, score in cells.items()}

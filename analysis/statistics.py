@@ -1,9 +1,8 @@
 """Confidence intervals, paired differences and advice for the methods compared.
 
-Axes: D draws of the labels, N test examples, B bootstrap samples of them.
+Axes: S pretraining seeds, D draws of the labels, N test examples.
 """
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,12 +10,11 @@ from typing import NamedTuple
 import numpy as np
 from scipy import special
 
-N_BOOTSTRAP = 4000
 CONFIDENCE = 0.95
 
 
 class Estimate(NamedTuple):
-    """A mean over draws and test examples with its 95% confidence interval."""
+    """A mean over seeds, draws and test examples with its 95% confidence interval."""
 
     mean: float
     low: float
@@ -27,65 +25,120 @@ class Estimate(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Score:
-    """A metric of one method: its value for each draw (D,), and the mean of the draws for each
-    bootstrap sample of the test examples (B,). Differences are paired in both."""
+class Blocks:
+    """Test examples in blocks of neighbours, whose errors are alike: reviews of one film, say."""
 
-    by_draw: np.ndarray
-    by_sample: np.ndarray
+    classes: list[np.ndarray]  # the examples of each class, in the order of the file
+    length: int
+
+    def variance_of_mean(self, values: np.ndarray) -> float:
+        """The variance of the mean of values (N,) over other test examples.
+
+        Within a class it is the variance of the circular block bootstrap (Politis & Romano 1992),
+        which needs no resampling: the mean square of the sums of all blocks, corrected for the
+        estimated mean. The shares of the classes vary as in a random sample.
+        """
+        total = 0.0
+        for members in self.classes:
+            n = len(members)
+            length = min(self.length, max(1, n // 4))
+            center = values[members].mean()
+            deviations = values[members] - center
+            sums = np.cumsum(np.concatenate((deviations, deviations[:length])))
+            of_blocks = sums[length:] - sums[:-length]
+            total += of_blocks @ of_blocks / length * n / max(1, n - length)
+            total += n * (center - values.mean()) ** 2
+        return total / len(values) ** 2
+
+
+def choose_blocks(errors: list[np.ndarray], targets: np.ndarray) -> Blocks:
+    """Blocks four times as long as the errors of neighbours are correlated: blocks of length L
+    give the correlation at lag k only the weight 1 - k / L.
+
+    Its range is the initial positive sequence of Geyer (1992, "Practical Markov Chain Monte
+    Carlo", section 3.3): it ends where the autocorrelations of two successive lags add up to zero
+    or less. This also finds correlations that are too weak to be significant at any single lag.
+
+    Args:
+        errors: (N,) of each method, whose autocorrelations are averaged.
+        targets: (N,) classes, or numbers.
+    """
+    classes = [np.arange(len(targets))]
+    if targets.dtype.kind == "i":
+        classes = [np.flatnonzero(targets == label) for label in np.unique(targets)]
+    deviations = [[x[members] - x[members].mean() for members in classes] for x in errors]
+
+    def autocorrelation(lag: int) -> float:
+        products = [sum(x[:-lag] @ x[lag:] for x in parts) for parts in deviations]
+        squares = [sum(x @ x for x in parts) for parts in deviations]
+        return sum(p / max(s, 1e-12) for p, s in zip(products, squares, strict=True))
+
+    lag = 1
+    longest = max(map(len, classes)) // 16
+    while lag + 2 <= longest and autocorrelation(lag + 1) + autocorrelation(lag + 2) > 0:
+        lag += 2
+    return Blocks(classes, 4 * lag)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric of one method for each seed, draw and test example. Differences are paired in the
+    draws and examples; methods without pretraining have one seed."""
+
+    values: np.ndarray  # (S, D, N)
+    blocks: Blocks
 
     def __sub__(self, other: "Score") -> "Score":
-        return Score(self.by_draw - other.by_draw, self.by_sample - other.by_sample)
+        return Score(self.values - other.values, self.blocks)
 
     @property
     def mean(self) -> float:
-        return float(self.by_draw.mean())
+        return float(self.values.mean())
 
-    def estimate(self, maximum: float = math.inf) -> Estimate:
-        """The mean and a bootstrap interval over test examples and draws, whose deviations add up.
+    def estimate(self, maximum: float = math.inf, n_intervals: int = 1) -> Estimate:
+        """The mean and its interval over seeds, draws and test examples, which are crossed.
 
-        The deviations of D draws are widened by sqrt(D / (D - 1)) for the biased variance and by
-        the ratio of Student's to normal quantiles for its uncertainty (Hesterberg 2015, "What
-        Teachers Should Know About the Bootstrap", section 3.2). With one draw, the interval covers
-        the test examples alone. It ends at the `maximum` of the metric.
+        The variance of the mean is the sum of a component of each. That of the seeds (and of the
+        draws) is the variance of their means, less what the finite test set explains of it. The
+        interval is Student's with the degrees of freedom of Satterthwaite (1946, "An Approximate
+        Distribution of Estimates of Variance Components"). A single seed or draw has no component:
+        the interval then holds for this seed or draw.
+
+        Args:
+            maximum: That of the metric, at which the interval ends.
+            n_intervals: From how many comparisons this one was selected by its result: all of
+                them then hold at once (Bonferroni).
         """
-        n_draws = len(self.by_draw)
-        deviations = self.by_sample - self.mean
+        n_blocks = self.values.shape[2] / self.blocks.length
+        variance = self.blocks.variance_of_mean(self.values.mean((0, 1)))
+        squares = variance**2 / n_blocks
+        for axis in (1, 0):  # the means of each seed, (S, N), and of each draw, (D, N)
+            means = self.values.mean(axis)
+            n = len(means)
+            if n > 1:
+                deviations = means - means.mean(0)
+                observed = (deviations.mean(1) ** 2).sum() / (n - 1) / n
+                explained = sum(map(self.blocks.variance_of_mean, deviations)) / (n - 1) / n
+                component = max(0.0, observed - explained)
+                variance += component
+                squares += component**2 / (n - 1)
 
-        if n_draws > 1:
-            rng = np.random.default_rng(0)
-            drawn = rng.integers(n_draws, size=(len(deviations), n_draws))
-            quantile = (1 + CONFIDENCE) / 2
-            student_to_normal = special.stdtrit(n_draws - 1, quantile) / special.ndtri(quantile)
-            widening = math.sqrt(n_draws / (n_draws - 1)) * student_to_normal
-            deviations = deviations + widening * (self.by_draw[drawn].mean(1) - self.mean)
-
-        low, high = np.quantile(deviations, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
-        return Estimate(self.mean, self.mean + float(low), min(self.mean + float(high), maximum))
-
-
-@functools.lru_cache(2)
-def bootstrap_counts(n_examples: int) -> np.ndarray:
-    """How often each bootstrap sample contains each example, (B, N) float32; the same samples for
-    every method, so that differences are paired."""
-    rng = np.random.default_rng(0)
-    uniform = np.full(n_examples, 1 / n_examples)
-    return rng.multinomial(n_examples, uniform, N_BOOTSTRAP).astype(np.float32)
+        if variance == 0:
+            return Estimate(self.mean, self.mean, self.mean)
+        quantile = 1 - (1 - CONFIDENCE) / 2 / n_intervals
+        half = float(special.stdtrit(variance**2 / squares, quantile)) * math.sqrt(variance)
+        return Estimate(self.mean, self.mean - half, min(self.mean + half, maximum))
 
 
-def mean_score(values: np.ndarray, counts: np.ndarray) -> Score:
-    """The score of a metric that is the mean of `values` (D, N) over the examples, for accuracy 1
-    where the prediction is right and 0 elsewhere; `counts` are `bootstrap_counts`."""
-    return Score(values.mean(1), counts @ values.mean(0, dtype=np.float32) / values.shape[1])
-
-
-def compare(one: str, other: str, difference: Score) -> str:
-    """The sentence that the interval of the score of `one` minus that of `other` allows."""
-    estimate = difference.estimate()
+def compare(one: str, other: str, difference: Score, n_intervals: int = 1) -> str:
+    """The sentence that the interval of the score of `one` minus that of `other` allows, which is
+    one of `n_intervals` (see Score.estimate)."""
+    estimate = difference.estimate(n_intervals=n_intervals)
     if estimate.low <= 0 <= estimate.high:
-        n_draws = len(difference.by_draw)
-        draws = "1 draw" if n_draws == 1 else f"{n_draws} draws"
-        return f"{one} and {other} do not differ significantly with {draws}: {estimate}"
+        n_seeds, n_draws, _ = difference.values.shape
+        number = f"{n_seeds} pretraining seeds and " if n_seeds > 1 else ""
+        number += "1 draw" if n_draws == 1 else f"{n_draws} draws"
+        return f"{one} and {other} do not differ significantly with {number}: {estimate}"
     return f"{one} is {'better' if estimate.low > 0 else 'worse'} than {other}: {estimate}"
 
 
@@ -95,18 +148,23 @@ def advise(
     """Which method to use with n labels, and what each faster one costs.
 
     The first sentence names the fastest of the methods that are not significantly worse than the
-    best one, of scores {method: {number of labels: score}} and times per prediction.
+    best one, of scores {method: {number of labels: score}} and times per prediction. The results
+    select the methods that are compared, so the intervals hold for all pairs at once.
     """
     candidates = {method: cells[n] for method, cells in scores.items() if n in cells}
-    best = max(candidates.values(), key=lambda score: score.mean)
-    tied = [name for name, score in candidates.items() if (best - score).estimate().low <= 0]
+    n_pairs = max(1, math.comb(len(candidates), 2))
+
+    def loss(one: str, other: str) -> Estimate:
+        return (candidates[one] - candidates[other]).estimate(n_intervals=n_pairs)
+
+    ranking = sorted(candidates, key=lambda name: -candidates[name].mean)
+    tied = [name for name in ranking if loss(ranking[0], name).low <= 0]
     chosen = min(tied, key=milliseconds.get)
     limit = milliseconds[chosen]
     sentences = [f"With {n:,} labels use {chosen} ({limit:.2g} ms per text)."]
-    for name, score in sorted(candidates.items(), key=lambda item: -item[1].mean):
+    for name in ranking:
         if milliseconds[name] < limit:
-            loss = (candidates[chosen] - score).estimate()
             faster = f"{name} ({milliseconds[name]:.2g} ms)"
-            sentences.append(f"If {limit:.2g} ms is too slow, {faster} loses {loss}.")
+            sentences.append(f"If {limit:.2g} ms is too slow, {faster} loses {loss(chosen, name)}.")
             limit = milliseconds[name]
     return sentences

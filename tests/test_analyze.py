@@ -1,4 +1,4 @@
-"""The experiment: statistics of made-up results, and the whole command on a small dataset."""
+"""The experiment: the whole command on a small dataset."""
 
 import csv
 import re
@@ -7,107 +7,11 @@ import shutil
 import numpy as np
 import pytest
 from conftest import sentences, write_csv
-from scipy import stats
 
 import analyze
 import finetune
-from analysis import costs, experiment, plots, statistics
-from analysis.statistics import Score
+from analysis import costs, experiment, plots
 from files.disk import UserError
-
-# ------------------------------------------------------------------------------------- statistics
-
-
-def random_score(
-    accuracy: float, n_draws: int = 5, n: int = 1000, spread: float = 0.0, seed: int = 0
-) -> Score:
-    """The score of a method that is right with this probability, which varies between draws."""
-    rng = np.random.default_rng(seed)
-    probabilities = accuracy + spread * rng.standard_normal((n_draws, 1))
-    correct = (rng.random((n_draws, n)) < probabilities).astype(float)
-    return statistics.mean_score(correct, statistics.bootstrap_counts(n))
-
-
-def test_interval_of_one_draw_is_the_binomial_interval_of_the_examples():
-    score = random_score(0.7, n_draws=1, n=2000)
-    estimate = score.estimate()
-    width = 1.96 * np.sqrt(0.7 * 0.3 / 2000)
-    assert estimate.mean == score.by_draw[0]
-    assert estimate.low == pytest.approx(estimate.mean - width, abs=0.003)
-    assert estimate.high == pytest.approx(estimate.mean + width, abs=0.003)
-
-
-def test_interval_of_draws_that_differ_much_is_student_s():
-    score = random_score(0.6, n_draws=5, n=4000, spread=0.08, seed=3)
-    estimate = score.estimate()
-    width = stats.t.ppf(0.975, 4) * score.by_draw.std(ddof=1) / np.sqrt(5)
-    assert (estimate.high - estimate.low) / 2 == pytest.approx(width, rel=0.15)
-
-
-def test_interval_ends_at_the_maximum_of_the_metric():
-    score = random_score(0.97, n_draws=2, spread=0.02, seed=1)
-    assert score.estimate().high > 1
-    assert score.estimate(maximum=1).high == 1
-
-
-def test_intervals_contain_the_true_accuracy_95_percent_of_the_time():
-    estimates = [
-        random_score(0.7, n_draws=5, n=300, spread=0.03, seed=seed).estimate()
-        for seed in range(200)
-    ]
-    coverage = np.mean([estimate.low <= 0.7 <= estimate.high for estimate in estimates])
-    assert 0.9 <= coverage < 1
-
-
-def test_differences_are_paired():
-    """Two methods that fail on the same texts, one of them on a few more: their intervals overlap,
-    but that of the paired difference excludes 0."""
-    rng = np.random.default_rng(0)
-    one = (rng.random((5, 1000)) < 0.7).astype(float)
-    other = one * (rng.random((5, 1000)) < 0.97)
-    counts = statistics.bootstrap_counts(1000)
-    a, b = (statistics.mean_score(values, counts) for values in (one, other))
-    assert a.estimate().low < b.estimate().high
-    assert (a - b).estimate().low > 0
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "sentence"),
-    [
-        (0.8, 0.7, r"ours is better than lsa: 0\.\d+ \[0\.\d+, 0\.\d+\]"),
-        (0.6, 0.7, r"ours is worse than lsa: -0\.\d+ \[-0\.\d+, -0\.\d+\]"),
-        (0.7, 0.7, r"ours and lsa do not differ significantly with 5 draws: -?0\.\d+ \[-.*"),
-    ],
-)
-def test_sentence_follows_the_interval(one, other, sentence):
-    difference = random_score(one) - random_score(other, seed=1)
-    assert re.fullmatch(sentence, statistics.compare("ours", "lsa", difference))
-
-
-def test_sentence_names_a_single_draw():
-    difference = random_score(0.7, 1) - random_score(0.7, 1, seed=1)
-    assert "significantly with 1 draw:" in statistics.compare("ours", "lsa", difference)
-
-
-def test_advice_follows_the_scores():
-    """The best method, or the fastest of those that are not significantly worse."""
-    milliseconds = {"ours": 2.0, "ngrams": 0.4}
-    good = random_score(0.8)
-    bad = random_score(0.7, seed=1)
-    scores = {"ours": {100: good, 1000: bad}, "ngrams": {100: bad, 1000: good}}
-    first, second = statistics.advise(scores, milliseconds, 100)
-    assert first == "With 100 labels use ours (2 ms per text)."
-    assert second.startswith("If 2 ms is too slow, ngrams (0.4 ms) loses 0.")
-    assert statistics.advise(scores, milliseconds, 1000) == [
-        "With 1,000 labels use ngrams (0.4 ms per text)."
-    ]
-    alike = {"ours": {100: random_score(0.7)}, "ngrams": {100: random_score(0.7, seed=1)}}
-    assert statistics.advise(alike, milliseconds, 100) == [
-        "With 100 labels use ngrams (0.4 ms per text)."
-    ]
-
-
-# ------------------------------------------------------------------------------------ the command
 
 
 @pytest.fixture(scope="module", autouse=True)

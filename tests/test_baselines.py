@@ -187,7 +187,7 @@ def test_ngrams_learns_from_what_is_no_word_in_english(signs):
 
 def test_spectral_is_the_mean_of_the_initial_vectors(topics, pretrained):
     train, test = labels.load(None, *topics)
-    corpus = Corpus(baselines.token_cache(pretrained), 32, 1, 0, "even")
+    corpus = baselines.pretraining_corpus(pretrained, 32)
     vectors = corpus.spectral_embedding(256)
     frequency = np.load(corpus.folder / "counts.npy") / len(corpus.tokens)
     for variant, weight in (("plain", 1 + 0 * frequency), ("sif", 1e-3 / (1e-3 + frequency))):
