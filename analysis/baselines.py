@@ -167,7 +167,7 @@ def document_vectors(
     """
     corpus = pretraining_corpus(pretrained)
     model = latent_semantics_of(corpus) if corpus else fit_latent_semantics(labelled, tokenizer)
-    return model.transform(texts) if model else np.zeros((len(texts), 0))
+    return model.transform(texts) if model else np.zeros((len(texts), 1))
 
 
 @functools.lru_cache(2)

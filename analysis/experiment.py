@@ -96,7 +96,7 @@ def read_flags(folder: Path) -> dict[str, Any]:
     """The flags of a run of train.py; of other models there are none."""
     path = folder / "flags.json"
     with model_folder.reading(path):
-        return dict(json.loads(path.read_text())) if path.is_file() else {}
+        return dict(json.loads(path.read_bytes())) if path.is_file() else {}
 
 
 def run_method(run: Run, setup: Setup) -> tuple[dict[str, Any], np.ndarray]:

@@ -78,7 +78,7 @@ def _open(path: Path) -> Iterator[io.BufferedReader]:
         if str(path) == "-":
             yield sys.stdin.buffer
         else:
-            with gzip.open(path) if path.suffix == ".gz" else open(path, "rb", 2**16) as file:
+            with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb", 2**16) as file:
                 yield file
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
