@@ -413,10 +413,8 @@ class Classifier(nn.Module):
 
 
 class Tagger(nn.Module):
-    """A linear layer on the state of each token.
-
-    Equal to ModernBertForTokenClassification (where the head comes first),
-    BertForTokenClassification and RobertaForTokenClassification.
+    """A linear layer on the state of each token, equal to the `ForTokenClassification` of BERT,
+    RoBERTa and ModernBERT (where the head comes first).
     """
 
     task = "TokenClassification"
