@@ -20,15 +20,20 @@ from analysis.results import Plan, Results, Table
 from files import disk, model_folder, run_folder
 from files.cli import Parser, choose_hardware, flags_to_json, number, run_script
 from files.disk import UserError
+from finetune import WITH_NGRAMS
 from labels import load, subsample
+from train import main as pretrain
 
+# Flags of train.py that decide which model a run starts from.
+START_FLAGS = ("corpus", "text_column", "model", "preset", "layers", "d_model", "family")
+START_FLAGS += ("vocab_size", "max_len", "micro_batch_tokens", "mask", "start", "seed")
 QUICK = {"labels": "100,500", "seeds": 2, "methods": "pretrained,frozen,ngrams,lsa"}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("Compare pretrained models with baselines over label budgets and random draws.")
     add = parser.add_argument
-    models = "folders of train.py, or BERTs; only pretrained and frozen run for all of them"
+    models = "folders of train.py, or BERTs; only the pretrained methods run for all of them"
     default = [Path("runs/pretrain")]
     add("--model", type=Path, nargs="+", default=default, metavar="DIR", help=models)
     pool = "the models are pretraining seeds of one recipe: count them as one method"
@@ -71,12 +76,44 @@ def name_models(folders: list[Path]) -> dict[str, Path]:
     return {name.replace("/", "-"): folder for name, folder in zip(names, folders, strict=True)}
 
 
+def make_starts(models: dict[str, Path], folder: Path) -> dict[str, Path]:
+    """The models at step 0 of the pretraining of these models, where they can be made again."""
+    starts = {}
+    for name, model in models.items():
+        flags = experiment.read_flags(model)
+        argv = ["--steps", "0", "--dtype", "float32", "--out", str(folder / f"start-{name}")]
+        for flag in START_FLAGS:
+            value = flags.get(flag)
+            values = value if isinstance(value, list) else [] if value is None else [value]
+            argv += [f"--{flag.replace('_', '-')}", *map(str, values)] if values else []
+        try:
+            if not flags or "-" in flags.get("corpus", []):
+                raise UserError("not a run of train.py on files")
+            with contextlib.redirect_stdout(sys.stderr):
+                pretrain(argv)
+            starts[name] = folder / f"start-{name}"
+        except UserError as error:
+            print(f"{name}: train.py cannot make its step 0 again: {error}", file=sys.stderr)
+    return starts
+
+
+def problem_of(method: str, model: str, setup: Setup) -> str:
+    """Why a method cannot run, empty if it can."""
+    if method == "start" and model not in setup.starts:
+        return "its step 0 cannot be made again"
+    if method == WITH_NGRAMS and not setup.train.names:
+        return "it needs classes"
+    if method == "spectral" and not pretraining_corpus(setup.models[model]):
+        return "the tokens of its pretraining are not in the cache"
+    return ""
+
+
 def run_missing(plan: Plan, results: Results, setup: Setup) -> None:
     """Run what is not in the results. The output of finetune.py goes to OUT/log.txt."""
     runs = [run for cells in plan.values() for cell in cells.values() for run in cell]
     missing = [run for run in runs if run not in results]
     # for the time left: the relative durations of the runs
-    is_network = {"pretrained", "random_weights"}
+    is_network = {"pretrained", WITH_NGRAMS, "random_weights"}
     sizes = [6 * run.labels**0.35 if run.method in is_network else 4 for run in missing]
     form = "{desc}: {percentage:3.0f}% {elapsed}, {remaining} left"
     bar = tqdm(total=sum(sizes), disable=None, bar_format=form)
@@ -121,17 +158,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         disk.write_file(args.out / "flags.json", disk.to_json(flags_to_json(args)))
 
         data = args.train.name if args.train else args.data
-        setup = Setup(data, models, train, test, device, dtype, args.out)
+        starts = make_starts(models, args.out / "work") if "start" in args.methods else {}
+        setup = Setup(data, models, starts, train, test, device, dtype, args.out)
         if args.pool:
             experiment.check_pool(setup)
         plan: Plan = {}
         for i, model in enumerate(models):
             for method in args.methods:
-                if method == "spectral" and i == 0 and not pretraining_corpus(models[model]):
-                    reason = "the tokens of its pretraining are not in the cache"
-                    print(f"{model}: spectral is left out: {reason}", file=sys.stderr)
+                is_pretrained = method in ("pretrained", WITH_NGRAMS, "start", "frozen")
+                if problem := problem_of(method, model, setup):
+                    if is_pretrained or i == 0:
+                        print(f"{model}: {method} is left out: {problem}", file=sys.stderr)
                     continue
-                is_pretrained = method in ("pretrained", "frozen")
                 if is_pretrained or i == 0:  # the others do not depend on the weights
                     one_of_several = is_pretrained and len(models) > 1 and not args.pool
                     name = f"{model}, {method}" if one_of_several else method

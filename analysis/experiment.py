@@ -22,6 +22,7 @@ from analysis.evaluation import forward_all, measure
 from analysis.results import Run
 from files import model_folder
 from files.disk import UserError
+from finetune import WITH_NGRAMS
 from labels import LabeledDataset, encode, subsample
 from model import Classifier
 
@@ -41,6 +42,7 @@ class Setup:
 
     data: str  # its name in the results
     models: dict[str, Path]
+    starts: dict[str, Path]  # of these models, those at step 0 of their pretraining
     train: LabeledDataset
     test: LabeledDataset
     device: torch.device
@@ -120,20 +122,22 @@ def run_method(run: Run, setup: Setup) -> tuple[dict[str, Any], np.ndarray]:
 
 
 def fine_tuning(examples: LabeledDataset, run: Run, setup: Setup) -> tuple[Fit, Sequence]:
-    """finetune.py with pretrained or random weights."""
-    model = setup.models[run.model]
+    """finetune.py with pretrained or random weights, those of step 0, or with n-grams."""
+    model = setup.starts[run.model] if run.method == "start" else setup.models[run.model]
+    methods = {"start": "pretrained", WITH_NGRAMS: f"pretrained,{WITH_NGRAMS}"}
+    methods = methods.get(run.method, run.method)
     out = setup.out / "work" / run.method / run.model
 
     def fit(rate: float, train_idx: np.ndarray, eval_idx: np.ndarray) -> np.ndarray:
         if len(train_idx) < run.labels:  # while the rate is chosen
             rng = np.random.default_rng([run.seed, 6])
             train_idx = np.sort(rng.permutation(train_idx)[:MAX_CHOOSING])
-        flags = ["--model", str(model), "--methods", run.method, "--lr", str(rate)]
+        flags = ["--model", str(model), "--methods", methods, "--lr", str(rate)]
         flags += ["--seed", str(run.seed), "--device", str(setup.device), "--out", str(out)]
         flags += ["--dtype", str(setup.dtype).removeprefix("torch.")]
         finetune.main(flags, data=(examples[train_idx], examples[eval_idx]))
         with np.load(out / "predictions.npz") as arrays:
-            return arrays[run.method]
+            return arrays[methods.rpartition(",")[2]]
 
     if run.method == "random_weights":
         return fit, RANDOM_WEIGHTS_RATES
@@ -173,6 +177,8 @@ def load_classifier(model: str, setup: Setup) -> tuple[Classifier, Tokenizer, in
 
 METHODS = {
     "pretrained": fine_tuning,
+    WITH_NGRAMS: fine_tuning,
+    "start": fine_tuning,
     "frozen": frozen,
     "random_weights": fine_tuning,
     "ngrams": lambda examples, run, setup: baselines.ngrams(examples, setup.tokenizer, run.seed),

@@ -1,6 +1,7 @@
 """The experiment: the whole command on a small dataset."""
 
 import csv
+import json
 import re
 import shutil
 
@@ -10,6 +11,7 @@ from conftest import sentences, write_csv
 
 import analyze
 import finetune
+import train
 from analysis import costs, experiment, plots
 from files.disk import UserError
 
@@ -99,6 +101,40 @@ def test_a_run_is_a_fine_tuning_with_the_chosen_learning_rate(analysis, topics, 
     flags += ["--labels", "30", "--seed", "1", "--lr", line["choice"], "--dtype", "float32"]
     metrics = finetune.main([*flags, "--methods", "pretrained", "--out", str(tmp_path / "out")])
     assert metrics["test"]["pretrained"]["accuracy"] == float(line["accuracy"])
+
+
+def test_the_start_is_the_run_at_step_0_and_ngrams_stand_beside_the_network(
+    analysis, topics, corpus_file, tmp_path
+):
+    model, _, _ = analysis
+    flags = flags_of(topics, model, tmp_path / "out", "--labels", "30", "--seeds", "1")
+    scores = analyze.main([*flags, "--methods", "start,pretrained+ngrams"])
+    assert set(scores) == {"start", "pretrained+ngrams"}
+    [start] = (tmp_path / "out" / "work").glob("start-*")
+    recipe = json.loads((model / "flags.json").read_text())
+    by_hand = ["--corpus", *recipe["corpus"], "--max-len", "32", "--micro-batch-tokens", "512"]
+    train.main([*by_hand, "--steps", "0", "--dtype", "float32", "--out", str(tmp_path / "zero")])
+    weights = (tmp_path / "zero" / "model.safetensors").read_bytes()
+    assert (start / "model.safetensors").read_bytes() == weights
+    assert weights != (model / "model.safetensors").read_bytes()
+
+    common = ["--model", str(model), "--train", str(topics[0]), "--test", str(topics[1])]
+    common += ["--labels", "30", "--dtype", "float32", "--out", str(tmp_path / "fine")]
+    lines = read_results(tmp_path / "out")
+    [line] = [line for line in lines if line["method"] == "pretrained+ngrams"]
+    methods = ["--methods", "pretrained,pretrained+ngrams", "--lr", line["choice"]]
+    metrics = finetune.main([*common, *methods])
+    assert metrics["test"]["pretrained+ngrams"]["accuracy"] == float(line["accuracy"])
+
+
+def test_a_start_that_cannot_be_made_again_is_left_out(analysis, topics, tmp_path, capsys):
+    model, _, _ = analysis
+    other = tmp_path / "model"
+    shutil.copytree(model, other, ignore=shutil.ignore_patterns("checkpoints", "flags.json"))
+    flags = flags_of(topics, other, tmp_path / "out", "--labels", "12", "--seeds", "1")
+    scores = analyze.main([*flags, "--methods", "start,ngrams"])
+    assert set(scores) == {"ngrams"}
+    assert "start is left out" in capsys.readouterr().err
 
 
 def test_finished_runs_are_not_repeated(analysis, topics, calls):

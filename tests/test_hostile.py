@@ -464,6 +464,7 @@ def flags_in_messages(code):
 # analyze.py chooses the flags of finetune.py, and does without a corpus that it cannot use
 NOT_PRINTED = {"analyze": {("finetune", "main"), ("data", "Corpus.__init__")}}
 NOT_PRINTED["analyze"] |= {("files.model_folder", f) for f in ("choose_max_len", "choose_pooling")}
+NOT_PRINTED["analyze"].add(("train", "main"))  # its error is printed as that of another script
 # bench.py opens the default corpus, with a batch that is shorter, and has no model in its folder
 NOT_PRINTED["bench"] = {("data", "Corpus.__init__"), ("files.disk", "make_folder")}
 NOT_PRINTED["bench"] |= {("files.token_cache", "prepare"), ("files.readers", "_read_column")}
