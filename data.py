@@ -141,6 +141,8 @@ class Corpus:
                 f"{micro_batch_tokens:,}: give it more text, or a smaller --micro-batch-tokens"
             )
 
+        if mask not in ("rare", "even"):
+            raise ValueError(f"mask {mask!r} is neither rare nor even")
         self.rarity = None  # of each token of the vocabulary; None masks all tokens alike
         if mask == "rare":
             frequency = self.counts / len(self.tokens)
