@@ -125,6 +125,8 @@ class Corpus:
         windows = self._cut_documents()
         is_held_out = np.zeros(len(windows), dtype=bool)
         for start, end in itertools.pairwise([0, *part_ends]):  # the last windows of each
+            if start == end:  # an empty file
+                continue
             in_part = slice(*np.searchsorted(windows.start, [start, end]))
             n_left = np.cumsum(windows.length[in_part][::-1])[::-1]  # tokens from a window on
             is_held_out[in_part] = n_left <= max(n_left[-1], VALIDATION_SHARE * n_left[0])

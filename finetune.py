@@ -1,6 +1,6 @@
 """Fine-tune a pretrained encoder on labelled examples: python finetune.py.
 
-It measures three methods on the same test set, which is not used for any choice:
+It measures these methods on the same test set, which is not used for any choice:
 
     ngrams          a linear model of unigrams and bigrams (analysis/baselines.py); for tagged words
                     most_frequent, the most frequent tag of each word
@@ -58,7 +58,7 @@ Dataset = LabeledDataset | TaggedDataset
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser("Fine-tune a pretrained model, beside two baselines.")
+    parser = Parser("Fine-tune a pretrained model, beside baselines.")
     add = parser.add_argument
     positive = number(int, 1)
     share = number(float, 0, 0.9)
@@ -66,7 +66,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--model", type=Path, default=Path("runs/pretrain"), help=models)
     parser.add_examples(tasks=("classify", "regress", "tokens"))
     add("--labels", type=positive, help="number of training examples to sample; by default all")
-    add("--methods", help="which to run, separated by commas; by default all three")
+    add("--methods", help="which to run, separated by commas; by default all")
     poolings = "what the classifier reads; by default mean, or what a BERT was trained with"
     add("--pooling", choices=("mean", "cls", "pooler"), help=poolings)
     rates = "peak learning rate; 0 fits a linear head alone; by default chosen by method"

@@ -2,7 +2,7 @@
 
 Axes: T tokens of a batch, S sequences, N masked tokens, H heads, D head size. A batch is one flat
 row of T tokens, never a padded rectangle; `cu_seqlens` (S + 1,) int32 says where each sequence
-starts. Only attention and pooling look at it.
+starts. Attention, pooling and BERT's positions look at it.
 
 Two families share one block; `Config.family` selects between them:
 

@@ -116,7 +116,7 @@ def set_learning_rates(
     optimizers: list[torch.optim.Optimizer], step: int, n_steps: int, warmup: float
 ) -> float:
     """Linear warm-up over a share of the steps, then linear decay to zero, which beats a cosine
-    (Bergsma et al. 2025, arXiv 2502.15938). Each group's own "lr" is its peak.
+    (Bergsma et al. 2025, arXiv 2502.15938). The first "lr" of each group is its peak.
 
     Returns:
         The factor on the peak learning rates.

@@ -753,3 +753,13 @@ def test_the_tokenizer_repeats():
     texts = sentences(300, 0)
     first, second = (train_tokenizer(texts, 200).to_str() for _ in range(2))
     assert first == second
+
+
+def test_an_empty_file_beside_others_holds_nothing_out(tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "full.txt").write_text("\n".join(sentences(300, 0)))
+    (tmp_path / "z.txt").write_text("\n")
+    folder = prepare([str(tmp_path)], 100)
+    corpus = Corpus(folder, max_len=32, micro_batch_tokens=256, seed=0)
+    alone = Corpus(prepare([str(tmp_path / "full.txt")], 100), 32, 256, 0)
+    assert len(corpus.held_out) == len(alone.held_out) > 0
