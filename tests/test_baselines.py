@@ -149,7 +149,8 @@ def test_without_words_ngrams_predicts_the_majority_class_and_says_so(capsys):
     assert np.allclose(scores, [0.75])
     line = "ngrams: the texts have no words: it predicts a constant"
     assert capsys.readouterr().err.splitlines() == [line]
-    assert baselines.document_vectors(texts, texts, Path("nowhere"), TOKENIZER).shape == (4, 0)
+    vectors = baselines.document_vectors(texts, texts, Path("nowhere"), TOKENIZER)
+    assert not vectors.any()
 
 
 @pytest.mark.parametrize(
