@@ -13,6 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+import train as pretraining
 from analysis import costs, experiment, plots, report
 from analysis.baselines import pretraining_corpus
 from analysis.experiment import METHODS, Setup, plan_runs
@@ -22,11 +23,9 @@ from files.cli import Parser, choose_hardware, flags_to_json, number, run_script
 from files.disk import UserError
 from finetune import WITH_NGRAMS
 from labels import load, subsample
-from train import main as pretrain
 
-# Flags of train.py that decide which model a run starts from.
-START_FLAGS = ("corpus", "text_column", "model", "preset", "layers", "d_model", "family")
-START_FLAGS += ("vocab_size", "max_len", "micro_batch_tokens", "mask", "start", "seed")
+# Flags of train.py that its step 0 does not share with the run, or that have no value.
+NOT_OF_THE_START = {"out", "steps", "dtype", "device", "resume", "compile", "keep_best"}
 QUICK = {"labels": "100,500", "seeds": 2, "methods": "pretrained,frozen,ngrams,lsa"}
 
 
@@ -80,27 +79,35 @@ def make_starts(models: dict[str, Path], folder: Path) -> dict[str, Path]:
     """The models at step 0 of the pretraining of these models, where they can be made again."""
     starts = {}
     for name, model in models.items():
-        flags = experiment.read_flags(model)
-        argv = ["--steps", "0", "--dtype", "float32", "--out", str(folder / f"start-{name}")]
-        for flag in START_FLAGS:
-            value = flags.get(flag)
-            values = value if isinstance(value, list) else [] if value is None else [value]
-            argv += [f"--{flag.replace('_', '-')}", *map(str, values)] if values else []
         try:
+            flags = experiment.read_flags(model)
             if not flags or "-" in flags.get("corpus", []):
-                raise UserError("not a run of train.py on files")
+                raise UserError(f"{model} is not a run of train.py on files")
             with contextlib.redirect_stdout(sys.stderr):
-                pretrain(argv)
+                pretraining.main(flags_of_step_0(flags, folder / f"start-{name}"))
             starts[name] = folder / f"start-{name}"
         except UserError as error:
-            print(f"{name}: train.py cannot make its step 0 again: {error}", file=sys.stderr)
+            print(f"{name}: start is left out: {error}", file=sys.stderr)
+        except SystemExit as stop:
+            if stop.code != 2:  # Ctrl-C
+                raise
+            print(f"{name}: start is left out: train.py refuses its flags", file=sys.stderr)
     return starts
+
+
+def flags_of_step_0(flags: dict[str, Any], out: Path) -> list[str]:
+    """The command line that ends a run of train.py with these flags before its first step."""
+    argv = ["--steps", "0", "--dtype", "float32", "--out", str(out)]
+    for name in flags.keys() - NOT_OF_THE_START:
+        value = flags[name]
+        if value is not None and value != []:
+            values = value if isinstance(value, list) else [value]
+            argv += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return argv
 
 
 def problem_of(method: str, model: str, setup: Setup) -> str:
     """Why a method cannot run, empty if it can."""
-    if method == "start" and model not in setup.starts:
-        return "its step 0 cannot be made again"
     if method == WITH_NGRAMS and not setup.train.names:
         return "it needs classes"
     if method == "spectral" and not pretraining_corpus(setup.models[model]):
@@ -165,6 +172,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         plan: Plan = {}
         for i, model in enumerate(models):
             for method in args.methods:
+                if method == "start" and model not in starts:
+                    continue
                 is_pretrained = method in ("pretrained", WITH_NGRAMS, "start", "frozen")
                 if problem := problem_of(method, model, setup):
                     if is_pretrained or i == 0:

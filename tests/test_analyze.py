@@ -302,3 +302,14 @@ def test_figure_that_cannot_be_drawn_is_a_warning(tmp_path, capsys):
     warning = capsys.readouterr().err
     assert warning.startswith(f"warning: {path} was not drawn: ")
     assert len(warning.splitlines()) == 1
+
+
+def test_a_run_with_flags_of_another_version_has_no_start(analysis, topics, tmp_path, capsys):
+    model, _, _ = analysis
+    other = tmp_path / "model"
+    shutil.copytree(model, other, ignore=shutil.ignore_patterns("checkpoints"))
+    flags = json.loads((model / "flags.json").read_text()) | {"activation": "silu"}
+    (other / "flags.json").write_text(json.dumps(flags))
+    argv = flags_of(topics, other, tmp_path / "out", "--labels", "12", "--seeds", "1")
+    assert set(analyze.main([*argv, "--methods", "start,ngrams"])) == {"ngrams"}
+    assert "start is left out: train.py refuses its flags" in capsys.readouterr().err
