@@ -109,8 +109,8 @@ def set_defaults(args: argparse.Namespace, train: Dataset, config: Config) -> No
     for method in args.methods:
         if method not in methods:
             raise UserError(f"--methods {method}: choose from {','.join(methods)}")
-    if WITH_NGRAMS in args.methods and "pretrained" not in args.methods:
-        raise UserError(f"--methods {WITH_NGRAMS}: it needs pretrained before it")
+        if method == WITH_NGRAMS and "pretrained" not in args.methods[: args.methods.index(method)]:
+            raise UserError(f"--methods {WITH_NGRAMS}: it needs pretrained before it")
     if is_tagged and (args.pooling or args.lr == 0):
         raise UserError("--task tokens takes no --pooling and no --lr 0")
     args.pooling = choose_pooling(config, args.pooling, args.model)
@@ -226,7 +226,7 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
         if train.names is None:  # the network learns standardized numbers
             mean = float(train.targets.mean())
             scale = float(train.targets.std()) + 1e-6
-            targets = [(number - mean) / scale for number in targets]
+            targets = [(target - mean) / scale for target in targets]
 
         for method in args.methods:
             if method in results:
@@ -235,9 +235,10 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
             if method in BASELINES:
                 predictions[method] = fit_baseline(train, test, tokenizer, args.seed)
             elif method == WITH_NGRAMS:
-                network = predictions["pretrained"]
-                both = add_ngrams(args.out, rows, train, test_rows, network, args.seed)
-                predictions[method] = both
+                probabilities = predictions["pretrained"]
+                predictions[method] = add_ngrams(
+                    args.out, rows, train, test_rows, probabilities, args.seed
+                )
             if method in predictions:
                 results[method] = report(method, test.targets, predictions[method], start_time)
                 continue

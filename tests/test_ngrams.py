@@ -189,3 +189,10 @@ def test_ngrams_need_a_network(topics, pretrained, tmp_path):
     with pytest.raises(UserError, match="it needs pretrained before it"):
         finetune.main([*flags, "--methods", "pretrained+ngrams"])
     assert "pretrained+ngrams" not in json.dumps(finetune.parse_args([]).methods)
+
+
+def test_ngrams_before_the_network_are_refused(topics, pretrained, tmp_path):
+    train, test = map(str, topics)
+    flags = ["--model", str(pretrained), "--train", train, "--test", test, "--out", str(tmp_path)]
+    with pytest.raises(UserError, match="it needs pretrained before it"):
+        finetune.main([*flags, "--methods", "pretrained+ngrams,pretrained"])
