@@ -7,6 +7,7 @@ same --accumulate.
 
 import contextlib
 import dataclasses
+import functools
 import math
 import signal
 import time
@@ -233,8 +234,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             ranks.log(f"resuming after step {first_step}")
         if args.compile:
             machine.compile_blocks(model.model.layers, device, ranks.log)
-        rehearsal = corpus.batch(0, ranks.rank, ranks.n, args.mask_rate).to(device)
-        parallel_model = ranks.wrap(model, rehearsal)
+        rehearse = functools.partial(corpus.batch, 0, ranks.rank, ranks.n, args.mask_rate)
+        parallel_model = ranks.wrap(model, rehearse)
         ranks.log(f"{n_weights:,} weights on {device}, {args.dtype}; {step_tokens:,} tokens a step")
 
         progress = tqdm(total=args.steps, initial=first_step, unit="step", disable=ranks.hide_bar)

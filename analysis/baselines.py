@@ -117,18 +117,25 @@ def ngrams(examples: LabeledDataset, tokenizer: Tokenizer, seed: int) -> tuple[F
     def fit(choice: tuple, train_idx: np.ndarray, eval_idx: np.ndarray) -> np.ndarray:
         variant, c = choice
         tfidf = TfidfTransformer(sublinear_tf=True)
-        # dual coordinate descent is the fastest solver for more n-grams than examples
-        solver = {"solver": "liblinear", "dual": True, "random_state": seed, "max_iter": 1000}
-        logistic = LogisticRegression(C=c, **solver)
         if variant == "tfidf":
-            model = make_pipeline(tfidf, OneVsRestClassifier(logistic))
+            model = make_pipeline(tfidf, OneVsRestClassifier(sparse_logistic(c, seed)))
         elif variant == "nbsvm":
-            model = OneVsRestClassifier(make_pipeline(LogCountRatio(), logistic))
+            model = nb_svm(c, seed)
         else:
             model = make_pipeline(tfidf, Ridge(alpha=1 / c))
         return fit_and_score(model, counts, examples, train_idx, eval_idx)
 
     return fit, NGRAM_GRID if examples.names else RIDGE_GRID
+
+
+def nb_svm(c: float, seed: int) -> OneVsRestClassifier:
+    """NB-SVM (Wang & Manning 2012, section 2.3) of one class against the rest."""
+    return OneVsRestClassifier(make_pipeline(LogCountRatio(), sparse_logistic(c, seed)))
+
+
+def sparse_logistic(c: float, seed: int) -> LogisticRegression:
+    """Dual coordinate descent: the fastest solver for more n-grams than examples."""
+    return LogisticRegression(C=c, solver="liblinear", dual=True, random_state=seed, max_iter=1000)
 
 
 class LogCountRatio(TransformerMixin, BaseEstimator):

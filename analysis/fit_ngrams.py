@@ -9,12 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix
-from sklearn.linear_model import LogisticRegression
-from sklearn.multiclass import OneVsRestClassifier
-from sklearn.pipeline import make_pipeline
 from torch import Tensor
 
-from analysis.baselines import LogCountRatio, fit_and_score
+from analysis.baselines import fit_and_score, nb_svm
 from files.ngrams import N_BUCKETS, NgramModel, find_ngrams
 from labels import LabeledDataset, batches, validation_splits
 
@@ -50,28 +47,21 @@ def add_ngrams(
 
 
 def fit_ngrams(rows: list[np.ndarray], train: LabeledDataset, seed: int) -> NgramModel:
-    """NB-SVM (Wang & Manning 2012, section 2.3) with the C of the least log loss on the splits.
+    """NB-SVM with the C of the least log loss on the splits.
 
     The log loss, and not the accuracy, because the log-odds are added to those of another model.
     """
     features = ngram_features(rows)
-
-    def model(c: float) -> OneVsRestClassifier:
-        solver = {"solver": "liblinear", "dual": True, "random_state": seed, "max_iter": 1000}
-        return OneVsRestClassifier(
-            make_pipeline(LogCountRatio(), LogisticRegression(C=c, **solver))
-        )
-
     losses = dict.fromkeys(STRENGTHS, 0.0)
     for train_idx, eval_idx in validation_splits(train):
         for c in STRENGTHS:
-            scores = fit_and_score(model(c), features, train, train_idx, eval_idx)
+            scores = fit_and_score(nb_svm(c, seed), features, train, train_idx, eval_idx)
             of_targets = scores[np.arange(len(eval_idx)), train.targets[eval_idx]]
             losses[c] -= float(np.log(of_targets.clip(LEAST_PROBABILITY)).mean())
     best = min(STRENGTHS, key=losses.get)
 
     buckets = np.flatnonzero(features.getnnz(axis=0))
-    fitted = model(best).fit(features[:, buckets], train.targets)
+    fitted = nb_svm(best, seed).fit(features[:, buckets], train.targets)
     weight = np.zeros((len(buckets), len(train.names)), dtype=np.float32)
     bias = np.full(len(train.names), -10.0, dtype=np.float32)  # of a class without examples
     # of two classes scikit-learn fits the second one
@@ -91,7 +81,7 @@ def ngram_features(rows: list[np.ndarray]) -> csr_matrix:
     buckets = []
     for indices, (ids, cu_seqlens, *_) in batches(rows, np.arange(len(rows)), BATCH_SIZE):
         ngrams = find_ngrams(ids, cu_seqlens)
-        keys = (ngrams.text * N_BUCKETS + ngrams.bucket).unique()
+        keys = ngrams.key.unique()
         keys = keys[keys < len(indices) * N_BUCKETS].numpy()  # without the filler sequences
         examples.append(indices[keys // N_BUCKETS])
         buckets.append(keys % N_BUCKETS)

@@ -5,7 +5,7 @@ import atexit
 import contextlib
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -64,16 +64,16 @@ class Ranks(NamedTuple):
             dist.all_reduce(sums)
         return dict(zip(values, sums.tolist(), strict=True))
 
-    def wrap(self, model: nn.Module, rehearsal) -> nn.Module:
+    def wrap(self, model: nn.Module, rehearse: Callable) -> nn.Module:
         """DistributedDataParallel on several ranks, the model itself on one.
 
         After its first backward pass DDP sums gradients in other groups. That pass is made here,
-        on a `rehearsal` batch, so that a resumed run sums as an uninterrupted one does.
+        on the batch of `rehearse`, so that a resumed run sums as an uninterrupted one does.
         """
         if self.n == 1:
             return model
         parallel_model = nn.parallel.DistributedDataParallel(model)
-        losses = parallel_model(rehearsal)
+        losses = parallel_model(rehearse().to(next(model.parameters()).device))
         sum(total for total, _ in losses.values()).backward()
         model.zero_grad(set_to_none=True)
         return parallel_model

@@ -33,6 +33,11 @@ class Ngrams(NamedTuple):
     text: Tensor  # (G,) the text that the n-gram is in
     bucket: Tensor  # (G,) its hash
 
+    @property
+    def key(self) -> Tensor:
+        """(G,) equal for the occurrences of one n-gram in one text."""
+        return self.text * N_BUCKETS + self.bucket
+
 
 def find_ngrams(ids: Tensor, cu_seqlens: Tensor) -> Ngrams:
     """All n-grams of up to LONGEST tokens that lie within a text; the arguments are those of
@@ -42,10 +47,10 @@ def find_ngrams(ids: Tensor, cu_seqlens: Tensor) -> Ngrams:
     for length in range(1, LONGEST + 1):
         start = torch.arange(max(0, len(ids) - length + 1))
         start = start[text_of_token[start] == text_of_token[start + length - 1]]
-        key = torch.full_like(start, length)
+        code = torch.full_like(start, length)
         for i in range(length):
-            key = (key + ids[start + i] + 1) * MULTIPLIER  # modulo 2**64
-        bucket = (key >> 40) & (N_BUCKETS - 1)
+            code = (code + ids[start + i] + 1) * MULTIPLIER  # modulo 2**64
+        bucket = (code >> 40) & (N_BUCKETS - 1)
         parts.append((start, torch.full_like(start, length), text_of_token[start], bucket))
     return Ngrams(*map(torch.cat, zip(*parts, strict=True)))
 
@@ -73,8 +78,7 @@ class NgramModel:
         The weight of an n-gram counts once per text; its tokens and occurrences share it evenly.
         """
         ngrams = find_ngrams(ids.cpu(), cu_seqlens.cpu())
-        key = ngrams.text * N_BUCKETS + ngrams.bucket
-        _, inverse, counts = key.unique(return_inverse=True, return_counts=True)
+        _, inverse, counts = ngrams.key.unique(return_inverse=True, return_counts=True)
         shares = self.rows[self.row[ngrams.bucket]] / (counts[inverse] * ngrams.length)[:, None]
         scores = torch.zeros(len(ids), self.weight.shape[1])
         for i in range(LONGEST):
