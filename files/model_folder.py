@@ -216,7 +216,8 @@ def choose_pooling(config: Config, pooling: str | None, name: Path) -> str | Non
         raise UserError(f"--pooling {pooling}: {name} is a {config.family} model")
     if pooling or config.is_modern:
         return pooling
-    folder, settings = find_model(name), {}
+    folder = find_model(name)
+    settings: dict[str, Any] = {}
     for path in (folder / "config.json", folder / "1_Pooling" / "config.json"):
         if path.is_file():
             with reading(path):

@@ -137,8 +137,11 @@ def _read_jsonl(path: Path, report: Report) -> Iterator[tuple[int, dict[str, Any
 def _read_json_array(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Decode one object after another, so that the array need not fit into memory."""
     decode = json.JSONDecoder().raw_decode
-    before_row = re.compile(r"\s*\[\s*")
-    text, line, min_length, error = "", 1, 0, None
+    text = ""  # what is read and not decoded yet
+    line = 1  # the number of its first line
+    min_length = 0  # of a text in which another object may have ended
+    error = None
+    before_row = re.compile(r"\s*\[\s*")  # before the first object; then it is a comma
     for piece in itertools.chain((piece for _, piece in read_lines(path, in_pieces=True)), [""]):
         text += piece
         if piece and len(text) < min_length:
@@ -159,7 +162,8 @@ def _read_json_array(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         text = text[end:]
         if len(text) > LONGEST_LINE:
             break
-        min_length = 2 * len(text)  # an object of many lines is not decoded again for each line
+        # so that an object of many lines is not decoded again for each of them
+        min_length = 2 * len(text)
     if not re.fullmatch(r"(\s*\[)?\s*\]\s*", text):
         line += re.match(r"[\s,\[]*", text)[0].count("\n")
         raise UserError(f"{path}:{line}: broken JSON: {error or 'the array does not end here'}")
