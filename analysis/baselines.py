@@ -31,6 +31,7 @@ from data import Corpus
 from files import model_folder
 from files.disk import CACHE, UserError
 from files.entities import TaggedDataset, most_frequent_tags
+from files.tokenizer import NO_SPACES
 from labels import LabeledDataset, validation_splits
 from model import Classifier
 
@@ -50,9 +51,8 @@ SPECTRAL_GRID = tuple((w, c) for w in ("plain", "sif") for c in (0.01, 0.1, 1.0,
 SIF = 1e-3  # the word frequency at which SIF halves the weight (Arora et al. 2017, section 4.1)
 HEAD_C = 1e-3  # fine-tuning from a head that fits better ends lower
 LONGEST_WORD = 32  # characters
-# Scripts that are written without spaces (Thai to Khmer, kana, Chinese), and emoji.
-UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2600-\u27bf\u3040-\u30ff\u3400-\u9fff"
-UNSPACED += "\uff66-\uff9f\U0001f000-\U0001faff\U00020000-\U0003ffff"
+# Characters that are words: of scripts without spaces, half-width kana, and emoji.
+UNSPACED = f"{NO_SPACES}\uff66-\uff9f\u2600-\u27bf\U0001f000-\U0001faff"
 
 Fit = Callable[[Any, np.ndarray, np.ndarray], np.ndarray]
 

@@ -23,17 +23,15 @@ from tokenizers import Tokenizer
 from files.columns import Item
 from files.disk import UserError
 from files.readers import is_text, read_lines, read_table, table_format
-from files.tokenizer import special_ids
+from files.tokenizer import NO_SPACES, special_ids
 from labels import batches, hold_out_last_fifth
 from model import Tagger
 
 OUTSIDE = "O"
 IOB2_LETTERS = {"B": "B", "I": "I", "M": "I", "E": "I", "L": "I", "S": "B", "U": "B"}
-# Thai and Lao, Burmese, Khmer, kana, ideographs
-NO_SPACES = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-NO_SPACES += "\U00020000-\U0003ffff"
+UNSPACED = f"{NO_SPACES}\uf900-\ufaff"  # and compatibility ideographs
 MARKS = "".join(c for c in map(chr, range(0x300, 0x3100)) if unicodedata.category(c)[0] == "M")
-UNIT = re.compile(f"[{NO_SPACES}][{MARKS}]*|[^\\s{NO_SPACES}]+")
+UNIT = re.compile(f"[{UNSPACED}][{MARKS}]*|[^\\s{UNSPACED}]+")
 NOT_SCORED = -100  # the target of a token without a tag: cross_entropy's ignore_index
 
 Sentence = list[Item]  # words, whose labels are their tags
