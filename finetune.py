@@ -40,7 +40,7 @@ from files.model_folder import choose_max_len, choose_pooling, load_model, load_
 from files.step_monitor import StepMonitor
 from labels import LabeledDataset, batches, encode, load, subsample
 from model import Classifier, Config, Tagger
-from optim import parameter_groups, set_learning_rates
+from optim import clip_gradients, parameter_groups, set_learning_rates
 
 # Peak learning rates, chosen on folds of the training data of MR and IMDb.
 LR_PRETRAINED = 3e-4
@@ -282,9 +282,9 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
                         loss += float(micro_loss.detach())
 
                     scaler.unscale_(optimizer)
-                    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
+                    grad_norm = clip_gradients(model, args.clip)
                     losses.append(loss)
-                    message = monitor.check(loss, float(grad_norm))
+                    message = monitor.check(loss, grad_norm)
                     if message:
                         print(f"{method}, step {step + 1}: {message}", flush=True)
                     if not monitor.skip:

@@ -1,5 +1,6 @@
 """Muon for matrices, AdamW for everything else, and the learning-rate schedule."""
 
+import math
 from collections import defaultdict
 
 import torch
@@ -110,6 +111,19 @@ def make_optimizers(
         adamw_groups.append({"params": matrices})
     adamw = torch.optim.AdamW(adamw_groups, lr_adamw, (0.9, 0.98), weight_decay=0.0, fused=True)
     return [*optimizers, adamw]
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> float:
+    """Scale the gradients if their joint norm exceeds `max_norm`, and return the norm before.
+
+    The sum over parameters is exact, so that parameters without influence change nothing: torch
+    adds in groups, which their zeros would shift. A `max_norm` of 0 is no clipping.
+    """
+    norms = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None])
+    total = math.sqrt(math.fsum(norm * norm for norm in norms.tolist()))
+    max_norm = max_norm or math.inf
+    nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, torch.tensor(total))
+    return total
 
 
 def set_learning_rates(

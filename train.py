@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from analysis import plots
@@ -29,7 +28,7 @@ from files.model_folder import SavedModel, choose_max_len
 from files.step_monitor import StepMonitor
 from files.token_cache import prepare
 from model import PRESETS, Config, MaskedLM, preset
-from optim import make_optimizers, set_learning_rates
+from optim import clip_gradients, make_optimizers, set_learning_rates
 
 # The weight of each loss of MaskedLM.forward in the sum that is minimized.
 LOSS_WEIGHTS = {"masked_lm": 1.0}
@@ -262,8 +261,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
-            max_norm = args.clip or math.inf
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
+            grad_norm = clip_gradients(model, args.clip)
             totals = ranks.sum(sums | {"signals": len(signals)}, device)  # ranks decide alike
             interrupted = totals.pop("signals") > 0
             loss = weighted_sum(totals)

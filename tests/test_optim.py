@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import Classifier, Config, MaskedLM, Tagger
-from optim import Muon, make_optimizers, orthogonalize, parameter_groups, set_learning_rates
+from optim import (
+    Muon,
+    clip_gradients,
+    make_optimizers,
+    orthogonalize,
+    parameter_groups,
+    set_learning_rates,
+)
 
 CONFIG = Config(vocab_size=60, d_model=16, n_layers=3, n_heads=2, d_ff=24, max_len=32)
 
@@ -147,3 +154,32 @@ def test_schedule_rises_to_1_and_falls_near_0(n_steps, warmup):
     assert all(a > b > 0 for a, b in pairwise(factors[peak + 1 :]))
     if n_steps - peak > 20:
         assert factors[-1] < 0.06
+
+
+def test_clipping_by_the_joint_norm_equals_torch():
+    for max_norm in (0.5, 1e9, 0):
+        ours, theirs = (torch.nn.Linear(30, 20) for _ in range(2))
+        torch.manual_seed(0)
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        norm = clip_gradients(ours, max_norm)
+        expected = torch.nn.utils.clip_grad_norm_(theirs.parameters(), max_norm or float("inf"))
+        assert norm == pytest.approx(float(expected), rel=1e-6)
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_parameters_without_influence_do_not_change_the_joint_norm():
+    def norm_of(shapes: list[int], n_zeros: int) -> float:
+        model = torch.nn.Module()
+        torch.manual_seed(len(shapes))
+        gradients = [torch.zeros(7)] * n_zeros + [torch.randn(n) for n in shapes]
+        for i, gradient in enumerate(gradients):
+            model.register_parameter(str(i), torch.nn.Parameter(torch.zeros_like(gradient)))
+            model.get_parameter(str(i)).grad = gradient
+        return clip_gradients(model, 1.0)
+
+    for n in range(1, 60):  # torch's own norm differs for some of these
+        shapes = [10 + i for i in range(n)]
+        assert len({norm_of(shapes, n_zeros) for n_zeros in range(9)}) == 1
