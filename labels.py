@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from files import streams
 from files.columns import Columns, Item, guess_task, read_examples, to_number
 from files.disk import UserError
 from files.reviews import load_reviews
@@ -201,7 +202,7 @@ def subsample(dataset: LabeledDataset, n_labels: int | None, seed: int) -> Label
         sizes[(quota - sizes).argmax()] += 1
     while sizes.sum() > n_labels:  # where a class has more than its share, because of the minimum
         sizes[sizes.argmax()] -= 1
-    rng = np.random.default_rng([seed, 3])
+    rng = np.random.default_rng([seed, streams.LABEL_SAMPLE])
     members = [np.flatnonzero(dataset.strata == stratum) for stratum in range(len(counts))]
     sample = [rng.permutation(m)[:size] for m, size in zip(members, sizes, strict=True)]
     return dataset[np.sort(np.concatenate(sample))]

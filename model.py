@@ -101,7 +101,7 @@ def preset(name: str, **changes: int | str | None) -> Config:
     Args:
         name: a key of PRESETS.
         changes: other fields of Config; None changes nothing. `d_model`, a multiple of the head
-            size 64, changes the sizes that depend on it.
+            size 64, and `family` also change the fields that depend on them and are not named.
     """
     changes = {field: value for field, value in changes.items() if value is not None}
     fields = PRESETS[name] | changes
@@ -111,7 +111,7 @@ def preset(name: str, **changes: int | str | None) -> Config:
     if fields.get("family", "modern") != "modern":  # BERT's MLP has two matrices, GeGLU three
         fields["d_ff"] = 3 * fields["d_ff"] // 2
         fields["norm_eps"] = 1e-12
-    return Config(**fields)
+    return Config(**(fields | changes))
 
 
 # ------------------------------------------------------------------------------------------ block
@@ -326,8 +326,8 @@ class MaskedLM(nn.Module):
     """Encoder, head and a decoder tied to the embedding, with the loss of pretraining."""
 
     task = "MaskedLM"
-    # Names of modules that only pretraining needs. They are initialized after all others, kept in
-    # checkpoints, restored by --resume, and never exported.
+    # Names of the modules and parameters that only pretraining needs. They are initialized after
+    # all others, saved in checkpoints, restored by --resume, and never exported.
     pretraining_only: tuple[str, ...] = ()
 
     def __init__(self, config: Config):
@@ -348,8 +348,10 @@ class MaskedLM(nn.Module):
 
     @staticmethod
     def loss_counts(batch) -> dict[str, int]:
-        """How many elements each loss of `forward` sums over, known before the forward pass:
-        micro-batches and ranks add up their counts first, and then divide by the same number.
+        """How many elements each loss of `forward` sums over: the only place where they are counted.
+
+        Training needs the counts before the forward pass, because the losses of all micro-batches
+        and ranks are divided by their common count.
         """
         return {"masked_lm": len(batch.targets)}
 
@@ -361,9 +363,9 @@ class MaskedLM(nn.Module):
             (Devlin et al. 2018, section 3.1).
         """
         states = self.model(batch.ids, batch.cu_seqlens, batch.max_seqlen)
-        losses = {"masked_lm": self.masked_lm_loss(states, batch)}
+        sums = {"masked_lm": self.masked_lm_loss(states, batch)}
         counts = self.loss_counts(batch)
-        return {name: (loss, counts[name]) for name, loss in losses.items()}
+        return {name: (sums[name], counts[name]) for name in sums}
 
     def masked_lm_loss(self, states: Tensor, batch) -> Tensor:
         """The sum of the cross-entropy over the N masked tokens."""
@@ -437,9 +439,14 @@ class Tagger(nn.Module):
 # ----------------------------------------------------------------------------------------- weights
 
 
+def is_part_of(name: str, modules: tuple[str, ...]) -> bool:
+    """Whether a weight is one of these parameters or belongs to one of these modules."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
 def draw_seed() -> int:
-    """A seed for `init_weights`, drawn before a model creates its modules: their constructors draw
-    from the same generator, and one more of them must not change the weights of all others.
+    """A seed for `init_weights`, drawn before a model creates its modules, whose constructors draw
+    from the same generator: one more module must not change the weights of all others.
     """
     return int(torch.randint(2**62, ()))
 
@@ -451,10 +458,9 @@ def init_weights(model: nn.Module, config: Config, seed: int) -> None:
     those of the heads, are smaller by sqrt(2 n_layers). Biases are zero and norms one.
     """
     generator = torch.Generator().manual_seed(seed)
-    last = tuple(f"{name}." for name in getattr(model, "pretraining_only", ()))
-    named = dict(model.named_parameters())
-    for name in sorted(named, key=lambda name: name.startswith(last)):
-        parameter = named[name]
+    last = getattr(model, "pretraining_only", ())
+    by_name = sorted(model.named_parameters(), key=lambda pair: is_part_of(pair[0], last))
+    for name, parameter in by_name:
         std = config.init_std
         if name.endswith(("Wo.weight", "dense.weight")):
             std /= math.sqrt(2 * config.n_layers)

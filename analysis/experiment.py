@@ -20,7 +20,7 @@ from analysis import baselines
 from analysis.baselines import Fit
 from analysis.evaluation import forward_all, measure
 from analysis.results import Run
-from files import model_folder
+from files import model_folder, streams
 from files.disk import UserError
 from finetune import WITH_NGRAMS
 from labels import LabeledDataset, encode, subsample
@@ -130,7 +130,7 @@ def fine_tuning(examples: LabeledDataset, run: Run, setup: Setup) -> tuple[Fit, 
 
     def fit(rate: float, train_idx: np.ndarray, eval_idx: np.ndarray) -> np.ndarray:
         if len(train_idx) < run.labels:  # while the rate is chosen
-            rng = np.random.default_rng([run.seed, 6])
+            rng = np.random.default_rng([run.seed, streams.RATE_CHOICE])
             train_idx = np.sort(rng.permutation(train_idx)[:MAX_CHOOSING])
         flags = ["--model", str(model), "--methods", methods, "--lr", str(rate)]
         flags += ["--seed", str(run.seed), "--device", str(setup.device), "--out", str(out)]

@@ -24,7 +24,7 @@ from files import disk, hub_names
 from files.disk import UserError, first_line, to_json, write_file
 from files.ngrams import load_ngrams
 from files.tokenizer import read_vocabulary, special_ids, special_tokens
-from model import Classifier, Config, MaskedLM, Tagger
+from model import Classifier, Config, MaskedLM, Tagger, is_part_of
 
 # What the libraries raise when they read a broken config or broken weights.
 BROKEN = (OSError, EOFError, ValueError, TypeError, AttributeError, KeyError, RuntimeError)
@@ -58,8 +58,8 @@ def save_model(
     tokenizer_config["tokenizer_class"] = "PreTrainedTokenizerFast"
     tokenizer_config["model_max_length"] = model.config.max_len
 
-    skip = tuple(getattr(model, "pretraining_only", ()))
-    weights = {name: w for name, w in model.state_dict().items() if not name.startswith(skip)}
+    skip = getattr(model, "pretraining_only", ())
+    weights = {name: w for name, w in model.state_dict().items() if not is_part_of(name, skip)}
     exported = hub_names.export_weights(weights, model.config, model.task)
 
     try:
@@ -173,8 +173,8 @@ def load_weights(
     """Copy the weights that `load_model` read from a folder into a model, strictly.
 
     Args:
-        allow_missing: beginnings of the names of weights that the folder may lack; those of the
-            model stay as they are.
+        allow_missing: names of modules or weights that the folder may lack; those of the model
+            stay as they are.
     """
     try:
         missing, unused = model.load_state_dict(weights, strict=False)
@@ -184,10 +184,10 @@ def load_weights(
 
     allow_missing += (hub_names.TIED, *getattr(model, "pretraining_only", ()))
     for name in missing:
-        if not name.startswith(allow_missing):
+        if not is_part_of(name, allow_missing):
             raise UserError(f"{folder}/model.safetensors: no weight {name}")
     for name in unused:
-        if not name.startswith(hub_names.MAY_BE_UNUSED):
+        if not is_part_of(name, hub_names.MAY_BE_UNUSED):
             kind = type(model).__name__
             raise UserError(f"{folder}: unexpected weight {name}, which a {kind} does not use")
 

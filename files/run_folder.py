@@ -26,6 +26,7 @@ from torch import nn
 from files import disk, model_folder
 from files.disk import UserError, to_json, write_file
 from files.machine import Ranks
+from model import is_part_of
 
 try:
     import fcntl
@@ -175,11 +176,11 @@ def save_checkpoint(
     folder = out / "checkpoints" / f"step-{step}"
     work = folder.with_name(".new")
     model, *parts = training
-    unsaved = tuple(getattr(model, "pretraining_only", ()))  # in the model folder
+    unsaved = getattr(model, "pretraining_only", ())  # in the model folder
     content = {
         **state,
         "parts": [part.state_dict() for part in parts],
-        "pretraining_only": {n: w for n, w in model.state_dict().items() if n.startswith(unsaved)},
+        "pretraining_only": {n: w for n, w in model.state_dict().items() if is_part_of(n, unsaved)},
     }
     buffer = io.BytesIO()
     torch.save(content, buffer)

@@ -274,21 +274,29 @@ def test_weights_of_a_wrapped_model(tmp_path, prefix, kind):
 
 
 class WithSecondObjective(MaskedLM):
-    """What a fork may do: a module for pretraining alone."""
+    """What a fork may do: a module and a parameter for pretraining alone."""
 
-    pretraining_only = (*MaskedLM.pretraining_only, "order")
+    pretraining_only = (*MaskedLM.pretraining_only, "order", "scale")
 
     def __init__(self, config):
         super().__init__(config)
         self.order = torch.nn.Linear(config.d_model, 2)
+        self.scale = torch.nn.Parameter(torch.ones(1))
+        self.ordering = torch.nn.Parameter(torch.ones(1))  # is not on the list
 
 
 def test_what_is_for_pretraining_only_is_not_saved(tmp_path):
     model_folder.save_model(tmp_path, WithSecondObjective(CONFIG), TOKENIZER)
     weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
-    assert not any(name.startswith("order") for name in weights)
+    plain = MaskedLM(CONFIG).state_dict().keys() - {"decoder.weight"}
+    assert weights.keys() == plain | {"ordering"}
     model_folder.load_weights(WithSecondObjective(CONFIG), weights, tmp_path)
-    model_folder.open_model(tmp_path, CPU)
+    with pytest.raises(UserError, match="unexpected weight ordering"):
+        model_folder.open_model(tmp_path, CPU)
+    del weights["ordering"]
+    with pytest.raises(UserError, match="no weight ordering"):
+        model_folder.load_weights(WithSecondObjective(CONFIG), weights, tmp_path)
+    model_folder.load_weights(MaskedLM(CONFIG), weights, tmp_path)
 
 
 def test_weights_of_another_size(tmp_path):

@@ -243,11 +243,12 @@ def test_other_data_are_refused(started):
 
 def test_weights_that_only_pretraining_needs_are_in_checkpoints_and_not_in_models(started):
     class WithExtra(MaskedLM):
-        pretraining_only = ("extra",)
+        pretraining_only = ("extra", "pool")
 
         def __init__(self, config):
             super().__init__(config)
             self.extra = torch.nn.Linear(8, 3)
+            self.pool = torch.nn.Parameter(torch.ones(2))
 
     model = WithExtra(CONFIG)
     state = RECORD | {"step": 1}
@@ -255,7 +256,7 @@ def test_weights_that_only_pretraining_needs_are_in_checkpoints_and_not_in_model
     folder = started / "checkpoints" / "step-1"
     assert not any("extra" in name for name in model_folder.load_model(folder)[1])
     state = resume(started)
-    assert state["pretraining_only"].keys() == {"extra.weight", "extra.bias"}
+    assert state["pretraining_only"].keys() == {"extra.weight", "extra.bias", "pool"}
     other = WithExtra(CONFIG)
     run_folder.restore(started, state, training(other))
     assert same_weights(other, model)
