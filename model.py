@@ -348,10 +348,8 @@ class MaskedLM(nn.Module):
 
     @staticmethod
     def loss_counts(batch) -> dict[str, int]:
-        """How many elements each loss of `forward` sums over: the only place where they are counted.
-
-        Training needs the counts before the forward pass, because the losses of all micro-batches
-        and ranks are divided by their common count.
+        """How many elements each loss of `forward` sums over. Training adds up the counts of all
+        micro-batches and ranks before the forward pass, to divide by the same number everywhere.
         """
         return {"masked_lm": len(batch.targets)}
 
