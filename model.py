@@ -196,8 +196,7 @@ class MLP(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         has_bias = not config.is_modern
-        # GeGLU's first half goes through the GELU, its second half is the gate
-        n_maps = 2 if config.is_modern else 1
+        n_maps = 2 if config.is_modern else 1  # GeGLU: the half for the GELU, then the gate
         self.activation = geglu if config.is_modern else F.gelu
         self.Wi = FusedLinear(config.d_model, config.d_ff, n_maps, bias=has_bias)
         self.Wo = nn.Linear(config.d_ff, config.d_model, bias=has_bias)
@@ -215,7 +214,7 @@ class Block(nn.Module):
     def __init__(self, config: Config, layer: int):
         super().__init__()
         self.is_pre_norm = config.is_modern
-        # the norm of the embeddings directly precedes layer 0, which therefore has none of its own
+        # what layer 0 reads has just left the norm of the embeddings
         is_normed = self.is_pre_norm and layer == 0
         self.attn_norm = nn.Identity() if is_normed else Norm(config)
         self.attn = Attention(config, layer)
@@ -348,8 +347,8 @@ class MaskedLM(nn.Module):
 
     @staticmethod
     def loss_counts(batch) -> dict[str, int]:
-        """How many elements each loss of `forward` sums over. Training adds up the counts of all
-        micro-batches and ranks before the forward pass, to divide by the same number everywhere.
+        """How many elements each loss of `forward` sums over, known before the forward pass because
+        training divides by the counts of all micro-batches and ranks.
         """
         return {"masked_lm": len(batch.targets)}
 
@@ -361,9 +360,8 @@ class MaskedLM(nn.Module):
             (Devlin et al. 2018, section 3.1).
         """
         states = self.model(batch.ids, batch.cu_seqlens, batch.max_seqlen)
-        sums = {"masked_lm": self.masked_lm_loss(states, batch)}
         counts = self.loss_counts(batch)
-        return {name: (sums[name], counts[name]) for name in sums}
+        return {"masked_lm": (self.masked_lm_loss(states, batch), counts["masked_lm"])}
 
     def masked_lm_loss(self, states: Tensor, batch) -> Tensor:
         """The sum of the cross-entropy over the N masked tokens."""
@@ -413,8 +411,9 @@ class Classifier(nn.Module):
 
 
 class Tagger(nn.Module):
-    """A linear layer on the state of each token, equal to the `ForTokenClassification` of BERT,
-    RoBERTa and ModernBERT (where the head comes first).
+    """A linear layer on the state of each token, after the head in the modern family.
+
+    Equal to the `ForTokenClassification` of BERT, RoBERTa and ModernBERT.
     """
 
     task = "TokenClassification"
@@ -443,8 +442,8 @@ def is_part_of(name: str, modules: tuple[str, ...]) -> bool:
 
 
 def draw_seed() -> int:
-    """A seed for `init_weights`, drawn before a model creates its modules, whose constructors draw
-    from the same generator: one more module must not change the weights of all others.
+    """A seed for `init_weights`. It is drawn before a model creates its modules: their constructors
+    draw from the same generator, and one more of them must not change all other weights.
     """
     return int(torch.randint(2**62, ()))
 
@@ -457,8 +456,7 @@ def init_weights(model: nn.Module, config: Config, seed: int) -> None:
     """
     generator = torch.Generator().manual_seed(seed)
     last = getattr(model, "pretraining_only", ())
-    by_name = sorted(model.named_parameters(), key=lambda pair: is_part_of(pair[0], last))
-    for name, parameter in by_name:
+    for name, parameter in sorted(model.named_parameters(), key=lambda p: is_part_of(p[0], last)):
         std = config.init_std
         if name.endswith(("Wo.weight", "dense.weight")):
             std /= math.sqrt(2 * config.n_layers)

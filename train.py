@@ -77,7 +77,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
 
     of_a_new_model = ("preset", "layers", "d_model", "family", "vocab_size")
     for name in of_a_new_model:
-        if args.model and getattr(args, name):
+        if args.model and getattr(args, name) is not None:
             flag = f"--{name.replace('_', '-')}"
             parser.error(f"{flag} is of a new model; --model brings its own")
     args.preset = args.preset or (None if args.model else "tiny")
