@@ -182,7 +182,7 @@ class Corpus:
 
         Args:
             step: from 0.
-            micro: which micro-batch of the step, on whichever rank.
+            micro: number of the micro-batch in the step, over all ranks.
             n_micro: micro-batches of a step, over all ranks.
             mask_rate: share of the tokens that are masked.
         """
@@ -229,6 +229,7 @@ class Corpus:
         """Lay windows end to end, and mask them."""
         rng = np.random.default_rng(key)
         cu_seqlens = np.concatenate(([0], np.cumsum(windows.length + 2)))
+        # the tokens before and after each window give their places to [CLS] and [SEP]
         _, positions = _ranges(windows.start - 1, windows.length + 2)
         ids = self.tokens[np.clip(positions, 0, len(self.tokens) - 1)].astype(np.int64)  # (T,)
         ids[cu_seqlens[:-1]] = self.special["cls"]
@@ -240,7 +241,7 @@ class Corpus:
             masked = rng.permutation(candidates)[:n_masked]
         else:
             masked = self._draw_words(ids, candidates, rarity, rng)[:n_masked]
-            masked = rng.permutation(masked)  # the pieces of a word may differ in what follows
+            masked = rng.permutation(masked)  # rare words come first, and words are together
         targets = ids[masked]  # copied before anything is replaced
 
         # 80% become [MASK], 10% a random token, 10% stay (Devlin et al. 2018, section 3.1)

@@ -302,8 +302,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             model_folder.save_model(args.out, model, corpus.tokenizer)
             write_file(args.out / "metrics.json", to_json(metrics))
             plots.loss_curve(points, args.out / "curve.png")
-        loss = f"validation loss {metrics['validation_loss']:.3f}"
-        ranks.log(f"{args.out}: {loss} after {seconds:.0f} s")
+        result = f"validation loss {metrics['validation_loss']:.3f} after {seconds:.0f} s"
+        ranks.log(f"{args.out}: {result}")
     return metrics
 
 

@@ -262,10 +262,13 @@ def test_weights_that_only_pretraining_needs_are_in_checkpoints_and_not_in_model
     assert same_weights(other, model)
 
 
-def test_the_environment_is_what_decides_the_last_bits():
+def test_the_environment_is_what_decides_the_result(monkeypatch):
     environment = run_folder.environment(torch.device("cpu"), 2)
     assert environment["torch"] == torch.__version__ and environment["ranks"] == 2
     assert environment["threads"] == torch.get_num_threads()
+    monkeypatch.setattr(run_folder, "ARITHMETIC", ("model.py", "kernels/[!n]*.py"))
+    other = run_folder.environment(torch.device("cpu"), 2)  # with another code of the norm
+    assert environment.items() - other.items() == {("arithmetic", environment["arithmetic"])}
 
 
 # ----------------------------------------------------------------------- a new run in an old folder
