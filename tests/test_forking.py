@@ -93,7 +93,7 @@ def test_a_documented_fork_trains_and_its_model_loads(name, corpus_file, topics,
         config = json.loads((tuned / "config.json").read_text())
         assert config["classifier_pooling"] == "attention"
         weights = safetensors.torch.load_file(tuned / "model.safetensors")
-        assert weights["pooler_query"].any()
+        assert weights["pooler.query"].any()
         assert python(fork, "predict.py", "--model", str(tuned), "bal dom kist.")
 
 
