@@ -11,22 +11,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 import train as pretraining
-from analysis import costs, experiment, plots, report
-from analysis.baselines import pretraining_corpus
-from analysis.experiment import METHODS, Setup, plan_runs
+from analysis import behaviour, experiment, plots, report
+from analysis.experiment import METHODS, NETWORKS, STARTS, Setup
 from analysis.results import Plan, Results, Table
 from files import disk, model_folder, run_folder
 from files.cli import Parser, choose_hardware, flags_to_json, number, run_script
 from files.disk import UserError
-from finetune import WITH_NGRAMS
 from labels import load, subsample
 
 # Flags of train.py that its step 0 does not share with the run, or that have no value.
 NOT_OF_THE_START = {"out", "steps", "dtype", "device", "resume", "compile", "keep_best"}
-QUICK = {"labels": "100,500", "seeds": 2, "methods": "pretrained,frozen,ngrams,lsa"}
+QUICK = {
+    "labels": "100,500",
+    "seeds": 2,
+    "methods": "majority,start,pretrained,pretrained+ngrams,ngrams",
+}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -106,22 +109,12 @@ def flags_of_step_0(flags: dict[str, Any], out: Path) -> list[str]:
     return argv
 
 
-def problem_of(method: str, model: str, setup: Setup) -> str:
-    """Why a method cannot run, empty if it can."""
-    if method == WITH_NGRAMS and not setup.train.names:
-        return "it needs classes"
-    if method == "spectral" and not pretraining_corpus(setup.models[model]):
-        return "the tokens of its pretraining are not in the cache"
-    return ""
-
-
 def run_missing(plan: Plan, results: Results, setup: Setup) -> None:
     """Run what is not in the results. The output of finetune.py goes to OUT/log.txt."""
     runs = [run for cells in plan.values() for cell in cells.values() for run in cell]
     missing = [run for run in runs if run not in results]
     # for the time left: the relative durations of the runs
-    is_network = {"pretrained", WITH_NGRAMS, "random_weights"}
-    sizes = [6 * run.labels**0.35 if run.method in is_network else 4 for run in missing]
+    sizes = [6 * run.labels**0.35 if run.method in NETWORKS else 4 for run in missing]
     form = "{desc}: {percentage:3.0f}% {elapsed}, {remaining} left"
     bar = tqdm(total=sum(sizes), disable=None, bar_format=form)
     with bar, open(setup.out / "log.txt", "a", encoding="utf-8") as log:
@@ -165,39 +158,30 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         disk.write_file(args.out / "flags.json", disk.to_json(flags_to_json(args)))
 
         data = args.train.name if args.train else args.data
-        starts = make_starts(models, args.out / "work") if "start" in args.methods else {}
-        setup = Setup(data, models, starts, train, test, device, dtype, args.out)
+        needs_start = not set(STARTS).isdisjoint(args.methods)
+        starts = make_starts(models, args.out / "work") if needs_start else {}
+        probes = test[np.arange(0)] if args.train else behaviour.sentences()
+        setup = Setup(data, models, starts, train, test, probes, device, dtype, args.out)
         if args.pool:
             experiment.check_pool(setup)
-        plan: Plan = {}
-        for i, model in enumerate(models):
-            for method in args.methods:
-                if method == "start" and model not in starts:
-                    continue
-                is_pretrained = method in ("pretrained", WITH_NGRAMS, "start", "frozen")
-                if problem := problem_of(method, model, setup):
-                    if is_pretrained or i == 0:
-                        print(f"{model}: {method} is left out: {problem}", file=sys.stderr)
-                    continue
-                if is_pretrained or i == 0:  # the others do not depend on the weights
-                    one_of_several = is_pretrained and len(models) > 1 and not args.pool
-                    name = f"{model}, {method}" if one_of_several else method
-                    cells = plan.setdefault(name, {n: [] for n in budgets})
-                    for n, runs in plan_runs(setup, model, method, budgets, args.seeds).items():
-                        cells[n] += runs
+        plan = experiment.make_plan(setup, args.methods, budgets, args.seeds, args.pool)
         run_missing(plan, results, setup)
 
-        table = Table(results, plan, test.targets)
+        table = Table(results, plan, test.targets, probes.targets)
+        table.write(args.out / "cells.csv")
         numbers = str(dtype).removeprefix("torch.")
         lines = [f"# What the pretraining was worth: {data}", ""]
         lines += [f"{len(train):,} training and {len(test):,} test examples; {numbers}.", ""]
         lines += ["Every choice is made inside the labels; every score is on the test set.", ""]
-        lines += ["## Test scores", "", *report.accuracy(table, train, test, args.seeds)]
-        lines += ["## Differences", "", *report.differences(table)]
-        lines += ["## Costs", "", *report.costs(table, costs.measure(plan, setup)), ""]
+        lines += ["## Test scores", "", *report.accuracy(table)]
+        lines += ["## Lead over the best baseline", "", *report.leads(table)]
+        lines += ["## What each step is worth", "", *report.steps(table)]
+        if len(probes):
+            lines += ["## What is understood", "", *report.understanding(table)]
         disk.write_file(args.out / "report.md", "\n".join(lines).encode())
         print(f"{args.out / 'report.md'}: {len(results.lines)} runs")
-        plots.learning_curves(table.estimates, table.metric, args.out / "curves.png")
+        if not table.scores.keys().isdisjoint(plots.STAIRCASE):
+            plots.staircase(table.estimates, table.best, table.metric, args.out / "staircase.png")
     return {
         name: {n: list(estimate) for n, estimate in cells.items()}
         for name, cells in table.estimates.items()
