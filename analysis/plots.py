@@ -92,14 +92,19 @@ def staircase(
     budgets = sorted({n for cells in steps.values() for n in cells})
     levels = [cells[n].mean for cells in steps.values() for n in cells]
     levels += [estimates[name][n].mean for n, name in best.items()]
-    floor = min(levels) - 0.03
+    floor, top = min(levels) - 0.03, max(levels) + 0.06
 
     width = len(steps) + 0.8  # of a group, with the gap to the next one
 
     def plot(axes) -> None:
         axes.grid(False, axis="x")
+        axes.set_axisbelow(True)
+        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
+        small = {"ha": "center", "fontsize": 8, "bbox": box}
+        ticks: list[str] = []
         for group, n in enumerate(budgets):
             left = group * width
+            ticks.append(f"{n:,} labels")
             below = None
             for x, (name, cells) in enumerate(steps.items()):
                 if n not in cells:
@@ -111,18 +116,22 @@ def staircase(
                 axes.bar(middle, min(mean, below) - floor, 1, floor, color="#EBEBEB")
                 axes.bar(middle, mean - below, 1, below, color=STAIRCASE[name][1], label=label)
                 axes.plot([middle, middle], [low, high], color="black", linewidth=0.8)
-                text = f"{mean:.3f}".lstrip("0")
-                axes.annotate(text, (middle, max(mean, high) + 0.004), ha="center", fontsize=8)
+                axes.text(middle, min(high + 0.005, top - 0.015), f"{mean:.3f}", **small)
                 below = mean
             if n in best:
                 level = estimates[best[n]][n].mean
-                label = "best baseline" if group == 0 else None
+                ticks[-1] += f"\nbest baseline: {best[n]}, {level:.3f}"
+                label = "best baseline" if group == len(budgets) - 1 else None
                 line = {"color": "black", "linestyle": "--", "linewidth": 1.2}
                 axes.plot([left, left + len(steps)], [level, level], label=label, **line)
         middles = [group * width + len(steps) / 2 for group in range(len(budgets))]
-        axes.set_xticks(middles, [f"{n:,} labels\nbest baseline: {best.get(n)}" for n in budgets])
+        axes.set_xticks(middles, ticks, fontsize=9)
         axes.tick_params(axis="x", length=0)
-        axes.set(ylabel=f"{metric} on the test set", ylim=(floor, None))
+        axes.set(
+            ylabel=f"{metric} on the test set",
+            ylim=(floor, top),
+            xlim=(-0.4, len(budgets) * width - 0.4),
+        )
         axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
     draw(path, plot, width=9, height=4.2)
