@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 import train as pretraining
-from analysis import behaviour, experiment, plots, report
+from analysis import behaviour, experiment, report, track
 from analysis.experiment import METHODS, NETWORKS, STARTS, Setup
 from analysis.results import Plan, Results, Table
 from files import disk, model_folder, run_folder
@@ -47,6 +47,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--methods", default=",".join(METHODS), help="which methods to run")
     quick = " ".join(f"--{flag} {value}" for flag, value in QUICK.items())
     add("--quick", action="store_true", help=f"minutes, not hours: {quick}")
+    about = "print the score of docs/track.md: all cells of mr and imdb; several models are pooled"
+    add("--track", action="store_true", help=about)
     parser.add_device()
     parser.add_dtype()
     add("--out", type=Path, default=Path("runs/analysis"), help="folder of the results")
@@ -63,6 +65,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         if budget != "all" and not re.fullmatch(r"[1-9]\d{0,8}", budget):
             parser.error(f"--labels {budget}: give whole numbers or all, separated by commas")
     parser.check_examples(args)
+    if args.track and args.train:
+        parser.error("--track has labels of its own, and takes no --train")
     if args.pool and len(args.model) == 1:
         parser.error("--pool needs several folders after --model")
     return args
@@ -135,16 +139,32 @@ def run_missing(plan: Plan, results: Results, setup: Setup) -> None:
             bar.update(size)
 
 
+def run_track(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
+    """Run the experiment with the data, the labels and the methods of the track."""
+    pretraining_time = max(map(track.duration, args.model))  # raises UserError now, not after hours
+    flags = [flag for flag in argv if flag != "--track"] + track.FLAGS
+    flags += ["--pool"] * (len(args.model) > 1)
+    scores = {}
+    for data in track.DATA:
+        scores[data] = main([*flags, "--data", data, "--out", str(args.out / data)])
+    runs = f"{len(args.model)} seeds, {args.seeds} draws"
+    print(track.line_to_submit(scores, runs, pretraining_time))
+    return scores
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run what is missing and write the report.
 
     Returns:
-        {method: {number of labels: [mean, low, high] of the test accuracy or R squared}}.
+        {method: {number of labels: [mean, low, high] of the test accuracy or R squared}}; with
+        --track {data: this}.
     """
     args = parse_args(argv)
     for folder in args.model:
         disk.make_folder(args.out, folder)  # results never replace the files of a model
         model_folder.load_model(folder)  # raises UserError now, not after hours
+    if args.track:
+        return run_track(args, sys.argv[1:] if argv is None else argv)
     with run_folder.lock(args.out):
         device, dtype = choose_hardware(args.device, args.dtype)
         models = name_models(args.model)
@@ -168,20 +188,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         run_missing(plan, results, setup)
 
         table = Table(results, plan, test.targets, probes.targets)
-        table.write(args.out / "cells.csv")
         numbers = str(dtype).removeprefix("torch.")
-        lines = [f"# What the pretraining was worth: {data}", ""]
-        lines += [f"{len(train):,} training and {len(test):,} test examples; {numbers}.", ""]
-        lines += ["Every choice is made inside the labels; every score is on the test set.", ""]
-        lines += ["## Test scores", "", *report.accuracy(table)]
-        lines += ["## Lead over the best baseline", "", *report.leads(table)]
-        lines += ["## What each step is worth", "", *report.steps(table)]
-        if len(probes):
-            lines += ["## What is understood", "", *report.understanding(table)]
-        disk.write_file(args.out / "report.md", "\n".join(lines).encode())
+        about = [f"# What the pretraining was worth: {data}", ""]
+        about += [f"{len(train):,} training and {len(test):,} test examples; {numbers}.", ""]
+        about += ["Every choice is made inside the labels; every score is on the test set."]
+        report.write(table, about, args.out)
         print(f"{args.out / 'report.md'}: {len(results.lines)} runs")
-        if not table.scores.keys().isdisjoint(plots.STAIRCASE):
-            plots.staircase(table.estimates, table.best, table.metric, args.out / "staircase.png")
     return {
         name: {n: list(estimate) for n, estimate in cells.items()}
         for name, cells in table.estimates.items()

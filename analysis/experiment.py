@@ -81,10 +81,13 @@ def make_plan(
             name = f"{model}, {method}" if one_of_several else method
             cells = plan.setdefault(name, {n: [] for n in budgets})
             for n in budgets:
-                # with all labels, draws differ only in what is random about a network
-                n_runs = n_draws if method in NETWORKS or n < len(setup.train) else 1
+                # with all labels, draws differ only in what is random about a network, and so do
+                # pretraining seeds
+                varies = n < len(setup.train) or (method in NETWORKS and not pool)
                 key = (setup.data, model, method, n)
-                cells[n] += [Run(*key, s, fingerprint(model, setup)) for s in range(n_runs)]
+                cells[n] += [
+                    Run(*key, s, fingerprint(model, setup)) for s in range(n_draws if varies else 1)
+                ]
     return plan
 
 

@@ -1,12 +1,31 @@
 """The sections of report.md: tables of scores and of paired differences."""
 
 import itertools
+from pathlib import Path
 from typing import Any
 
+from analysis import plots
 from analysis.behaviour import N_PAIRS, TEMPLATES, by_category
-from analysis.plots import STAIRCASE
 from analysis.results import Table
 from analysis.statistics import Estimate
+from files import disk
+
+
+def write(table: Table, about: list[str], folder: Path) -> None:
+    """Write report.md, cells.csv and staircase.png; the lines `about` say what was run."""
+    sections = {"Test scores": accuracy, "Lead over the best baseline": leads}
+    has_steps = not table.scores.keys().isdisjoint(plots.STAIRCASE)
+    if has_steps:
+        sections["What each step is worth"] = steps
+    if len(table.probe_targets):
+        sections["What is understood"] = understanding
+    lines = [*about]
+    for title, section in sections.items():
+        lines += ["", f"## {title}", "", *section(table)]
+    disk.write_file(folder / "report.md", "\n".join(lines).encode())
+    table.write(folder / "cells.csv")
+    if has_steps:
+        plots.staircase(table.estimates, table.best, table.metric, folder / "staircase.png")
 
 
 def markdown(header: list[str], rows: list[list[Any]]) -> list[str]:
@@ -33,8 +52,6 @@ def accuracy(table: Table) -> list[str]:
         f"distance, {length // 4}, up to which the errors of neighbours are correlated.",
         *by_budget(table, table.estimates),
     ]
-    if not table.scores.keys().isdisjoint(STAIRCASE):
-        lines += ["![what each part of the recipe is worth](staircase.png)", ""]
     if table.macro_f1:
         lines += ["Macro-F1:", *by_budget(table, table.macro_f1)]
     if table.on_edge:
@@ -54,14 +71,19 @@ def leads(table: Table) -> list[str]:
 
 def steps(table: Table) -> list[str]:
     """The paired differences between neighbouring steps of the staircase."""
-    names = [name for name in STAIRCASE if name in table.scores]
+    names = [name for name in plots.STAIRCASE if name in table.scores]
     differences: dict[str, dict[int, Estimate]] = {}
     for lower, upper in itertools.pairwise(names):
         below, above = table.scores[lower], table.scores[upper]
         common = [n for n in table.budgets if n in below and n in above]
         estimates = {n: (above[n] - below[n]).estimate() for n in common}
         differences[f"{upper} against {lower}"] = estimates
-    return ["Paired differences of each step from the one before:", *by_budget(table, differences)]
+    return [
+        "![accuracy of each step](staircase.png)",
+        "",
+        "Paired differences of each step from the one before:",
+        *by_budget(table, differences),
+    ]
 
 
 def understanding(table: Table) -> list[str]:

@@ -101,6 +101,7 @@ class Table:
     """
 
     def __init__(self, results: Results, plan: Plan, targets: np.ndarray, probes: np.ndarray):
+        self.probe_targets = probes
         self.metric = "accuracy" if targets.dtype.kind == "i" else "R squared"
         self.macro_f1: dict[str, dict[int, str]] = {}  # mean of the draws; empty of numbers
         self.probes: dict[str, dict[int, np.ndarray]] = {}  # share of the runs that are right
