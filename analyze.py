@@ -1,7 +1,8 @@
-"""The experiment: python analyze.py. What was the pretraining worth, and which model to take?
+"""The experiment: python analyze.py. What was the pretraining worth?
 
 Each method runs on several draws of each number of labels, and makes every choice inside them. OUT
-gets results.csv (a line per run), predictions/, report.md and its figures. Finished runs are kept.
+gets report.md, staircase.png, cells.csv (a line per method and number of labels), results.csv (a
+line per run) and predictions/. Finished runs are kept.
 """
 
 import argparse
@@ -25,11 +26,8 @@ from labels import load, subsample
 
 # Flags of train.py that its step 0 does not share with the run, or that have no value.
 NOT_OF_THE_START = {"out", "steps", "dtype", "device", "resume", "compile", "keep_best"}
-QUICK = {
-    "labels": "100,500",
-    "seeds": 2,
-    "methods": "majority,start,pretrained,pretrained+ngrams,ngrams",
-}
+QUICK_METHODS = "majority,start,pretrained,pretrained+ngrams,ngrams"
+QUICK = {"labels": "100,500", "seeds": 2, "methods": QUICK_METHODS}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -70,16 +68,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.pool and len(args.model) == 1:
         parser.error("--pool needs several folders after --model")
     return args
-
-
-def name_models(folders: list[Path]) -> dict[str, Path]:
-    """Names of the models: the last part of their paths, or all of it where two would be equal."""
-    names = [folder.resolve().name if folder.exists() else str(folder) for folder in folders]
-    if len(set(names)) < len(names):
-        names = [str(folder) for folder in folders]
-    if len(set(names)) < len(names):
-        raise UserError("--model: the same folder twice")
-    return {name.replace("/", "-"): folder for name, folder in zip(names, folders, strict=True)}
 
 
 def make_starts(models: dict[str, Path], folder: Path) -> dict[str, Path]:
@@ -147,7 +135,7 @@ def run_track(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     scores = {}
     for data in track.DATA:
         scores[data] = main([*flags, "--data", data, "--out", str(args.out / data)])
-    runs = f"{len(args.model)} seeds, {args.seeds} draws"
+    runs = f"{len(args.model)} x {args.seeds}"
     print(track.line_to_submit(scores, runs, pretraining_time))
     return scores
 
@@ -167,7 +155,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         return run_track(args, sys.argv[1:] if argv is None else argv)
     with run_folder.lock(args.out):
         device, dtype = choose_hardware(args.device, args.dtype)
-        models = name_models(args.model)
+        models = experiment.name_models(args.model)
         with contextlib.redirect_stdout(sys.stderr):
             columns = (args.text_column, args.pair_column, args.label_column)
             train, test = load(args.data, args.train, args.test, columns, args.task)
@@ -188,11 +176,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         run_missing(plan, results, setup)
 
         table = Table(results, plan, test.targets, probes.targets)
-        numbers = str(dtype).removeprefix("torch.")
-        about = [f"# What the pretraining was worth: {data}", ""]
-        about += [f"{len(train):,} training and {len(test):,} test examples; {numbers}.", ""]
-        about += ["Every choice is made inside the labels; every score is on the test set."]
-        report.write(table, about, args.out)
+        sizes = f"{len(train):,} training and {len(test):,} test examples"
+        report.write(table, f"{data}, {sizes}, {str(dtype).removeprefix('torch.')}", args.out)
         print(f"{args.out / 'report.md'}: {len(results.lines)} runs")
     return {
         name: {n: list(estimate) for n, estimate in cells.items()}

@@ -64,6 +64,16 @@ class Setup:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
+def name_models(folders: list[Path]) -> dict[str, Path]:
+    """Names of the models: the last part of their paths, or all of it where two would be equal."""
+    names = [folder.resolve().name if folder.exists() else str(folder) for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    if len(set(names)) < len(names):
+        raise UserError("--model: the same folder twice")
+    return {name.replace("/", "-"): folder for name, folder in zip(names, folders, strict=True)}
+
+
 def make_plan(
     setup: Setup, methods: list[str], budgets: list[int], n_draws: int, pool: bool
 ) -> Plan:
@@ -74,6 +84,8 @@ def make_plan(
             depends_on_model = method in (*USE_PRETRAINING, *STARTS)
             if i and not depends_on_model:
                 continue
+            if method in STARTS and model not in setup.starts:
+                continue  # for the reason that was printed when it could not be made
             if problem := problem_of(method, model, setup):
                 print(f"{model}: {method} is left out: {problem}", file=sys.stderr)
                 continue
@@ -93,8 +105,6 @@ def make_plan(
 
 def problem_of(method: str, model: str, setup: Setup) -> str:
     """Why a method cannot run, empty if it can."""
-    if method in STARTS and model not in setup.starts:
-        return "its step 0 cannot be made again"
     if method in (WITH_NGRAMS, START_WITH_NGRAMS) and not setup.train.names:
         return "it needs classes"
     if method == "spectral" and not baselines.pretraining_corpus(setup.models[model]):

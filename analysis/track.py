@@ -31,7 +31,7 @@ def line_to_submit(scores: dict[str, Any], runs: str, pretraining_time: tuple[fl
 
     Args:
         scores: {data: what `analyze.main` returned}.
-        runs: How many there were.
+        runs: Pretraining seeds x draws.
         pretraining_time: See `duration`.
     """
     of_cells = [lead for of_data in scores.values() for lead in leads(of_data)]

@@ -195,7 +195,7 @@ def test_track_runs_both_datasets_and_prints_a_line(analysis, tmp_path, monkeypa
         assert {"pretrained+ngrams", "start+ngrams", "lsa"} <= set(args.methods)
     leads = "-0.080 | +0.020 | +0.070"
     line = capsys.readouterr().out
-    assert f"| +0.003 | {leads} | {leads} | 1 seeds, 3 draws |" in line
+    assert f"| +0.003 | {leads} | {leads} | 1 x 3 |" in line
     records = (Path(__file__).parent.parent / "docs" / "track.md").read_text()
     [header] = [row for row in records.splitlines() if row.startswith("| name | score |")]
     assert line.count("|") == header.count("|")
@@ -403,9 +403,9 @@ def test_models_of_equal_names_get_their_paths(tmp_path):
     folders = [tmp_path / "a" / "model", tmp_path / "b" / "model"]
     for folder in folders:
         folder.mkdir(parents=True)
-    assert list(analyze.name_models(folders).values()) == folders
+    assert list(experiment.name_models(folders).values()) == folders
     with pytest.raises(UserError, match="the same folder twice"):
-        analyze.name_models([folders[0], folders[0]])
+        experiment.name_models([folders[0], folders[0]])
 
 
 def test_figure_that_cannot_be_drawn_is_a_warning(tmp_path, capsys):
