@@ -43,6 +43,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     draws = "draws of each number of labels; fewer than 5 make the intervals wide"
     add("--seeds", type=number(int, 1), default=5, help=draws)
     add("--methods", default=",".join(METHODS), help="which methods to run")
+    rates = "networks take finetune.py's learning rates and choose none: several times as fast"
+    add("--fixed-rates", action="store_true", help=rates)
     quick = " ".join(f"--{flag} {value}" for flag, value in QUICK.items())
     add("--quick", action="store_true", help=f"minutes, not hours: {quick}")
     about = "print the score of docs/track.md: all cells of mr and imdb; several models are pooled"
@@ -169,7 +171,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         needs_start = not set(STARTS).isdisjoint(args.methods)
         starts = make_starts(models, args.out / "work") if needs_start else {}
         probes = test[np.arange(0)] if args.train else behaviour.sentences()
-        setup = Setup(data, models, starts, train, test, probes, device, dtype, args.out)
+        hardware = (device, dtype)
+        examples = (train, test, probes)
+        setup = Setup(data, models, starts, *examples, *hardware, args.fixed_rates, args.out)
         if args.pool:
             experiment.check_pool(setup)
         plan = experiment.make_plan(setup, args.methods, budgets, args.seeds, args.pool)

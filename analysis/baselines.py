@@ -7,6 +7,7 @@ classes), or for regression the predicted numbers (examples,).
 
 import functools
 import json
+import math
 import re
 import sys
 import unicodedata
@@ -84,6 +85,8 @@ def concatenate(train: LabeledDataset, test: LabeledDataset) -> LabeledDataset:
 def choose(fit: Fit, grid: Sequence, train: LabeledDataset) -> tuple[Any, float]:
     """The choice with the best mean validation score, and this score: the accuracy, or for numbers
     the negative mean squared error. `train` are the first of the examples that `fit` knows."""
+    if len(grid) == 1:
+        return grid[0], math.nan
     scores = dict.fromkeys(grid, 0.0)
     splits = validation_splits(train)
     for train_idx, eval_idx in splits:

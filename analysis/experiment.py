@@ -52,6 +52,7 @@ class Setup:
     probes: LabeledDataset  # predicted too: the sentences of analysis/behaviour.py, or none
     device: torch.device
     dtype: torch.dtype
+    fixed_rates: bool  # networks take the learning rates of finetune.py, and choose none
     out: Path
 
     @functools.cached_property
@@ -115,7 +116,7 @@ def problem_of(method: str, model: str, setup: Setup) -> str:
 @functools.cache
 def fingerprint(model: str, setup: Setup) -> str:
     """A hash of what a result depends on: dtype, labelled examples and weights."""
-    digest = hashlib.sha256(str(setup.dtype).encode())
+    digest = hashlib.sha256(f"{setup.dtype} {setup.fixed_rates}".encode())
     for dataset in (setup.train, setup.test, setup.probes):
         digest.update(repr((dataset.texts, dataset.pairs, dataset.names)).encode())
         digest.update(dataset.targets.tobytes())
@@ -193,9 +194,12 @@ def fine_tuning(examples: LabeledDataset, run: Run, setup: Setup) -> tuple[Fit, 
         with np.load(saved) as arrays:
             return arrays[method]
 
+    is_modern = model_folder.load_model(model).config.is_modern
     if run.method == "random_weights":
-        return fit, RANDOM_WEIGHTS_RATES
-    rates = PRETRAINED_RATES if model_folder.load_model(model)[0].is_modern else BERT_RATES
+        return fit, [finetune.LR_RANDOM_WEIGHTS] if setup.fixed_rates else RANDOM_WEIGHTS_RATES
+    if setup.fixed_rates:
+        return fit, [finetune.LR_PRETRAINED if is_modern else finetune.LR_PRETRAINED_BERT]
+    rates = PRETRAINED_RATES if is_modern else BERT_RATES
     if run.labels > MAX_CHOOSING:  # fewer cannot show how much a network learns from all
         rates = [rate for rate in rates if rate]
     return fit, rates

@@ -124,10 +124,9 @@ def test_a_network_is_fine_tuned_once_for_both_of_its_methods(
         return fine_tune(flags, data)
 
     monkeypatch.setattr(finetune, "main", count)
-    monkeypatch.setattr(experiment, "PRETRAINED_RATES", (0.0,))
     flags = flags_of(topics, analysis[0], tmp_path, "--labels", "30", "--seeds", "1")
-    analyze.main([*flags, "--methods", "pretrained,pretrained+ngrams"])
-    assert len(rates) == 3 + 1  # splits, and the fit on all labels
+    analyze.main([*flags, "--methods", "pretrained,pretrained+ngrams", "--fixed-rates"])
+    assert rates == [str(finetune.LR_PRETRAINED)]
 
 
 def test_the_behavioural_test_set_is_predicted_and_not_part_of_the_score(
