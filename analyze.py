@@ -181,7 +181,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
         table = Table(results, plan, test.targets, probes.targets)
         sizes = f"{len(train):,} training and {len(test):,} test examples"
-        report.write(table, f"{data}, {sizes}, {str(dtype).removeprefix('torch.')}", args.out)
+        rates = ", learning rates of finetune.py" if args.fixed_rates else ""
+        about = f"{data}, {sizes}, {str(dtype).removeprefix('torch.')}{rates}"
+        report.write(table, about, args.out)
         print(f"{args.out / 'report.md'}: {len(results.lines)} runs")
     return {
         name: {n: list(estimate) for n, estimate in cells.items()}
