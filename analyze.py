@@ -181,8 +181,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
         table = Table(results, plan, test.targets, probes.targets)
         sizes = f"{len(train):,} training and {len(test):,} test examples"
-        rates = ", learning rates of finetune.py" if args.fixed_rates else ""
-        about = f"{data}, {sizes}, {str(dtype).removeprefix('torch.')}{rates}"
+        about = [f"{data}, {sizes}, {str(dtype).removeprefix('torch.')}."]
+        if args.fixed_rates:
+            about += ["Networks have the learning rates of finetune.py; every other choice"]
+        else:
+            about += ["Every choice"]
+        about += ["is made inside the labels. Every score is on the test set."]
         report.write(table, about, args.out)
         print(f"{args.out / 'report.md'}: {len(results.lines)} runs")
     return {

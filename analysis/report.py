@@ -11,16 +11,15 @@ from analysis.statistics import Estimate
 from files import disk
 
 
-def write(table: Table, about: str, folder: Path) -> None:
-    """Write report.md, cells.csv and staircase.png; `about` says on what."""
+def write(table: Table, about: list[str], folder: Path) -> None:
+    """Write report.md, cells.csv and staircase.png; `about` says on what, in sentences."""
     sections = {"Test scores": accuracy, "Lead over the best baseline": leads}
     has_steps = not table.scores.keys().isdisjoint(plots.STAIRCASE)
     if has_steps:
         sections["What each step is worth"] = steps
     if len(table.probe_targets):
         sections["What is understood"] = understanding
-    lines = ["# What the pretraining was worth", "", f"{about}. Every choice is made inside the"]
-    lines += ["labels; every score is on the test set."]
+    lines = ["# What the pretraining was worth", "", *about]
     for title, section in sections.items():
         lines += ["", f"## {title}", "", *section(table)]
     disk.write_file(folder / "report.md", "\n".join(lines).encode())
