@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse import csr_array, csr_matrix, issparse
+from scipy.sparse import csr_matrix, issparse
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer, TfidfVectorizer
@@ -170,28 +170,11 @@ class LogCountRatio(TransformerMixin, BaseEstimator):
         return (counts > 0).multiply(self.ratio).tocsr()
 
 
-def lsa(
-    examples: LabeledDataset, n_train: int, pretrained: Path, tokenizer: Tokenizer
-) -> tuple[Fit, Sequence]:
+def lsa(examples: LabeledDataset, corpus: Corpus) -> tuple[Fit, Sequence]:
     """A linear model of the first components of document vectors, whose number is chosen too."""
-    texts = examples.joined_texts()
-    vectors = document_vectors(texts, texts[:n_train], pretrained, tokenizer)
+    vectors = latent_semantics(corpus).transform(examples.joined_texts())
     grid = [(width, c) for width, c in LSA_GRID if width < 2 * vectors.shape[1]]
     return fit_linear(lambda width: normalize(vectors[:, :width]), examples), grid or LSA_GRID[:1]
-
-
-def document_vectors(
-    texts: list[str], labelled: list[str], pretrained: Path, tokenizer: Tokenizer
-) -> np.ndarray:
-    """Latent semantic analysis of texts, (texts, components): TF-IDF and its truncated SVD.
-
-    Args:
-        labelled: The texts to fit on if the text of the pretraining cannot be used.
-        pretrained: The folder of the pretrained model, whose metrics.json names this text.
-    """
-    corpus = pretraining_corpus(pretrained)
-    model = latent_semantics_of(corpus) if corpus else fit_latent_semantics(labelled, tokenizer)
-    return model.transform(texts) if model else np.zeros((len(texts), 1))
 
 
 @functools.lru_cache(2)
@@ -209,22 +192,15 @@ def pretraining_corpus(pretrained: Path, max_len: int = 256) -> Corpus | None:
 
 
 @functools.lru_cache(1)  # an experiment embeds many draws of labels in one space
-def latent_semantics_of(corpus: Corpus) -> Pipeline | None:
-    return fit_latent_semantics(corpus.sample_texts(LSA_WINDOWS, seed=0), corpus.tokenizer)
-
-
-def fit_latent_semantics(texts: list[str], tokenizer: Tokenizer) -> Pipeline | None:
-    """TF-IDF of the texts, and its SVD with as many components as the widest choice has."""
+def latent_semantics(corpus: Corpus) -> Pipeline:
+    """TF-IDF of the text of the pretraining, and its SVD as wide as the widest choice."""
+    texts = corpus.sample_texts(LSA_WINDOWS, seed=0)
     # the SVD in float64 takes longer and gives the same accuracies
     options = {"sublinear_tf": True, "min_df": 2 if len(texts) > 1000 else 1, "dtype": np.float32}
-    tfidf = TfidfVectorizer(**options, **count_words(tokenizer))
-    try:
-        features = tfidf.fit_transform(texts)
-        width = min(max(LSA_WIDTHS), min(features.shape) - 1)
-        return make_pipeline(tfidf, TruncatedSVD(width, random_state=0).fit(features))
-    except ValueError:
-        warn_once("lsa: fewer than two texts or words to learn from: it predicts a constant")
-        return None
+    tfidf = TfidfVectorizer(**options, **count_words(corpus.tokenizer))
+    features = tfidf.fit_transform(texts)
+    width = min(max(LSA_WIDTHS), min(features.shape) - 1)
+    return make_pipeline(tfidf, TruncatedSVD(width, random_state=0).fit(features))
 
 
 def spectral(examples: LabeledDataset, corpus: Corpus, d_model: int) -> tuple[Fit, Sequence]:
@@ -235,19 +211,13 @@ def spectral(examples: LabeledDataset, corpus: Corpus, d_model: int) -> tuple[Fi
     vectors = corpus.spectral_embedding(d_model)
     frequencies = corpus.counts / len(corpus.tokens)
     weights = {"plain": np.ones(len(vectors)), "sif": SIF / (SIF + frequencies)}
-    encodings = corpus.tokenizer.encode_batch_fast(
-        examples.joined_texts(), add_special_tokens=False
-    )
-    ids = [encoding.ids for encoding in encodings]
-    begins = np.cumsum([0, *map(len, ids)])
-    ones = np.ones(begins[-1], dtype=np.float32)
-    counts = csr_array(
-        (ones, np.concatenate(ids).astype(np.int32), begins), (len(ids), len(vectors))
-    )
-    features = {
-        name: normalize(counts @ (weight[:, None] * vectors)) for name, weight in weights.items()
-    }
-
+    texts = examples.joined_texts()
+    encodings = corpus.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    features = {}
+    for name, weight in weights.items():
+        weighted = weight[:, None] * vectors
+        sums = [weighted[encoding.ids].sum(0) for encoding in encodings]
+        features[name] = normalize(np.stack(sums))
     return fit_linear(features.__getitem__, examples), SPECTRAL_GRID
 
 
@@ -259,7 +229,8 @@ def count_ngrams(texts: list[str], tokenizer: Tokenizer) -> csr_matrix:
     try:
         return CountVectorizer(ngram_range=(1, 2), **count_words(tokenizer)).fit_transform(texts)
     except ValueError:
-        warn_once("ngrams: the texts have no words: it predicts a constant")
+        message = "ngrams: the texts have no words: it predicts a constant"
+        print(message, file=sys.stderr, flush=True)
         return csr_matrix((len(texts), 0))
 
 
@@ -291,11 +262,6 @@ def _split_unspaced(word: str) -> list[str]:
 @functools.lru_cache(2**16)
 def _is_punctuation(word: str) -> bool:
     return all(unicodedata.category(character).startswith("P") for character in word)
-
-
-@functools.cache  # once, however many splits and draws
-def warn_once(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 def linear_model(is_classification: bool, c: float) -> LogisticRegression | Ridge:

@@ -108,7 +108,7 @@ def problem_of(method: str, model: str, setup: Setup) -> str:
     """Why a method cannot run, empty if it can."""
     if method in (WITH_NGRAMS, START_WITH_NGRAMS) and not setup.train.names:
         return "it needs classes"
-    if method == "spectral" and not baselines.pretraining_corpus(setup.models[model]):
+    if method in ("lsa", "spectral") and not baselines.pretraining_corpus(setup.models[model]):
         return "the tokens of its pretraining are not in the cache"
     return ""
 
@@ -213,6 +213,11 @@ def frozen(examples: LabeledDataset, run: Run, setup: Setup) -> tuple[Fit, Seque
     return baselines.fit_linear(lambda _: features, examples), FROZEN_GRID
 
 
+def lsa(examples: LabeledDataset, run: Run, setup: Setup) -> tuple[Fit, Sequence]:
+    """A linear model of the latent semantics of the text of the pretraining."""
+    return baselines.lsa(examples, baselines.pretraining_corpus(setup.models[run.model]))
+
+
 def spectral(examples: LabeledDataset, run: Run, setup: Setup) -> tuple[Fit, Sequence]:
     """Means of the word vectors that the pretraining started from."""
     folder = setup.models[run.model]
@@ -249,8 +254,6 @@ METHODS = {
     **dict.fromkeys((*STARTS, "random_weights"), fine_tuning),
     "majority": majority,
     "ngrams": lambda examples, run, setup: baselines.ngrams(examples, setup.tokenizer, run.seed),
-    "lsa": lambda examples, run, setup: baselines.lsa(
-        examples, run.labels, setup.models[run.model], setup.tokenizer
-    ),
+    "lsa": lsa,
     "spectral": spectral,
 }

@@ -16,7 +16,7 @@ import finetune
 import kernels.dispatch
 import predict
 import train
-from analysis.baselines import document_vectors
+from analysis.baselines import pretraining_corpus
 from files.cli import choose_hardware
 from files.disk import UserError
 
@@ -240,7 +240,7 @@ def test_damaged_metrics_are_named_where_the_corpus_is_looked_up(folder, pretrai
     shutil.copytree(pretrained, model, ignore=shutil.ignore_patterns("checkpoints"))
     (model / "metrics.json").write_text('{"tokens_folder": 5}')
     with pytest.raises(UserError, match=f"{model}/metrics.json: cannot be used"):
-        document_vectors(["bal"], ["bal"], model, None)
+        pretraining_corpus(model)
 
 
 def test_a_damaged_run_cannot_be_resumed(folder, pretrained, corpus_file, capsys):
