@@ -1,12 +1,13 @@
 """The check of explain.py: do attributed words matter more than random words?"""
 
+import contextlib
 import itertools
 from typing import Any
 
 import numpy as np
-import torch
+from scipy import special
 
-import labels
+from analysis.evaluation import forward_all
 from analysis.statistics import Blocks, Score
 from files import streams
 from model import Classifier
@@ -15,7 +16,6 @@ SHARES = (0, 0.1, 0.2, 0.3, 0.4, 0.5)  # of a text's words that are removed
 N_RANDOM_ORDERS = 5
 
 
-@torch.no_grad()
 def compare_removals(model: Classifier, explanations: list, seed: int) -> dict[str, Any]:
     """Remove the words with the highest attributions from texts, and as many random words.
 
@@ -40,12 +40,10 @@ def compare_removals(model: Classifier, explanations: list, seed: int) -> dict[s
             removed = [explanation.tokens[i] for i in order[: round(share * n_words)]]
             rows.append(np.delete(explanation.row, np.concatenate([[], *removed]).astype(int), 0))
 
-    outputs = []
-    device = next(model.parameters()).device
-    for indices, inputs in labels.batches(rows, np.arange(len(rows)), 64, device):
-        outputs.append(model(*inputs)[: len(indices)].softmax(-1).cpu())
+    outputs = forward_all(model, rows, np.arange(len(rows)), contextlib.nullcontext(), model)
+    probabilities = special.softmax(outputs, axis=-1)
     shape = (len(explanations), 1 + N_RANDOM_ORDERS, len(SHARES), -1)
-    of_texts = zip(torch.cat(outputs).view(shape), explanations, strict=True)
+    of_texts = zip(probabilities.reshape(shape), explanations, strict=True)
     probabilities = np.stack([p[..., explanation.class_index] for p, explanation in of_texts])
 
     attributed = probabilities[:, 0]  # (texts, shares)
