@@ -104,11 +104,10 @@ def is_on_edge(choice: Any, grid: Sequence) -> bool:
     """
     if not isinstance(choice, tuple):
         choice, grid = (choice,), [(other,) for other in grid]
-    variants = [part for part in choice if isinstance(part, str)]
-    alike = [c for c in grid if [part for part in c if isinstance(part, str)] == variants]
     for i, value in enumerate(choice):
         if value and not isinstance(value, str):
-            values = {other[i] for other in alike}
+            rest = choice[:i] + choice[i + 1 :]
+            values = {other[i] for other in grid if other[:i] + other[i + 1 :] == rest}
             if len(values) > 1 and value in (min(values), max(values)):
                 return True
     return False
