@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import train as pretraining
 from analysis import behaviour, experiment, report, track
-from analysis.experiment import METHODS, NETWORKS, STARTS, Setup
+from analysis.experiment import METHODS, STARTS, Setup
 from analysis.results import Plan, Results, Table
 from files import disk, model_folder, run_folder
 from files.cli import Parser, choose_hardware, flags_to_json, number, run_script
@@ -97,7 +97,7 @@ def flags_of_step_0(flags: dict[str, Any], out: Path) -> list[str]:
     argv = ["--steps", "0", "--dtype", "float32", "--out", str(out)]
     for name in flags.keys() - NOT_OF_THE_START:
         value = flags[name]
-        if value is not None and value != []:
+        if value not in (None, []):
             values = value if isinstance(value, list) else [value]
             argv += [f"--{name.replace('_', '-')}", *map(str, values)]
     return argv
@@ -105,18 +105,14 @@ def flags_of_step_0(flags: dict[str, Any], out: Path) -> list[str]:
 
 def run_missing(plan: Plan, results: Results, setup: Setup) -> None:
     """Run what is not in the results. The output of finetune.py goes to OUT/log.txt."""
-    runs = [run for cells in plan.values() for cell in cells.values() for run in cell]
-    missing = [run for run in runs if run not in results]
-    # for the time left: the relative durations of the runs
-    sizes = [6 * run.labels**0.35 if run.method in NETWORKS else 4 for run in missing]
-    form = "{desc}: {percentage:3.0f}% {elapsed}, {remaining} left"
-    bar = tqdm(total=sum(sizes), disable=None, bar_format=form)
+    missing = [run for runs in plan.values() for run in runs if run not in results]
+    bar = tqdm(missing, disable=None)
     with bar, open(setup.out / "log.txt", "a", encoding="utf-8") as log:
-        for i, (run, size) in enumerate(zip(missing, sizes, strict=True)):
+        for i, run in enumerate(bar, 1):
             title = f"{run.method} of {run.model}, {run.labels:,} labels, draw {run.seed + 1}"
             bar.set_description_str(title)
             if bar.disable:  # stderr is no terminal
-                print(f"run {i + 1} of {len(missing)}: {title}", file=sys.stderr, flush=True)
+                print(f"run {i} of {len(missing)}: {title}", file=sys.stderr, flush=True)
             try:
                 with contextlib.redirect_stdout(log):
                     print(f"# {title}", flush=True)
@@ -126,7 +122,6 @@ def run_missing(plan: Plan, results: Results, setup: Setup) -> None:
                 if stop.code in (130, 143):  # Ctrl-C, SIGTERM
                     raise
                 bar.write(f"{title}: training diverged; the report leaves it out", sys.stderr)
-            bar.update(size)
 
 
 def run_track(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
@@ -171,9 +166,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         needs_start = not set(STARTS).isdisjoint(args.methods)
         starts = make_starts(models, args.out / "work") if needs_start else {}
         probes = test[np.arange(0)] if args.train else behaviour.sentences()
-        hardware = (device, dtype)
-        examples = (train, test, probes)
-        setup = Setup(data, models, starts, *examples, *hardware, args.fixed_rates, args.out)
+        setup = Setup(
+            data, models, starts, train, test, probes, device, dtype, args.fixed_rates, args.out
+        )
         if args.pool:
             experiment.check_pool(setup)
         plan = experiment.make_plan(setup, args.methods, budgets, args.seeds, args.pool)
@@ -181,18 +176,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
         table = Table(results, plan, test.targets, probes.targets)
         sizes = f"{len(train):,} training and {len(test):,} test examples"
-        about = [f"{data}, {sizes}, {str(dtype).removeprefix('torch.')}."]
+        choices = "Every choice"
         if args.fixed_rates:
-            about += ["Networks have the learning rates of finetune.py; every other choice"]
-        else:
-            about += ["Every choice"]
+            choices = "Networks have the learning rates of finetune.py; every other choice"
+        about = [f"{data}, {sizes}, {str(dtype).removeprefix('torch.')}.", choices]
         about += ["is made inside the labels. Every score is on the test set."]
         report.write(table, about, args.out)
         print(f"{args.out / 'report.md'}: {len(results.lines)} runs")
-    return {
-        name: {n: list(estimate) for n, estimate in cells.items()}
-        for name, cells in table.estimates.items()
-    }
+    scores: dict[str, dict[int, list[float]]] = {}
+    for (name, n), estimate in table.estimates.items():
+        scores.setdefault(name, {})[n] = list(estimate)
+    return scores
 
 
 if __name__ == "__main__":

@@ -205,10 +205,10 @@ def to_line(explanation: Explanation) -> str:
 def sample_texts(args: argparse.Namespace) -> list[str]:
     """The texts for --check, of at least two words each."""
     if args.file:
-        texts = [text for _, text in read_lines(args.file)]
+        lines = [text for _, text in read_lines(args.file)]
     else:
-        texts = [text for text, _ in load_reviews()[args.data]["test"]]
-    texts = [text for text in texts if len(text.split()) > 1]
+        lines = [text for text, _ in load_reviews()[args.data]["test"]]
+    texts = [text for text in lines if len(text.split()) > 1]
     if len(texts) < 2:
         raise UserError(f"{args.file}: at least 2 texts of at least two words are needed")
     rng = np.random.default_rng([args.seed, streams.CHECKED_TEXTS])
@@ -222,11 +222,10 @@ def print_check(results: dict[str, Any]) -> None:
     for method in ("attributed", "random"):
         print(f"{method:12}" + "".join(f"{p:7.3f}" for p in results[method]))
     low, high = results["interval"]
-    difference = f"by {results['difference']:.3f} more than removing random words"
-    print(
-        f"Removing attributed words lowers the probability {difference} "
-        f"(95% CI {low:.3f} to {high:.3f})."
+    change = (
+        f"lowers the probability by {results['difference']:.3f} more than removing random words"
     )
+    print(f"Removing attributed words {change} (95% CI {low:.3f} to {high:.3f}).")
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

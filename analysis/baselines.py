@@ -288,26 +288,26 @@ def fit_and_score(
 ) -> np.ndarray:
     """Fit a model of scikit-learn on some examples and score others; features (examples, width)."""
     targets = examples.targets[train_idx]
-    n_classes = len(examples.names) if examples.names else None
     inputs, eval_inputs = features[train_idx], features[eval_idx]
     if issparse(features):  # the words of other examples are not known
         is_known = inputs.getnnz(axis=0) > 0
         inputs, eval_inputs = inputs[:, is_known], eval_inputs[:, is_known]
     if inputs.shape[1] == 0 or len(np.unique(targets)) == 1:
-        return constant_scores(targets, len(eval_idx), n_classes)
+        return constant_scores(examples[train_idx], len(eval_idx))
     model.fit(inputs, targets)
-    if n_classes is None:
+    if examples.names is None:
         return model.predict(eval_inputs)
-    scores = np.zeros((len(eval_idx), n_classes))  # for a class without examples
+    scores = np.zeros((len(eval_idx), len(examples.names)))  # for a class without examples
     scores[:, model.classes_] = model.predict_proba(eval_inputs)
     return scores
 
 
-def constant_scores(targets: np.ndarray, n_examples: int, n_classes: int | None) -> np.ndarray:
+def constant_scores(train: LabeledDataset, n_examples: int) -> np.ndarray:
     """The class frequencies, or the mean number, for every example."""
-    if n_classes is None:
-        return np.full(n_examples, targets.mean())
-    return np.tile(np.bincount(targets, minlength=n_classes) / len(targets), (n_examples, 1))
+    if train.names is None:
+        return np.full(n_examples, train.targets.mean())
+    frequencies = np.bincount(train.targets, minlength=len(train.names)) / len(train)
+    return np.tile(frequencies, (n_examples, 1))
 
 
 def fit_head(

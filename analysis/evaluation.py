@@ -152,8 +152,7 @@ def write_results(
     if isinstance(train, TaggedDataset):
         constant = [[OUTSIDE] * len(words) for words in test.words]
     else:
-        n_classes = len(train.names) if train.names else None
-        constant = constant_scores(train.targets, len(test), n_classes)
+        constant = constant_scores(train, len(test))
     majority = measure(test.targets, constant)
     print(f"{'majority' if train.names else 'mean':<15} {to_line(majority)}", flush=True)
     metrics = {"test": results, "majority": majority, "names": train.names} | about

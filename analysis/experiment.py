@@ -92,15 +92,14 @@ def make_plan(
                 continue
             one_of_several = depends_on_model and len(setup.models) > 1 and not pool
             name = f"{model}, {method}" if one_of_several else method
-            cells = plan.setdefault(name, {n: [] for n in budgets})
             for n in budgets:
                 # with all labels, draws differ only in what is random about a network, and so do
                 # pretraining seeds
                 varies = n < len(setup.train) or (method in NETWORKS and not pool)
                 key = (setup.data, model, method, n)
-                cells[n] += [
-                    Run(*key, s, fingerprint(model, setup)) for s in range(n_draws if varies else 1)
-                ]
+                draws = range(n_draws if varies else 1)
+                runs = [Run(*key, draw, fingerprint(model, setup)) for draw in draws]
+                plan[name, n] = plan.get((name, n), []) + runs
     return plan
 
 
@@ -240,10 +239,9 @@ def load_classifier(model: str, setup: Setup) -> tuple[Classifier, Tokenizer, in
 
 def majority(examples: LabeledDataset, run: Run, setup: Setup) -> tuple[Fit, Sequence]:
     """The most frequent class, or the mean number."""
-    n_classes = len(examples.names) if examples.names else None
 
     def fit(_: None, train_idx: np.ndarray, eval_idx: np.ndarray) -> np.ndarray:
-        return baselines.constant_scores(examples.targets[train_idx], len(eval_idx), n_classes)
+        return baselines.constant_scores(examples[train_idx], len(eval_idx))
 
     return fit, [None]
 

@@ -80,58 +80,43 @@ def confusion(targets: np.ndarray, classes: np.ndarray, names: list[str], path: 
 
 
 def staircase(
-    estimates: dict[str, dict[int, Estimate]], best: dict[int, str], metric: str, path: Path
+    estimates: dict[tuple[str, int], Estimate], best: dict[int, str], metric: str, path: Path
 ) -> None:
     """For each number of labels a stair per part of the recipe: what is reached with this part.
 
     Args:
-        estimates: {method: {number of labels: estimate}}; those of STAIRCASE are drawn.
+        estimates: {(method, number of labels): estimate}; those of STAIRCASE are drawn.
         best: {number of labels: its best baseline}, drawn as a line.
     """
-    steps = {name: estimates[name] for name in STAIRCASE if name in estimates}
-    budgets = sorted({n for cells in steps.values() for n in cells})
-    levels = [cells[n].mean for cells in steps.values() for n in cells]
-    levels += [estimates[name][n].mean for n, name in best.items()]
-    floor, top = min(levels) - 0.03, max(levels) + 0.06
-
+    steps = [name for name in STAIRCASE if any(name == method for method, _ in estimates)]
+    budgets = sorted({n for name, n in estimates if name in steps})
     width = len(steps) + 0.8  # of a group, with the gap to the next one
+    middles = {n: width * group for group, n in enumerate(budgets)}
+    levels = {n: estimates[best[n], n].mean for n in budgets if n in best}
 
     def plot(axes) -> None:
         axes.grid(False, axis="x")
         axes.set_axisbelow(True)
-        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
-        small = {"ha": "center", "fontsize": 8, "bbox": box}
-        ticks: list[str] = []
-        for group, n in enumerate(budgets):
-            left = group * width
-            ticks.append(f"{n:,} labels")
-            below = None
-            for x, (name, cells) in enumerate(steps.items()):
-                if n not in cells:
-                    continue
-                mean, low, high = cells[n]
-                below = floor if below is None else below
-                label = STAIRCASE[name][0] if group == 0 else None
-                middle = left + x + 0.5
-                axes.bar(middle, min(mean, below) - floor, 1, floor, color="#EBEBEB")
-                axes.bar(middle, mean - below, 1, below, color=STAIRCASE[name][1], label=label)
-                axes.plot([middle, middle], [low, high], color="black", linewidth=0.8)
-                axes.text(middle, min(high + 0.005, top - 0.015), f"{mean:.3f}", **small)
-                below = mean
+        for i, name in enumerate(steps):
+            label, colour = STAIRCASE[name]
+            cells = {n: estimates[name, n] for n in budgets if (name, n) in estimates}
+            centers = [middles[n] + i - (len(steps) - 1) / 2 for n in cells]
+            means, lows, highs = np.array(list(cells.values())).T
+            errors = {"yerr": (means - lows, highs - means), "error_kw": {"elinewidth": 0.8}}
+            bars = axes.bar(centers, means, 1, color=colour, label=label, **errors)
+            axes.bar_label(bars, fmt="%.3f", fontsize=8, padding=2)
+        ends = [[middles[n] + side * len(steps) / 2 for n in levels] for side in (-1, 1)]
+        line = {"color": "black", "linestyle": "--", "linewidth": 1.2, "label": "best baseline"}
+        axes.hlines(list(levels.values()), *ends, **line)
+        ticks = [f"{n:,} labels" for n in budgets]
+        for i, n in enumerate(budgets):
             if n in best:
-                level = estimates[best[n]][n].mean
-                ticks[-1] += f"\nbest baseline: {best[n]}, {level:.3f}"
-                label = "best baseline" if group == len(budgets) - 1 else None
-                line = {"color": "black", "linestyle": "--", "linewidth": 1.2}
-                axes.plot([left, left + len(steps)], [level, level], label=label, **line)
-        middles = [group * width + len(steps) / 2 for group in range(len(budgets))]
-        axes.set_xticks(middles, ticks, fontsize=9)
+                ticks[i] += f"\nbest baseline: {best[n]}, {levels[n]:.3f}"
+        axes.set_xticks(list(middles.values()), ticks, fontsize=9)
         axes.tick_params(axis="x", length=0)
-        axes.set(
-            ylabel=f"{metric} on the test set",
-            ylim=(floor, top),
-            xlim=(-0.4, len(budgets) * width - 0.4),
-        )
+        lowest = min(estimates[name, n].mean for name, n in estimates if name in steps)
+        axes.set(ylabel=f"{metric} on the test set", ylim=(lowest - 0.03, None))
+        axes.margins(y=0.1)
         axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
     draw(path, plot, width=9, height=4.2)

@@ -6,7 +6,7 @@ from typing import Any
 
 from analysis import plots
 from analysis.behaviour import N_PAIRS, TEMPLATES, by_category
-from analysis.results import Table
+from analysis.results import Cell, Table
 from analysis.statistics import Estimate
 from files import disk
 
@@ -14,10 +14,10 @@ from files import disk
 def write(table: Table, about: list[str], folder: Path) -> None:
     """Write report.md, cells.csv and staircase.png; `about` says on what, in sentences."""
     sections = {"Test scores": accuracy, "Lead over the best baseline": leads}
-    has_steps = not table.scores.keys().isdisjoint(plots.STAIRCASE)
+    has_steps = any(name in plots.STAIRCASE for name, _ in table.scores)
     if has_steps:
         sections["What each step is worth"] = steps
-    if len(table.probe_targets):
+    if next(iter(table.probes.values())).size:
         sections["What is understood"] = understanding
     lines = ["# What the pretraining was worth", "", *about]
     for title, section in sections.items():
@@ -34,15 +34,16 @@ def markdown(header: list[str], rows: list[list[Any]]) -> list[str]:
     return ["", *("| " + " | ".join(map(str, line)) + " |" for line in lines), ""]
 
 
-def by_budget(table: Table, values: dict[str, dict[int, Any]]) -> list[str]:
-    """A table of the values {method: {labels: value}}, with a line per method."""
-    rows = [[name, *(cells.get(n, "") for n in table.budgets)] for name, cells in values.items()]
+def by_budget(table: Table, values: dict[Cell, Any]) -> list[str]:
+    """A table of the values, with a line per method."""
+    names = dict.fromkeys(name for name, _ in values)
+    rows = [[name, *(values.get((name, n), "") for n in table.budgets)] for name in names]
     return markdown(["", *(f"{n:,} labels" for n in table.budgets)], rows)
 
 
 def accuracy(table: Table) -> list[str]:
-    """Accuracy (or R squared) and macro-F1, and what the intervals cover."""
-    shapes = [score.values.shape for cells in table.scores.values() for score in cells.values()]
+    """Accuracy (or R squared), and what the intervals cover."""
+    shapes = [score.values.shape for score in table.scores.values()]
     n_seeds, n_draws, n_texts = map(max, zip(*shapes, strict=True))
     length = table.blocks.length
     lines = [
@@ -52,8 +53,6 @@ def accuracy(table: Table) -> list[str]:
         f"distance, {length // 4}, up to which the errors of neighbours are correlated.",
         *by_budget(table, table.estimates),
     ]
-    if table.macro_f1:
-        lines += ["Macro-F1:", *by_budget(table, table.macro_f1)]
     if table.on_edge:
         lines += [f"On the edge of their grids are choices of: {', '.join(table.on_edge)}.", ""]
     return lines
@@ -61,23 +60,26 @@ def accuracy(table: Table) -> list[str]:
 
 def leads(table: Table) -> list[str]:
     """Which baseline is the best, and the paired differences of the pretrained methods to it."""
-    best = {n: f"{name} {table.scores[name][n].mean:.3f}" for n, name in table.best.items()}
+    best = {
+        ("best baseline", n): f"{name} {table.scores[name, n].mean:.3f}"
+        for n, name in table.best.items()
+    }
     return [
         "Paired differences to the best baseline of each label budget. The intervals allow for the",
         f"selection: all {table.n_intervals} of one budget hold at once (Bonferroni).",
-        *by_budget(table, {"best baseline": best} | table.leads),
+        *by_budget(table, best | table.leads),
     ]
 
 
 def steps(table: Table) -> list[str]:
     """The paired differences between neighbouring steps of the staircase."""
-    names = [name for name in plots.STAIRCASE if name in table.scores]
-    differences: dict[str, dict[int, Estimate]] = {}
+    names = [name for name in plots.STAIRCASE if any(name == cell[0] for cell in table.scores)]
+    differences: dict[Cell, Estimate] = {}
     for lower, upper in itertools.pairwise(names):
-        below, above = table.scores[lower], table.scores[upper]
-        common = [n for n in table.budgets if n in below and n in above]
-        estimates = {n: (above[n] - below[n]).estimate() for n in common}
-        differences[f"{upper} against {lower}"] = estimates
+        for n in table.budgets:
+            if (lower, n) in table.scores and (upper, n) in table.scores:
+                difference = table.scores[upper, n] - table.scores[lower, n]
+                differences[f"{upper} against {lower}", n] = difference.estimate()
     return [
         "![accuracy of each step](staircase.png)",
         "",
@@ -90,10 +92,10 @@ def understanding(table: Table) -> list[str]:
     """The accuracy of each method on the categories of the behavioural test set."""
     n = table.budgets[-1]
     rows = []
-    for method, cells in table.probes.items():
-        if n in cells:
-            accuracies = by_category(cells[n])
-            rows.append([method, *(f"{accuracy:.2f}" for accuracy in accuracies.values())])
+    for (method, labels), correct in table.probes.items():
+        if labels == n:
+            accuracies = by_category(correct).values()
+            rows.append([method, *(f"{accuracy:.2f}" for accuracy in accuracies)])
     size = 2 * N_PAIRS
     return [
         f"Accuracy with {n:,} labels on sentences of our own (analysis/behaviour.py), {size} in",

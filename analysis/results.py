@@ -40,7 +40,8 @@ COLUMNS = (
     "validation",
 )
 
-Plan = dict[str, dict[int, list[Run]]]  # {name in the report: {labels: a run per draw}}
+Cell = tuple[str, int]  # of the report: the name of a method, and the number of labels
+Plan = dict[Cell, list[Run]]  # a run per seed and draw
 
 
 class Results:
@@ -89,8 +90,8 @@ class Results:
 
 
 class Table:
-    """What the cells (a method with a number of labels) scored whose runs have all finished. Models
-    that share a cell are pretraining seeds of one method.
+    """What the cells scored whose runs have all finished. Models that share a cell are pretraining
+    seeds of one method.
 
     Args:
         targets: Of the test examples.
@@ -101,71 +102,56 @@ class Table:
     """
 
     def __init__(self, results: Results, plan: Plan, targets: np.ndarray, probes: np.ndarray):
-        self.probe_targets = probes
         self.metric = "accuracy" if targets.dtype.kind == "i" else "R squared"
-        self.macro_f1: dict[str, dict[int, str]] = {}  # mean of the draws; empty of numbers
-        self.probes: dict[str, dict[int, np.ndarray]] = {}  # share of the runs that are right
-        self.on_edge: list[str] = []  # "method: runs that chose the edge of a grid of all runs"
-        values: dict[str, dict[int, np.ndarray]] = {}  # (S, D, N), see analysis/statistics.py
-        for method, cells in plan.items():
-            n_on_edge = 0
-            for labels, runs in cells.items():
-                if any(run not in results for run in runs):
-                    continue
-                predictions = [results.load(run) for run in runs]
-                by_run = np.stack([goodness(p[: len(targets)], targets) for p in predictions])
-                by_run = by_run.astype(np.int8 if self.metric == "accuracy" else np.float32)
-                if self.metric == "R squared":
-                    by_run = 1 + by_run / targets.var()
-                n_seeds = len({run.model for run in runs})
-                values.setdefault(method, {})[labels] = by_run.reshape(n_seeds, -1, len(targets))
-                of_probes = [goodness(p[len(targets) :], probes) for p in predictions]
-                self.probes.setdefault(method, {})[labels] = np.mean(of_probes, axis=0)
-                lines = [results.lines[tuple(map(str, run))] for run in runs]
-                n_on_edge += sum(line["on_edge"] == "True" for line in lines)
-                if self.metric == "accuracy":
-                    of_draws = [float(line["macro_f1"]) for line in lines]
-                    self.macro_f1.setdefault(method, {})[labels] = f"{np.mean(of_draws):.3f}"
-            if n_on_edge:
-                self.on_edge.append(
-                    f"{method} ({n_on_edge} of {sum(map(len, cells.values()))} runs)"
-                )
+        self.probes: dict[Cell, np.ndarray] = {}  # share of the runs that are right
+        n_on_edge = Counter()
+        values: dict[Cell, np.ndarray] = {}  # (S, D, N), see analysis/statistics.py
+        for cell, runs in plan.items():
+            if any(run not in results for run in runs):
+                continue
+            predictions = [results.load(run) for run in runs]
+            by_run = np.stack([goodness(p[: len(targets)], targets) for p in predictions])
+            by_run = by_run.astype(np.int8 if self.metric == "accuracy" else np.float32)
+            if self.metric == "R squared":
+                by_run = 1 + by_run / targets.var()
+            n_seeds = len({run.model for run in runs})
+            values[cell] = by_run.reshape(n_seeds, -1, len(targets))
+            of_probes = [goodness(p[len(targets) :], probes) for p in predictions]
+            self.probes[cell] = np.mean(of_probes, axis=0)
+            lines = [results.lines[tuple(map(str, run))] for run in runs]
+            n_on_edge[cell[0]] += sum(line["on_edge"] == "True" for line in lines)
         if not values:
             raise UserError(f"{results.path}: no method has finished: there is nothing to report")
 
-        errors = [cell.mean((0, 1)) for cells in values.values() for cell in cells.values()]
-        self.blocks = statistics.choose_blocks(errors, targets)
-        self.scores: dict[str, dict[int, Score]] = {
-            method: {labels: Score(cell, self.blocks) for labels, cell in cells.items()}
-            for method, cells in values.items()
-        }
-        self.budgets = sorted({labels for cells in self.scores.values() for labels in cells})
-        self.estimates: dict[str, dict[int, Estimate]] = {
-            method: {labels: score.estimate(maximum=1) for labels, score in cells.items()}
-            for method, cells in self.scores.items()
-        }
-        methods = {name: next(iter(cells.values()))[0].method for name, cells in plan.items()}
-        self._compare_with_baselines(methods)
+        n_runs = Counter(name for (name, _), runs in plan.items() for _ in runs)
+        # "method: runs that chose the edge of a grid of all runs"
+        self.on_edge = [
+            f"{name} ({n} of {n_runs[name]} runs)" for name, n in n_on_edge.items() if n
+        ]
+        self.blocks = statistics.choose_blocks([v.mean((0, 1)) for v in values.values()], targets)
+        self.scores = {cell: Score(v, self.blocks) for cell, v in values.items()}
+        self.estimates = {cell: score.estimate(maximum=1) for cell, score in self.scores.items()}
+        self.budgets = sorted({n for _, n in self.scores})
+        self._compare_with_baselines({name: runs[0].method for (name, _), runs in plan.items()})
 
     def _compare_with_baselines(self, methods: dict[str, str]) -> None:
         """Set the best baseline {labels: name} of each budget, and the differences of the others
         to it, whose intervals allow for the choice among all baselines and all models."""
-        baselines = [name for name in self.scores if methods[name] not in USE_PRETRAINING]
-        entries = [name for name in self.scores if name not in baselines]
+        names = dict.fromkeys(name for name, _ in self.scores)
+        baselines = [name for name in names if methods[name] not in USE_PRETRAINING]
+        entries = [name for name in names if name not in baselines]
         n_models = max(Counter(methods[name] for name in entries).values(), default=1)
         self.n_intervals = n_models * max(1, len(baselines))
         self.best: dict[int, str] = {}
-        self.leads: dict[str, dict[int, Estimate]] = {name: {} for name in entries}
+        self.leads: dict[Cell, Estimate] = {}
         for n in self.budgets:
-            means = {
-                name: self.scores[name][n].mean for name in baselines if n in self.scores[name]
-            }
+            means = {x: self.scores[x, n].mean for x in baselines if (x, n) in self.scores}
             if means:
                 self.best[n] = max(means, key=means.get)
-                for name in entries:
-                    if n in self.scores[name]:
-                        difference = self.scores[name][n] - self.scores[self.best[n]][n]
-                        self.leads[name][n] = difference.estimate(n_intervals=self.n_intervals)
+        for name, n in self.scores:
+            if name in entries and n in self.best:
+                difference = self.scores[name, n] - self.scores[self.best[n], n]
+                self.leads[name, n] = difference.estimate(n_intervals=self.n_intervals)
 
     def write(self, path: Path) -> None:
         """A line per cell: its score, and its difference to the best baseline, with intervals."""
@@ -173,9 +159,8 @@ class Table:
         table = csv.writer(text)
         interval = ("low", "high", "best_baseline", "lead", "lead_low", "lead_high")
         table.writerow(("method", "labels", self.metric, *interval))
-        for method, cells in self.estimates.items():
-            for n, estimate in cells.items():
-                lead = self.leads.get(method, {}).get(n)
-                difference = (self.best[n], *lead) if lead else [""] * 4
-                table.writerow((method, n, *estimate, *difference))
+        for (name, n), estimate in self.estimates.items():
+            lead = self.leads.get((name, n))
+            difference = (self.best[n], *lead) if lead else [""] * 4
+            table.writerow((name, n, *estimate, *difference))
         disk.write_file(path, text.getvalue().encode())
