@@ -54,7 +54,7 @@ def read_lines(
         UserError: The file cannot be read, or a line is too long.
     """
     number = 1
-    with _open(path) as file:
+    with open_bytes(path) as file:
         head = file.peek(1)
         is_old_mac = b"\r" in head[:-1] and b"\n" not in head
         newline = None if is_old_mac else "\n"
@@ -73,7 +73,7 @@ def read_lines(
 
 
 @contextlib.contextmanager
-def _open(path: Path) -> Iterator[io.BufferedReader]:
+def open_bytes(path: Path) -> Iterator[io.BufferedReader]:
     """Open the bytes of a file, or of standard input. Raises UserError if they cannot be read."""
     try:
         if str(path) == "-":
@@ -101,7 +101,7 @@ def table_format(path: Path) -> str | None:
 
     JSON is recognized by how the file begins, whatever its name.
     """
-    with _open(path) as file:
+    with open_bytes(path) as file:
         head = file.peek(1).decode("utf-8-sig", "replace")
     suffix = text_suffix(path)
     if JSON_START.match(head) or suffix in (".json", ".jsonl"):
