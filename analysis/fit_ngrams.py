@@ -55,8 +55,8 @@ def fit_ngrams(rows: list[np.ndarray], train: LabeledDataset, seed: int) -> Ngra
     """
     n_classes = len(train.names)
     if len(np.unique(train.targets)) == 1:  # nothing to tell apart: the network decides alone
-        zeros = torch.zeros(1, n_classes)
-        return NgramModel(torch.zeros(1, dtype=torch.int64), zeros, zeros[0])
+        bucket, weight = torch.zeros(1, dtype=torch.int64), torch.zeros(1, n_classes)
+        return NgramModel(bucket, weight, bias=torch.zeros(n_classes))
     features = ngram_features(rows)
     splits = validation_splits(train)
     losses: dict[float, float] = {}

@@ -120,10 +120,7 @@ def to_items(
 
 
 def _to_label(value: Any) -> str | None:
-    """A label as text; None if the value, or the single value of a list, is no label.
-
-    A whole number is an integer: where one is missing, other programs write 1.0 for all 1.
-    """
+    """A label, or the only one of a list, as text, 1.0 as 1; None for a value that is no label."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     is_number = isinstance(value, (int, float)) and not math.isnan(value)

@@ -152,15 +152,12 @@ def _read_columns(path: Path) -> list[Sentence]:
             raise UserError(f"{path}:{line}: one column; a word and its tag are needed")
         else:
             sentences[-1].append((line, columns))
-    # in the order of the sentence, as in CoNLL-U
-    are_numbered = all(
-        len(columns) > 2 and columns[0] == str(i)
-        for sentence in sentences
-        for i, (_, columns) in enumerate(sentence, 1)
-    )
+    numbered = (pair for sentence in sentences for pair in enumerate(sentence, 1))
+    # as in CoNLL-U, where the second column is the word
+    has_numbers = all(len(c) > 2 and c[0] == str(i) for i, (_, c) in numbered)
     return [
-        [Item(f"{path}:{line}", columns[are_numbered], label=columns[-1]) for line, columns in s]
-        for s in sentences
+        [Item(f"{path}:{line}", c[has_numbers], label=c[-1]) for line, c in sentence]
+        for sentence in sentences
     ]
 
 

@@ -37,8 +37,6 @@ HUB_FILES += ("*.index.json", "tokenizer*.json", "vocab.txt", "vocab.json", "mer
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 WEIGHT_FILES += ("pytorch_model.bin", "pytorch_model.bin.index.json")
 MOST_PADDING = 128  # rows that others add to the embedding, up to a multiple of 8, 64 or 128
-# Keys of 1_Pooling/config.json before version 6 of sentence-transformers, which has one key.
-SENTENCE_POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 
 
 def save_model(
@@ -229,10 +227,11 @@ def choose_pooling(
         raise UserError(f"--pooling {pooling}: {name} is a {config.family} model")
     if pooling or config.is_modern:
         return pooling
-    modes = [mode for key, mode in SENTENCE_POOLINGS.items() if raw.get(key)]
-    modes += [raw.get("pooling_mode"), raw.get("classifier_pooling")]
-    modes += ["mean" for key in raw if key.startswith("pooling_mode")]  # its pooler is untrained
-    return next((mode for mode in modes if mode in config.poolings), None)
+    if any(key.startswith("pooling_mode") for key in raw):  # its pooler was never trained
+        is_cls = raw.get("pooling_mode_cls_token") or raw.get("pooling_mode") == "cls"
+        return "cls" if is_cls else "mean"
+    ours = raw.get("classifier_pooling")
+    return ours if ours in config.poolings else None
 
 
 def open_model(folder: Path, device: torch.device) -> tuple[nn.Module, Tokenizer, list[str] | None]:

