@@ -746,7 +746,9 @@ def test_scripts_read_the_pooling_of_a_sentence_transformer(topics, tmp_path, ca
 
     train, test = load("mr", *topics, (None, None, None), None)
     device = torch.device("cpu")
-    setup = Setup("topics", {"m": folder}, {}, train, test, device, torch.float32, tmp_path)
+    examples = (train, test, test)
+    hardware = (device, torch.float32)
+    setup = Setup("topics", {"m": folder}, {}, *examples, *hardware, False, tmp_path)
     network, tokenizer, _ = load_classifier("m", setup)
     inputs, padded = flat_and_padded(tokenizer)
     states, mask = other(**padded).last_hidden_state, padded["attention_mask"][:, :, None]
