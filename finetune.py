@@ -17,6 +17,7 @@ import math
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,7 +92,9 @@ def load_examples(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
     return subsample(train, args.labels, args.seed), test
 
 
-def set_defaults(args: argparse.Namespace, train: Dataset, config: Config) -> None:
+def set_defaults(
+    args: argparse.Namespace, train: Dataset, config: Config, raw: dict[str, Any]
+) -> None:
     """Set the flags whose defaults depend on the task, and check those that depend on the model."""
     is_tagged = isinstance(train, TaggedDataset)
     methods = ["most_frequent" if is_tagged else "ngrams", "random_weights", "pretrained"]
@@ -105,7 +108,7 @@ def set_defaults(args: argparse.Namespace, train: Dataset, config: Config) -> No
             raise UserError(f"--methods {WITH_NGRAMS}: it needs pretrained before it")
     if is_tagged and (args.pooling or args.lr == 0):
         raise UserError("--task tokens takes no --pooling and no --lr 0")
-    args.pooling = choose_pooling(config, args.pooling, args.model)
+    args.pooling = choose_pooling(config, raw, args.pooling, args.model)
     if args.epochs is None:  # fewer for more examples per class
         n_classes = len(train.names) if train.names else 2
         per_class = len(train) / n_classes
@@ -168,8 +171,8 @@ def standardize(targets: list[np.ndarray], train: Dataset) -> tuple[list[np.ndar
     """Numbers with mean 0 and deviation 1, and what both were; targets of classes do not change."""
     if train.names:
         return targets, 0.0, 1.0
-    mean = float(train.targets.mean())
-    scale = float(train.targets.std()) + 1e-6
+    mean = float(train.targets.mean(dtype=float))
+    scale = float(train.targets.std(dtype=float)) or 1.0  # equal numbers have none
     return [(target - mean) / scale for target in targets], mean, scale
 
 
@@ -216,10 +219,10 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
     with run_folder.lock(args.out, args.model):
         device, dtype = choose_hardware(args.device, args.dtype)
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-        config, weights, tokenizer, _ = load_model(args.model)
+        config, weights, tokenizer, raw = load_model(args.model)
         config, max_len = choose_max_len(config, args.max_len, MAX_LEN, args.model)
         train, test = data or load_examples(args)
-        set_defaults(args, train, config)
+        set_defaults(args, train, config, raw)
         rows, targets, _, n_cut = encode_examples(train, tokenizer, max_len)
         test_rows, test_targets, first_pieces, n_more = encode_examples(test, tokenizer, max_len)
         content = [*rows, *targets, *test_rows, *test_targets, *weights.values()]

@@ -314,15 +314,18 @@ def fit_head(
     model: Classifier, features: np.ndarray, targets: np.ndarray, is_classification: bool
 ) -> None:
     """Set the last layer of a classifier to a linear fit on features (S, d_model)."""
+    layer = model.classifier
+    layer.weight.data.zero_()
+    layer.bias.data.fill_(-10.0)  # of a class without examples
+    present = np.unique(targets) if is_classification else [0]
+    if is_classification and len(present) == 1:
+        layer.bias.data[present] = 0.0
+        return
     fitted = linear_model(is_classification, HEAD_C).fit(features, targets)
     weight = np.atleast_2d(fitted.coef_)
     bias = np.atleast_1d(fitted.intercept_)
     if is_classification and len(weight) == 1:  # of the second of two classes
         weight = np.concatenate((-weight / 2, weight / 2))
         bias = np.concatenate((-bias / 2, bias / 2))
-    present = fitted.classes_ if is_classification else [0]
-    layer = model.classifier
-    layer.weight.data.zero_()
-    layer.bias.data.fill_(-10.0)  # of a class without examples
     layer.weight.data[present] = torch.from_numpy(weight).to(layer.weight)
     layer.bias.data[present] = torch.from_numpy(bias).to(layer.bias)

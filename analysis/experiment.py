@@ -228,10 +228,10 @@ def spectral(examples: LabeledDataset, run: Run, setup: Setup) -> tuple[Fit, Seq
 def load_classifier(model: str, setup: Setup) -> tuple[Classifier, Tokenizer, int]:
     """The network of a model under a new linear layer, its tokenizer, and its maximum length."""
     folder = setup.models[model]
-    config, weights, tokenizer, _ = model_folder.load_model(folder)
+    config, weights, tokenizer, raw = model_folder.load_model(folder)
     config, max_len = model_folder.choose_max_len(config, None, finetune.MAX_LEN, folder)
     torch.manual_seed(0)  # some BERTs lack a pooler
-    pooling = model_folder.choose_pooling(config, None, folder)
+    pooling = model_folder.choose_pooling(config, raw, None, folder)
     network = Classifier(config, len(setup.train.names or [""]), pooling).to(setup.device).eval()
     model_folder.load_weights(network, weights, folder, allow_missing=("classifier", "pooler"))
     return network, tokenizer, max_len

@@ -55,6 +55,6 @@ def duration(model: Path) -> tuple[float, str]:
 def cpu_name() -> str:
     """That of the machine on which this runs."""
     path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()

@@ -38,8 +38,6 @@ FILES = {
     "fields.csv": b"text,n\na,1\na,b,2\n",
     "good.csv": GOOD_LABELS.encode(),
     "one_class.csv": b"text,label\na,x\nb,x\n",
-    "two.csv": b"text,label\nbal dom,x\nkir nost,x\nlem bal,y\ndom kir,y\n",
-    "numbers.csv": "".join(["text,label\n", *(f"bal dom {i},{i}.5\n" for i in range(20))]).encode(),
     "folder/notes.md": b"no text file",
     "model/config.json": b"{",
 }
@@ -98,9 +96,6 @@ FINETUNE = {
     "--train {}/broken.jsonl": "{}/broken.jsonl:2: broken JSON",
     "--train {}/fields.csv": "{}/fields.csv:3: 3 fields",
     "--train {}/good.csv --labels 25": "--labels 25: there are only 24",
-    "--train {}/good.csv --labels 3": "--labels 3: at least 4 are needed",
-    "--train {}/two.csv": "",  # none is left to validate on
-    "--train {}/numbers.csv --labels 1": "--labels 1",
     "--train {}/good.csv --label-column mood": "--label-column mood",
     "--train {}/good.csv --test {}/missing.csv": "{}/missing.csv: cannot be read",
     "--train {}/good.csv --task regress": "{}/good.csv:2: label 'x' is no number",

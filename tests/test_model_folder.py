@@ -5,6 +5,7 @@ Models are saved and loaded whole and strictly, mistakes are one line, and hardw
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -154,6 +155,28 @@ def test_the_tokenizer_of_another_model(tmp_path):
     with pytest.raises(UserError) as error:
         model_folder.load_model(tmp_path)
     assert_one_line(error, tmp_path, "tokenizer", CONFIG.vocab_size)
+
+
+@pytest.mark.parametrize("kind", [MaskedLM, Classifier, Tagger])
+def test_rows_that_pad_the_embedding_are_left_out(tmp_path, kind):
+    """Up to a multiple of 64, for tensor cores; the tokenizer knows nothing of them."""
+    model = save(tmp_path, kind=kind)
+    n_rows = 64 * math.ceil((CONFIG.vocab_size + 1) / 64)
+    weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    padded = [name for name in weights if len(weights[name]) == CONFIG.vocab_size]
+    for name in padded:
+        more = torch.ones(n_rows - CONFIG.vocab_size, *weights[name].shape[1:])
+        weights[name] = torch.cat((weights[name], more))
+    assert len(padded) == 1 + (kind is MaskedLM)
+    safetensors.torch.save_file(weights, tmp_path / "model.safetensors")
+    change_config(tmp_path, vocab_size=n_rows)
+    opened, _, _ = model_folder.open_model(tmp_path, CPU)
+    assert opened.config == CONFIG
+    for name, weight in model.state_dict().items():
+        assert torch.equal(opened.state_dict()[name], weight)
+    change_config(tmp_path, vocab_size=n_rows + 64)
+    with pytest.raises(UserError, match=f"{n_rows + 64}"):
+        model_folder.load_model(tmp_path)
 
 
 def test_a_weight_is_missing(tmp_path):

@@ -5,6 +5,7 @@ tests/test_damage.py does it to real runs.
 """
 
 import argparse
+import gzip
 import json
 import math
 import os
@@ -163,8 +164,13 @@ def test_pretraining_goes_on_where_the_corpus_and_the_model_are_now(
     old.rename(new)
     moved = [*flags, "--corpus", new / "texts", "--model", new / "model"]
     assert "resuming after step 1" in resumed(train.main, moved, capsys)
+    with gzip.open(new / "notes.gz", "wb") as file:  # the same text, packed
+        file.write(corpus_file.read_bytes())
+    moved[-3] = new / "notes.gz"
+    assert "resuming after step 1" in resumed(train.main, moved, capsys)
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == weights
 
+    moved[-3] = new / "texts"
     weights = model_folder.load_model(new / "model")
     other = MaskedLM(weights.config)
     model_folder.save_model(new / "other", other, weights.tokenizer)
