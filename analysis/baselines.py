@@ -185,9 +185,10 @@ def pretraining_corpus(pretrained: Path, max_len: int = 256) -> Corpus | None:
         metrics = json.loads(path.read_bytes()) if path.is_file() else {}
         folder = CACHE / metrics.get("tokens_folder", "none")
     try:
-        return Corpus(folder, max_len, micro_batch_tokens=1, seed=0, mask="even")
+        corpus = Corpus(folder, max_len, micro_batch_tokens=1, seed=0, mask="even")
     except UserError:
         return None
+    return corpus if len(corpus.train) > 1 else None
 
 
 @functools.lru_cache(1)  # an experiment embeds many draws of labels in one space
