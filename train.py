@@ -50,7 +50,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
     rate = number(float, 0)
     texts = ".txt, .jsonl, .json, .csv, .tsv, .gz of each, folders of them, - for standard input"
     add("--corpus", nargs="+", default=[], metavar="PATH", help=f"{texts}; default: film reviews")
-    add("--text-column", help="of tables; by default text")
+    add("--text-column", help="of tables; by default text; of interactions USER,ITEM,TIME")
+    add("--min-count", type=positive, default=1, help="rarer items of sequences become [UNK]")
     add("--out", type=Path, default=Path("runs/pretrain"), help="folder of the run")
     add("--model", type=Path, help="continue this model, with its own tokenizer, on new text")
     add("--preset", choices=PRESETS, help="size of a new model; default tiny, for 2 CPU cores")
@@ -132,7 +133,9 @@ def load_corpus(
     folder = None
     if ranks.is_first:
         tokenizer = initial.tokenizer if initial else None
-        folder = prepare(args.corpus, config.vocab_size, tokenizer, args.text_column)
+        folder = prepare(
+            args.corpus, config.vocab_size, tokenizer, args.text_column, args.min_count
+        )
     folder = ranks.from_first(folder)
     return Corpus(folder, args.max_len, args.micro_batch_tokens, args.seed, args.mask)
 
