@@ -221,7 +221,9 @@ def split_items(text: str) -> list[str]:
 
 def reads_items(tokenizer: Tokenizer) -> bool:
     """Whether the words of a tokenizer are the items of sequences."""
-    return isinstance(tokenizer.model, models.WordLevel) and tokenizer.normalizer is None
+    splitter = tokenizer.pre_tokenizer
+    words = splitter.pre_tokenize_str(f"a b{SEPARATOR}c") if splitter else []
+    return [word for word, _ in words] == ["a b", "c"]
 
 
 def make_item_tokenizer(sequences: Iterable[str], vocab_size: int, min_count: int) -> Tokenizer:
