@@ -68,6 +68,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     rates = f"of the embedding. Default rates: {NEW_RATES}; with --model {CONTINUED_RATES}"
     add("--lr-embedding", type=rate, help=rates)
     add("--clip", type=rate, default=1.0, help="maximum gradient norm; 0: no clipping")
+    add("--dropout", type=number(float, 0, 0.9), default=0.0, help="for text that is read often")
     add("--mask-rate", type=number(float, 0, 0.9), default=0.3, help="fewer masks teach less")
     masks = "whole words, rare ones more often, because frequent ones say less; or any token"
     add("--mask", choices=("rare", "even"), default="rare", help=masks)
@@ -146,6 +147,7 @@ def build_model(
     """The model at step 0: that of --model, or a new one with a spectral embedding."""
     torch.manual_seed(args.seed)
     model = MaskedLM(dataclasses.replace(config, vocab_size=corpus.vocab_size))
+    model.model.dropout.p = args.dropout
     # a setting that could not be saved fails here, and not at the first checkpoint
     hub_names.config_to_json(model.config, model.task, corpus.special)
     if initial:
@@ -199,8 +201,8 @@ def show_progress(bar: tqdm, point: dict[str, Any], n_tokens_left: int, ranks: R
         ranks.log(f"step {point['step']}: {text}, {n_tokens_left / speed:.0f} s left")
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Pretrain, and return what OUT/metrics.json holds."""
+def main(argv: list[str] | None = None, data: Corpus | None = None) -> dict[str, Any]:
+    """Pretrain, and return what OUT/metrics.json holds; `data` replaces --corpus."""
     start_time = time.time()
     args = parse_args(argv)
     device, dtype = choose_hardware(args.device, args.dtype)
@@ -212,7 +214,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         initial = model_folder.load_model(args.model) if args.model else None
         config = build_config(args, initial)
         machine.check_memory(config, device)
-        corpus = load_corpus(args, config, initial, ranks)
+        corpus = data or load_corpus(args, config, initial, ranks)
         validation = [batch.to(device) for batch in corpus.validation_batches()]
         model = build_model(args, config, corpus, initial, ranks).to(device)
         optimizers = make_optimizers(model, args.lr_muon, args.lr_adamw, args.lr_embedding, dtype)
@@ -254,6 +256,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             counts = ranks.sum(total_counts(batches), device)
             sums = dict.fromkeys(LOSS_WEIGHTS, 0.0)
             for i, batch in enumerate(batches):
+                torch.manual_seed(batch.generator().initial_seed())  # of dropout
                 with ranks.gradient_sync(parallel_model, is_last=i + 1 == len(batches)):
                     with autocast:
                         losses = parallel_model(batch.to(device))

@@ -47,8 +47,8 @@ def as_sequences(
 ) -> Iterator[Row]:
     """Turn the sequences of a table into texts; the rows of any other table stay as they are.
 
-    The text is in the column `column`, by default "text"; the other columns are those of the row,
-    or those that are the same in all rows of a user.
+    The text is in the column `column`, by default "text"; the other columns are those of the row.
+    Of interactions they are "user", "times", and what is the same in all rows of the user.
 
     Args:
         column: the flag --text-column: the list, or USER,ITEM or USER,ITEM,TIME; None: guessed.
@@ -170,7 +170,8 @@ def _read_interactions(
         constant[key] = (number, {n: v for n, v in old.items() if rest.get(n) == v})
     for key, (line, row) in constant.items():
         ordered = sorted(events[key], key=lambda event: event[0])
-        yield line, {RECBOLE_TYPE.sub("", user): key} | row, [item for _, item in ordered]
+        times, items = zip(*ordered, strict=True)
+        yield line, row | {"user": key, "times": times}, items
 
 
 def _to_time(value: Any) -> int | float:
