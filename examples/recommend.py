@@ -99,9 +99,10 @@ def read_users(args: argparse.Namespace) -> list[tuple[list[str], list]]:
     rng = np.random.default_rng(0)
     users = []
     for line, row in read_table(path, column=args.text_column):
-        if not is_sequence(row.get("text") or row.get(args.text_column) or ""):
+        text = row.get(args.text_column or "text")
+        if not isinstance(text, str) or not is_sequence(text):
             raise UserError(f"{path}:{line}: neither interactions nor a list of items")
-        items = split_items(row.get(args.text_column) or row["text"])
+        items = split_items(text)
         times = row.get("times") or range(len(items))
         order = sorted(zip(times, rng.random(len(items)), items, strict=True))
         users.append(([item for *_, item in order], [time for time, *_ in order]))

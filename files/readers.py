@@ -104,10 +104,12 @@ def table_format(path: Path) -> str | None:
     with _open(path) as file:
         head = file.peek(1).decode("utf-8-sig", "replace")
     suffix = text_suffix(path)
+    interactions = None if JSON_START.match(head) else interactions_format(head)
+    if interactions or suffix == ".inter":
+        return interactions or "tsv"
     if JSON_START.match(head) or suffix in (".json", ".jsonl"):
         return "json array" if head.lstrip().startswith("[") else "json lines"
-    named = suffix[1:] if suffix in TABLE_SUFFIXES else None
-    return interactions_format(head) or ("tsv" if named == "inter" else named)
+    return suffix[1:] if suffix in TABLE_SUFFIXES else None
 
 
 def read_table(
