@@ -303,7 +303,8 @@ class Histories(Corpus):
     """Windows that end at a random item, in some of which only items at the end are masked."""
 
     def __init__(self, folder: Path, validation: list[Question], seed: int, flags: Any):
-        super().__init__(folder, flags.max_len, flags.micro_batch_tokens, seed, "even")
+        super().__init__(folder, flags.max_len, micro_batch_tokens=1, seed=seed, mask="even")
+        self.micro_batch_tokens = flags.micro_batch_tokens  # windows are drawn, so few suffice
         self.validation = validation
         self.document_starts = np.concatenate(([0], self.document_ends[:-1]))
 
