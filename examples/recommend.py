@@ -48,10 +48,10 @@ CHUNK = 256  # questions answered at once
 N_BOOTSTRAP = 2000
 
 # The network, chosen on the validation targets of MovieLens-100K.
-NETWORK = "--layers 2 --d-model 64 --max-len 32 --micro-batch-tokens 2048 --dropout 0.2"
+NETWORK = "--layers 2 --d-model 64 --max-len 32 --micro-batch-tokens 2048 --dropout 0.1"
 NETWORK += " --keep-best --log-every 100"
 LAST_ONLY = 0.5  # share of the windows in which only the last item is masked
-STEPS = 3000
+STEPS = 1500
 
 
 class Question(NamedTuple):
@@ -458,6 +458,8 @@ def recommend(args: argparse.Namespace) -> dict[str, Any]:
         answers = [f"{name} {p:.4f}" for name, p in zip(names, best.values.tolist(), strict=True)]
         print("\t".join(answers), flush=True)
         counts["answered"] += 1
+    if not any(counts.values()):
+        raise UserError("standard input: no sequences in it")
     return counts
 
 
