@@ -63,7 +63,8 @@ def prepare(
         raise UserError(f"--text-column {text_column}: it belongs to a --corpus of {suffixes}")
 
     # a fork that trains another tokenizer must not find the tokens of the old one
-    source = tokenizer.to_str() if tokenizer else inspect.getsource(train_tokenizer)
+    trainers = (train_tokenizer, make_item_tokenizer)
+    source = tokenizer.to_str() if tokenizer else "".join(map(inspect.getsource, trainers))
     key = _digest(files or [fetch_reviews()], f"{vocab_size} {text_column} {min_count} {source}")
     folder = CACHE / f"tokens-{key}"
     if not folder.exists():
@@ -119,6 +120,7 @@ def _write_tokens(folder: Path, parts: list[Iterable[str]], tokenizer: Tokenizer
     """Write a folder of the cache."""
     folder.mkdir()
     vocab_size = tokenizer.get_vocab_size()
+    of_items = reads_items(tokenizer)
     counts = np.zeros(vocab_size, dtype=np.int64)
     n_documents = 0
     part_ends = []  # in tokens
@@ -126,7 +128,7 @@ def _write_tokens(folder: Path, parts: list[Iterable[str]], tokenizer: Tokenizer
         for part in parts:
             documents = iter(tqdm(part, "tokenizing", unit=" documents", disable=None, leave=False))
             while texts := list(itertools.islice(documents, BATCH)):
-                if any(is_sequence(text) != reads_items(tokenizer) for text in texts):
+                if any(is_sequence(text) != of_items for text in texts):
                     problem = "text and sequences, which need models of their own"
                     raise UserError(
                         f"the corpus, with the model that is continued, mixes {problem}"
@@ -150,7 +152,8 @@ def _write_tokens(folder: Path, parts: list[Iterable[str]], tokenizer: Tokenizer
     write_file(folder / "tokenizer.json", tokenizer.to_str().encode())
     write_file(folder / "about.json", to_json({"n_tokens": n_tokens, "part_ends": part_ends}))
     sizes = f"{n_tokens:,} tokens in {n_documents:,} documents"
-    print(f"{sizes}; vocabulary: {vocab_size:,} word pieces", flush=True)
+    kind = "items" if of_items else "word pieces"
+    print(f"{sizes}; vocabulary: {vocab_size:,} {kind}", flush=True)
 
 
 def token_dtype(vocab_size: int) -> type:
