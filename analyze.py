@@ -1,7 +1,8 @@
-"""The experiment: python analyze.py. What was the pretraining worth, and which model to take?
+"""The experiment: python analyze.py. What was the pretraining worth?
 
 Each method runs on several draws of each number of labels, and makes every choice inside them. OUT
-gets results.csv (a line per run), predictions/, report.md and its figures. Finished runs are kept.
+gets report.md, staircase.png, cells.csv (a line per method and number of labels), results.csv (a
+line per run) and predictions/. Finished runs are kept.
 """
 
 import argparse
@@ -11,22 +12,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 import train as pretraining
-from analysis import costs, experiment, plots, report
-from analysis.baselines import pretraining_corpus
-from analysis.experiment import METHODS, Setup, plan_runs
+from analysis import behaviour, experiment, report, track
+from analysis.experiment import METHODS, NETWORKS, STARTS, Setup
 from analysis.results import Plan, Results, Table
 from files import disk, model_folder, run_folder
 from files.cli import Parser, choose_hardware, flags_to_json, number, run_script
 from files.disk import UserError
-from finetune import WITH_NGRAMS
 from labels import load, subsample
 
 # Flags of train.py that its step 0 does not share with the run, or that have no value.
 NOT_OF_THE_START = {"out", "steps", "dtype", "device", "resume", "compile", "keep_best"}
-QUICK = {"labels": "100,500", "seeds": 2, "methods": "pretrained,frozen,ngrams,lsa"}
+QUICK_METHODS = "majority,start,pretrained,pretrained+ngrams,ngrams"
+QUICK = {"labels": "100,500", "seeds": 2, "methods": QUICK_METHODS}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -42,8 +43,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     draws = "draws of each number of labels; fewer than 5 make the intervals wide"
     add("--seeds", type=number(int, 1), default=5, help=draws)
     add("--methods", default=",".join(METHODS), help="which methods to run")
+    rates = "networks take finetune.py's learning rates and choose none: several times as fast"
+    add("--fixed-rates", action="store_true", help=rates)
     quick = " ".join(f"--{flag} {value}" for flag, value in QUICK.items())
     add("--quick", action="store_true", help=f"minutes, not hours: {quick}")
+    about = "print the score of docs/track.md: all cells of mr and imdb; several models are pooled"
+    add("--track", action="store_true", help=about)
     parser.add_device()
     parser.add_dtype()
     add("--out", type=Path, default=Path("runs/analysis"), help="folder of the results")
@@ -60,19 +65,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         if budget != "all" and not re.fullmatch(r"[1-9]\d{0,8}", budget):
             parser.error(f"--labels {budget}: give whole numbers or all, separated by commas")
     parser.check_examples(args)
+    if args.track and args.train:
+        parser.error("--track has labels of its own, and takes no --train")
     if args.pool and len(args.model) == 1:
         parser.error("--pool needs several folders after --model")
     return args
-
-
-def name_models(folders: list[Path]) -> dict[str, Path]:
-    """Names of the models: the last part of their paths, or all of it where two would be equal."""
-    names = [folder.resolve().name if folder.exists() else str(folder) for folder in folders]
-    if len(set(names)) < len(names):
-        names = [str(folder) for folder in folders]
-    if len(set(names)) < len(names):
-        raise UserError("--model: the same folder twice")
-    return {name.replace("/", "-"): folder for name, folder in zip(names, folders, strict=True)}
 
 
 def make_starts(models: dict[str, Path], folder: Path) -> dict[str, Path]:
@@ -106,22 +103,12 @@ def flags_of_step_0(flags: dict[str, Any], out: Path) -> list[str]:
     return argv
 
 
-def problem_of(method: str, model: str, setup: Setup) -> str:
-    """Why a method cannot run, empty if it can."""
-    if method == WITH_NGRAMS and not setup.train.names:
-        return "it needs classes"
-    if method == "spectral" and not pretraining_corpus(setup.models[model]):
-        return "the tokens of its pretraining are not in the cache"
-    return ""
-
-
 def run_missing(plan: Plan, results: Results, setup: Setup) -> None:
     """Run what is not in the results. The output of finetune.py goes to OUT/log.txt."""
     runs = [run for cells in plan.values() for cell in cells.values() for run in cell]
     missing = [run for run in runs if run not in results]
     # for the time left: the relative durations of the runs
-    is_network = {"pretrained", WITH_NGRAMS, "random_weights"}
-    sizes = [6 * run.labels**0.35 if run.method in is_network else 4 for run in missing]
+    sizes = [6 * run.labels**0.35 if run.method in NETWORKS else 4 for run in missing]
     form = "{desc}: {percentage:3.0f}% {elapsed}, {remaining} left"
     bar = tqdm(total=sum(sizes), disable=None, bar_format=form)
     with bar, open(setup.out / "log.txt", "a", encoding="utf-8") as log:
@@ -142,19 +129,35 @@ def run_missing(plan: Plan, results: Results, setup: Setup) -> None:
             bar.update(size)
 
 
+def run_track(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
+    """Run the experiment with the data, the labels and the methods of the track."""
+    pretraining_time = max(map(track.duration, args.model))  # raises UserError now, not after hours
+    flags = [flag for flag in argv if flag != "--track"] + track.FLAGS
+    flags += ["--pool"] * (len(args.model) > 1)
+    scores = {}
+    for data in track.DATA:
+        scores[data] = main([*flags, "--data", data, "--out", str(args.out / data)])
+    runs = f"{len(args.model)} x {args.seeds}"
+    print(track.line_to_submit(scores, runs, pretraining_time))
+    return scores
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run what is missing and write the report.
 
     Returns:
-        {method: {number of labels: [mean, low, high] of the test accuracy or R squared}}.
+        {method: {number of labels: [mean, low, high] of the test accuracy or R squared}}; with
+        --track {data: this}.
     """
     args = parse_args(argv)
     for folder in args.model:
         disk.make_folder(args.out, folder)  # results never replace the files of a model
         model_folder.load_model(folder)  # raises UserError now, not after hours
+    if args.track:
+        return run_track(args, sys.argv[1:] if argv is None else argv)
     with run_folder.lock(args.out):
         device, dtype = choose_hardware(args.device, args.dtype)
-        models = name_models(args.model)
+        models = experiment.name_models(args.model)
         with contextlib.redirect_stdout(sys.stderr):
             columns = (args.text_column, args.pair_column, args.label_column)
             train, test = load(args.data, args.train, args.test, columns, args.task)
@@ -165,39 +168,27 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         disk.write_file(args.out / "flags.json", disk.to_json(flags_to_json(args)))
 
         data = args.train.name if args.train else args.data
-        starts = make_starts(models, args.out / "work") if "start" in args.methods else {}
-        setup = Setup(data, models, starts, train, test, device, dtype, args.out)
+        needs_start = not set(STARTS).isdisjoint(args.methods)
+        starts = make_starts(models, args.out / "work") if needs_start else {}
+        probes = test[np.arange(0)] if args.train else behaviour.sentences()
+        hardware = (device, dtype)
+        examples = (train, test, probes)
+        setup = Setup(data, models, starts, *examples, *hardware, args.fixed_rates, args.out)
         if args.pool:
             experiment.check_pool(setup)
-        plan: Plan = {}
-        for i, model in enumerate(models):
-            for method in args.methods:
-                if method == "start" and model not in starts:
-                    continue
-                is_pretrained = method in ("pretrained", WITH_NGRAMS, "start", "frozen")
-                if problem := problem_of(method, model, setup):
-                    if is_pretrained or i == 0:
-                        print(f"{model}: {method} is left out: {problem}", file=sys.stderr)
-                    continue
-                if is_pretrained or i == 0:  # the others do not depend on the weights
-                    one_of_several = is_pretrained and len(models) > 1 and not args.pool
-                    name = f"{model}, {method}" if one_of_several else method
-                    cells = plan.setdefault(name, {n: [] for n in budgets})
-                    for n, runs in plan_runs(setup, model, method, budgets, args.seeds).items():
-                        cells[n] += runs
+        plan = experiment.make_plan(setup, args.methods, budgets, args.seeds, args.pool)
         run_missing(plan, results, setup)
 
-        table = Table(results, plan, test.targets)
-        numbers = str(dtype).removeprefix("torch.")
-        lines = [f"# What the pretraining was worth: {data}", ""]
-        lines += [f"{len(train):,} training and {len(test):,} test examples; {numbers}.", ""]
-        lines += ["Every choice is made inside the labels; every score is on the test set.", ""]
-        lines += ["## Test scores", "", *report.accuracy(table, train, test, args.seeds)]
-        lines += ["## Differences", "", *report.differences(table)]
-        lines += ["## Costs", "", *report.costs(table, costs.measure(plan, setup)), ""]
-        disk.write_file(args.out / "report.md", "\n".join(lines).encode())
+        table = Table(results, plan, test.targets, probes.targets)
+        sizes = f"{len(train):,} training and {len(test):,} test examples"
+        about = [f"{data}, {sizes}, {str(dtype).removeprefix('torch.')}."]
+        if args.fixed_rates:
+            about += ["Networks have the learning rates of finetune.py; every other choice"]
+        else:
+            about += ["Every choice"]
+        about += ["is made inside the labels. Every score is on the test set."]
+        report.write(table, about, args.out)
         print(f"{args.out / 'report.md'}: {len(results.lines)} runs")
-        plots.learning_curves(table.estimates, table.metric, args.out / "curves.png")
     return {
         name: {n: list(estimate) for n, estimate in cells.items()}
         for name, cells in table.estimates.items()

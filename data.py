@@ -25,15 +25,15 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from files import streams
 from files.disk import UserError, using_cache
 from files.token_cache import token_dtype
 from files.tokenizer import begins_word, ends_word, special_ids
 
 VALIDATION_SHARE = 0.01  # of the tokens of each part of the corpus
 VALIDATION_TOKENS = 65_536
-VALIDATION_CHUNK = 8192  # tokens of a validation batch, whatever a run's own micro-batches have
-# Of any tokens, so that the loss is not comparable with the training loss of rare words.
-VALIDATION_MASK_RATE = 0.15
+VALIDATION_CHUNK = 8192  # tokens of a validation batch, whatever --micro-batch-tokens is
+VALIDATION_MASK_RATE = 0.15  # of all tokens alike: the loss is not that of training on rare words
 RARE_FREQUENCY = 1e-4  # words below this frequency all count as equally rare
 LONGEST_WORD = 16  # tokens masked together; scripts without spaces make "words" of a whole line
 COOCCURRENCE_SAMPLE = 2 * 10**7  # tokens that the spectral embedding is counted on
@@ -42,10 +42,9 @@ CONTEXT_POWER = 0.75  # smooths context counts (Levy, Goldberg & Dagan 2015, sec
 
 
 class Batch(NamedTuple):
-    """One micro-batch of unpadded windows.
+    """One micro-batch of unpadded windows, derived from `key`.
 
-    `key` is what the batch was derived from; randomness inside a loss comes from `generator`, so
-    that a resumed run repeats it.
+    Randomness inside a loss comes from `generator`, so that a resumed run repeats it.
     """
 
     ids: Tensor  # (T,) int64
@@ -53,7 +52,7 @@ class Batch(NamedTuple):
     max_seqlen: int
     masked: Tensor  # (N,) positions to predict
     targets: Tensor  # (N,) the tokens that stood there
-    key: tuple[int, ...] = ()
+    key: tuple[int, ...] = ()  # seed, stream (files/streams.py), step, micro-batch
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(
@@ -62,7 +61,7 @@ class Batch(NamedTuple):
 
     def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
         """A random generator that depends only on seed, step and micro-batch."""
-        state = np.random.SeedSequence([*self.key, 9]).generate_state(1, np.uint64)
+        state = np.random.SeedSequence([*self.key, streams.LOSS]).generate_state(1, np.uint64)
         return torch.Generator(device).manual_seed(int(state[0] >> 1))
 
 
@@ -123,13 +122,7 @@ class Corpus:
         self.is_special = np.isin(np.arange(self.vocab_size), list(self.special.values()))
         self.document_ends = np.cumsum(lengths, dtype=np.int64)
         windows = self._cut_documents()
-        is_held_out = np.zeros(len(windows), dtype=bool)
-        for start, end in itertools.pairwise([0, *part_ends]):  # the last windows of each
-            if start == end:  # an empty file
-                continue
-            in_part = slice(*np.searchsorted(windows.start, [start, end]))
-            n_left = np.cumsum(windows.length[in_part][::-1])[::-1]  # tokens from a window on
-            is_held_out[in_part] = n_left <= max(n_left[-1], VALIDATION_SHARE * n_left[0])
+        is_held_out = _last_of_each_part(windows, part_ends)
         if is_held_out.all():
             raise UserError(
                 "the corpus is a single window: give it more text, or a lower --max-len"
@@ -155,7 +148,7 @@ class Corpus:
                 raise UserError(f"--mask rare: {error}; use --mask even") from None
             self.ends_word = ends_word(self.tokenizer)
         self.first_rows = [0]  # the number of the first row of each epoch
-        self.epoch = -1
+        self.epoch = -1  # which `order` and `cuts` are of
 
     def _cut_documents(self) -> Windows:
         """Cut documents evenly into windows."""
@@ -171,7 +164,7 @@ class Corpus:
         """Shuffle the windows and cut them into rows of T tokens; returns the number of rows."""
         if self.epoch != epoch:
             self.epoch = epoch
-            rng = np.random.default_rng([self.seed, 0, epoch])
+            rng = np.random.default_rng([self.seed, streams.WINDOW_ORDER, epoch])
             self.order = rng.permutation(len(self.train))
             ends = np.cumsum(self.train.length[self.order] + 2, dtype=np.int64)
             self.cuts = [0]
@@ -189,7 +182,7 @@ class Corpus:
 
         Args:
             step: from 0.
-            micro: which micro-batch of the step, on whichever rank.
+            micro: number of the micro-batch in the step, over all ranks.
             n_micro: micro-batches of a step, over all ranks.
             mask_rate: share of the tokens that are masked.
         """
@@ -211,20 +204,22 @@ class Corpus:
                 raise UserError(f"{problem}; join lines into longer documents")
             windows.length[longest] -= 1
             windows.length[-1] += 1
-        return self._assemble(windows, (self.seed, 1, step, micro), mask_rate, self.rarity)
+        key = (self.seed, streams.TRAINING_MASKS, step, micro)
+        return self._assemble(windows, key, mask_rate, self.rarity)
 
     def validation_batches(self) -> list[Batch]:
         """Fixed windows from all parts of the corpus with fixed, evenly drawn masks.
 
         They are the same for every run on the corpus with the same `max_len`, whatever its seed,
-        masks and micro-batches.
+        --mask, --mask-rate and --micro-batch-tokens. metrics.json has their hash.
         """
         order = np.random.default_rng(0).permutation(len(self.held_out))
         windows = self.held_out[order]
         chunk = np.cumsum(windows.length + 2, dtype=np.int64) // VALIDATION_CHUNK
         n_chunks = VALIDATION_TOKENS // VALIDATION_CHUNK
+        key = (0, streams.VALIDATION_MASKS)
         return [
-            self._assemble(windows[chunk == i], (0, 2, int(i)), VALIDATION_MASK_RATE, None)
+            self._assemble(windows[chunk == i], (*key, int(i)), VALIDATION_MASK_RATE, None)
             for i in np.unique(chunk)[:n_chunks]
         ]
 
@@ -234,6 +229,7 @@ class Corpus:
         """Lay windows end to end, and mask them."""
         rng = np.random.default_rng(key)
         cu_seqlens = np.concatenate(([0], np.cumsum(windows.length + 2)))
+        # the tokens before and after each window give their places to [CLS] and [SEP]
         _, positions = _ranges(windows.start - 1, windows.length + 2)
         ids = self.tokens[np.clip(positions, 0, len(self.tokens) - 1)].astype(np.int64)  # (T,)
         ids[cu_seqlens[:-1]] = self.special["cls"]
@@ -245,7 +241,7 @@ class Corpus:
             masked = rng.permutation(candidates)[:n_masked]
         else:
             masked = self._draw_words(ids, candidates, rarity, rng)[:n_masked]
-            masked = rng.permutation(masked)  # the pieces of a word may differ in what follows
+            masked = rng.permutation(masked)  # rare words come first, and words are together
         targets = ids[masked]  # copied before anything is replaced
 
         # 80% become [MASK], 10% a random token, 10% stay (Devlin et al. 2018, section 3.1)
@@ -280,8 +276,9 @@ class Corpus:
 
     def sample_texts(self, n_windows: int, seed: int) -> list[str]:
         """Decode windows of the training text, drawn with the seed."""
-        order = np.random.default_rng([seed, 4]).permutation(len(self.train))[:n_windows]
-        windows = self.train[np.sort(order)]
+        rng = np.random.default_rng([seed, streams.TEXT_SAMPLE])
+        sample = rng.permutation(len(self.train))[:n_windows]
+        windows = self.train[np.sort(sample)]
         ends = windows.start + windows.length
         spans = zip(windows.start.tolist(), ends.tolist(), strict=True)
         return self.tokenizer.decode_batch([self.tokens[a:b].tolist() for a, b in spans])
@@ -330,12 +327,13 @@ class Corpus:
         tokens and contexts, times the square root of the singular values (Levy & Goldberg 2014:
         what word2vec converges to). Columns that the vocabulary is too small for are zero, and so
         are the rows of tokens that never occurred. Cached beside the tokens, under a name that
-        changes with the constants and the code of the factorization.
+        changes with the windows, the constants and the code of the factorization.
         """
         source = inspect.getsource(Corpus.cooccurrence) + inspect.getsource(spectral_vectors)
-        constants = (d_model, self.max_len, COOCCURRENCE_SAMPLE, COOCCURRENCE_REACH, CONTEXT_POWER)
-        key = hashlib.sha256(f"{source} {constants}".encode()).hexdigest()[:16]
-        path = self.folder / f"spectral-{key}.npy"
+        constants = (d_model, COOCCURRENCE_SAMPLE, COOCCURRENCE_REACH, CONTEXT_POWER)
+        key = hashlib.sha256(f"{source} {constants}".encode())
+        key.update(self.train.start.tobytes() + self.train.length.tobytes())
+        path = self.folder / f"spectral-{key.hexdigest()[:16]}.npy"
         if not path.exists():
             print("counting co-occurrences for the spectral embedding", flush=True)
             vectors = spectral_vectors(self.cooccurrence(), d_model)
@@ -345,6 +343,20 @@ class Corpus:
                 os.fsync(file.fileno())
             os.replace(file.name, path)
         return np.load(path)
+
+
+def _last_of_each_part(windows: Windows, part_ends: list[int]) -> np.ndarray:
+    """Which windows are for validation, (windows,) bool: the last VALIDATION_SHARE of the tokens
+    of each part, at least one window; `part_ends` are in tokens.
+    """
+    is_last = np.zeros(len(windows), dtype=bool)
+    for start, end in itertools.pairwise([0, *part_ends]):
+        if start == end:  # an empty file
+            continue
+        in_part = slice(*np.searchsorted(windows.start, [start, end]))
+        n_left = np.cumsum(windows.length[in_part][::-1])[::-1]  # tokens from a window on
+        is_last[in_part] = n_left <= max(n_left[-1], VALIDATION_SHARE * n_left[0])
+    return is_last
 
 
 def spectral_vectors(counts: scipy.sparse.csr_array, d_model: int) -> np.ndarray:

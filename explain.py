@@ -22,6 +22,7 @@ from tqdm import tqdm
 import labels
 from analysis.html_page import attention_maps, html_report, section
 from analysis.removal import compare_removals
+from files import streams
 from files.cli import Parser, choose_hardware, number, run_script
 from files.disk import UserError, write_file
 from files.model_folder import open_model
@@ -210,7 +211,8 @@ def sample_texts(args: argparse.Namespace) -> list[str]:
     texts = [text for text in texts if len(text.split()) > 1]
     if len(texts) < 2:
         raise UserError(f"{args.file}: at least 2 texts of at least two words are needed")
-    sample = np.random.default_rng([args.seed, 8]).permutation(len(texts))[: args.sentences]
+    rng = np.random.default_rng([args.seed, streams.CHECKED_TEXTS])
+    sample = rng.permutation(len(texts))[: args.sentences]
     return [texts[i] for i in np.sort(sample)]
 
 

@@ -1,18 +1,15 @@
 """Fine-tune a pretrained encoder on labelled examples: python finetune.py.
 
-It measures these methods on the same test set, which is not used for any choice:
+The model learns a class or a number per example, or a tag per word (--task tokens). These methods
+are measured on the same test set, which is not used for any choice:
 
-    ngrams          a linear model of unigrams and bigrams (analysis/baselines.py); for tagged words
-                    most_frequent, the most frequent tag of each word
-    random_weights  the network, trained from random weights
-    pretrained      the network, trained from the weights of --model and a fitted linear head, with
-                    a learning rate and an eps of its own; it is saved in --out
-    pretrained+ngrams   for classes, this network and a linear model of n-grams (files/ngrams.py)
-                    together; predict.py uses both
-
-The network learns a class or a number per example, or a tag per word (--task tokens).
-
-Axes: S sequences (examples) of a batch, T tokens of a batch.
+    ngrams             a linear model of unigrams and bigrams (analysis/baselines.py)
+    most_frequent      of tagged words instead: the most frequent tag of each word
+    random_weights     the model, trained from random weights
+    pretrained         the model, trained from the weights of --model and a fitted linear layer; it
+                       is saved in --out
+    pretrained+ngrams  of classes: that model and a linear model of n-grams (files/ngrams.py)
+                       together; predict.py uses both
 """
 
 import argparse
@@ -20,6 +17,7 @@ import math
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +29,7 @@ from tqdm import tqdm
 from analysis.baselines import BASELINES, fit_baseline, fit_head
 from analysis.evaluation import forward_all, predict, print_summary, report, write_results
 from analysis.fit_ngrams import add_ngrams
-from files import entities, run_folder
+from files import entities, run_folder, streams
 from files.cli import Parser, choose_hardware, flags_to_json, number, run_script
 from files.disk import UserError
 from files.entities import NOT_SCORED, TaggedDataset
@@ -63,6 +61,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     positive = number(int, 1)
     share = number(float, 0, 0.9)
     models = "folder of train.py, or BERT, RoBERTa or ModernBERT as a folder or a name on the hub"
+    parser.add_run(out="runs/finetune")
     add("--model", type=Path, default=Path("runs/pretrain"), help=models)
     parser.add_examples(tasks=("classify", "regress", "tokens"))
     add("--labels", type=positive, help="number of training examples to sample; by default all")
@@ -78,12 +77,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--dropout", type=share, default=0.1, help="of hidden states, as in BERT")
     add("--weight-decay", type=number(float, 0), default=0.01, help="of matrices, as in BERT")
     add("--warmup", type=share, default=0.1, help="share of the steps in which the rate rises")
-    add("--clip", type=number(float, 0), default=1.0, help="maximum gradient norm; 0: no clipping")
-    add("--seed", type=number(int, 0), default=0, help="of the sample, the weights and the order")
-    parser.add_device()
-    parser.add_dtype()
-    add("--out", type=Path, default=Path("runs/finetune"), help="folder of the run")
-    add("--resume", action="store_true", help="continue after the last finished epoch in --out")
     args = parser.parse_args(argv)
     parser.check_examples(args)
     return args
@@ -99,7 +92,9 @@ def load_examples(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
     return subsample(train, args.labels, args.seed), test
 
 
-def set_defaults(args: argparse.Namespace, train: Dataset, config: Config) -> None:
+def set_defaults(
+    args: argparse.Namespace, train: Dataset, config: Config, raw: dict[str, Any]
+) -> None:
     """Set the flags whose defaults depend on the task, and check those that depend on the model."""
     is_tagged = isinstance(train, TaggedDataset)
     methods = ["most_frequent" if is_tagged else "ngrams", "random_weights", "pretrained"]
@@ -113,7 +108,7 @@ def set_defaults(args: argparse.Namespace, train: Dataset, config: Config) -> No
             raise UserError(f"--methods {WITH_NGRAMS}: it needs pretrained before it")
     if is_tagged and (args.pooling or args.lr == 0):
         raise UserError("--task tokens takes no --pooling and no --lr 0")
-    args.pooling = choose_pooling(config, args.pooling, args.model)
+    args.pooling = choose_pooling(config, raw, args.pooling, args.model)
     if args.epochs is None:  # fewer for more examples per class
         n_classes = len(train.names) if train.names else 2
         per_class = len(train) / n_classes
@@ -135,10 +130,10 @@ def encode_examples(dataset: Dataset, tokenizer: Tokenizer, max_len: int) -> tup
     return rows, list(dataset.targets[:, None]), None, n_cut
 
 
-def new_network(
+def build_model(
     args: argparse.Namespace, config: Config, train: Dataset, weights: dict[str, Tensor] | None
 ) -> Classifier | Tagger:
-    """The network with pretrained weights, or with random ones if `weights` is None."""
+    """The model with pretrained weights, or with random ones if `weights` is None."""
     torch.manual_seed(args.seed)
     if isinstance(train, TaggedDataset):
         model = Tagger(config, len(train.names))
@@ -172,6 +167,24 @@ def new_optimizer(
     return torch.optim.AdamW(groups, lr=lr if args.lr is None else args.lr, fused=True)
 
 
+def standardize(targets: list[np.ndarray], train: Dataset) -> tuple[list[np.ndarray], float, float]:
+    """Numbers with mean 0 and deviation 1, and what both were; targets of classes do not change."""
+    if train.names:
+        return targets, 0.0, 1.0
+    mean = float(train.targets.mean(dtype=float))
+    scale = float(train.targets.std(dtype=float)) or 1.0  # equal numbers have none
+    return [(target - mean) / scale for target in targets], mean, scale
+
+
+def fit_linear_layer(
+    model: Classifier, rows: list[np.ndarray], targets: list[np.ndarray], autocast
+) -> None:
+    """Fit the last layer: a random one would distort good features (Kumar et al. 2022)."""
+    features = forward_all(model, rows, np.arange(len(rows)), autocast, model.features)
+    expected = np.concatenate(targets)
+    fit_head(model, features, expected, np.issubdtype(expected.dtype, np.integer))
+
+
 def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
     """Squared errors of numbers, or cross-entropies of classes or tags."""
     if targets.is_floating_point():
@@ -180,13 +193,13 @@ def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def restore_unit(model: Classifier, mean: float, scale: float) -> None:
-    """Let a network that learned standardized numbers predict them in their own unit."""
+    """Let a model that learned standardized numbers predict them in their own unit."""
     model.classifier.weight.data *= scale
     model.classifier.bias.data = model.classifier.bias.data * scale + mean
 
 
-def save_network(out: Path, model: nn.Module, tokenizer: Tokenizer, names: list | None) -> None:
-    """Save the folder that predict.py and transformers read."""
+def save_with_names(out: Path, model: nn.Module, tokenizer: Tokenizer, names: list | None) -> None:
+    """Save the folder that predict.py and transformers read, with the names of its classes."""
     extra = {"id2label": dict(enumerate(names or ["value"]))}
     extra["label2id"] = {name: i for i, name in extra["id2label"].items()}
     if isinstance(model, Classifier):
@@ -206,27 +219,22 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
     with run_folder.lock(args.out, args.model):
         device, dtype = choose_hardware(args.device, args.dtype)
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-        config, weights, tokenizer, _ = load_model(args.model)
+        config, weights, tokenizer, raw = load_model(args.model)
         config, max_len = choose_max_len(config, args.max_len, MAX_LEN, args.model)
         train, test = data or load_examples(args)
-        set_defaults(args, train, config)
+        set_defaults(args, train, config, raw)
         rows, targets, _, n_cut = encode_examples(train, tokenizer, max_len)
         test_rows, test_targets, first_pieces, n_more = encode_examples(test, tokenizer, max_len)
         content = [*rows, *targets, *test_rows, *test_targets, *weights.values()]
-        record = {"flags": flags_to_json(args), "environment": run_folder.environment(device, 1)}
-        record["data"] = run_folder.digest(content)
-        defaults = flags_to_json(parse_args([]))
-        state = run_folder.start_or_resume(args, record, defaults, Ranks(0, 1))
+        record = run_folder.describe(args, run_folder.digest(content), device, n_ranks=1)
+        state = run_folder.start_or_resume(args, record, flags_to_json(parse_args([])), Ranks(0, 1))
         results = state.setdefault("results", {})  # of the methods that are finished
         predictions = state.setdefault("predictions", {})
         about = {"n_train": len(train), "n_test": len(test), "n_cut": n_cut + n_more}
         about["dtype"] = str(dtype).removeprefix("torch.")
         print_summary(about, args.epochs, max_len)
+        targets, mean, scale = standardize(targets, train)
         steps_per_epoch = math.ceil(len(train) / args.batch_size)
-        if train.names is None:  # the network learns standardized numbers
-            mean = float(train.targets.mean())
-            scale = float(train.targets.std()) + 1e-6
-            targets = [(target - mean) / scale for target in targets]
 
         for method in args.methods:
             if method in results:
@@ -235,49 +243,45 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
             if method in BASELINES:
                 predictions[method] = fit_baseline(train, test, tokenizer, args.seed)
             elif method == WITH_NGRAMS:
-                probabilities = predictions["pretrained"]
-                predictions[method] = add_ngrams(
-                    args.out, rows, train, test_rows, probabilities, args.seed
-                )
+                inputs = (rows, train, test_rows, predictions["pretrained"], args.seed)
+                predictions[method] = add_ngrams(args.out, *inputs)
             if method in predictions:
                 results[method] = report(method, test.targets, predictions[method], start_time)
                 continue
 
             is_pretrained = method == "pretrained"
-            model = new_network(args, config, train, weights if is_pretrained else None).to(device)
+            model = build_model(args, config, train, weights if is_pretrained else None).to(device)
             optimizer = new_optimizer(args, model, is_pretrained)
             scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
             monitor = StepMonitor(has_scaler=scaler.is_enabled())
             training = (model, optimizer, scaler, monitor)
-            first_epoch = 0
-            if state.get("method") == method:
+            first_epoch = state["epoch"] if state.get("method") == method else 0
+            if first_epoch:
                 run_folder.restore(args.out, state, training)
-                first_epoch = state["epoch"]
+                start_time -= state["seconds"]
                 print(f"resuming after epoch {first_epoch} of {method}", flush=True)
             elif isinstance(model, Classifier) and (is_pretrained or args.lr == 0):
-                # from a random head, training would distort good features (Kumar et al. 2022)
-                features = forward_all(model, rows, np.arange(len(rows)), autocast, model.features)
-                fit_head(model, features, np.concatenate(targets), train.names is not None)
+                fit_linear_layer(model, rows, targets, autocast)
 
             for epoch in range(first_epoch, args.epochs):
                 # order and dropout depend on seed and epoch alone, so that a run can be resumed
-                rng = np.random.default_rng([args.seed, 5, epoch])
+                rng = np.random.default_rng([args.seed, streams.EXAMPLE_ORDER, epoch])
                 torch.manual_seed(int(rng.integers(2**32)))
                 model.train()
-                steps = np.array_split(rng.permutation(len(train)), steps_per_epoch)
-                bar = tqdm(steps, f"{method}, epoch {epoch + 1}", leave=False, disable=None)
+                groups = np.array_split(rng.permutation(len(train)), steps_per_epoch)
+                bar = tqdm(groups, f"{method}, epoch {epoch + 1}", leave=False, disable=None)
                 losses = []
                 for step, examples in enumerate(bar, epoch * steps_per_epoch):
-                    set_learning_rates([optimizer], step, args.epochs * len(steps), args.warmup)
+                    set_learning_rates([optimizer], step, args.epochs * len(groups), args.warmup)
                     n_targets = sum(int((targets[i] != NOT_SCORED).sum()) for i in examples)
                     micro_batch_size = math.ceil(len(examples) / args.accumulate)
                     loss = 0.0
                     for members, inputs in batches(rows, examples, micro_batch_size, device):
-                        labels = torch.from_numpy(np.concatenate([targets[i] for i in members]))
+                        expected = torch.from_numpy(np.concatenate([targets[i] for i in members]))
                         with autocast:
                             # `batches` appends filler sequences, whose outputs are dropped
-                            logits = model(*inputs)[: len(labels)].float()
-                        micro_loss = loss_sum(logits, labels.to(device)) / max(1, n_targets)
+                            logits = model(*inputs)[: len(expected)].float()
+                        micro_loss = loss_sum(logits, expected.to(device)) / max(1, n_targets)
                         scaler.scale(micro_loss).backward()
                         loss += float(micro_loss.detach())
 
@@ -298,14 +302,14 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
                     progress = f"{method}, epoch {epoch + 1} of {args.epochs}"
                     print(f"{progress}: loss {np.mean(losses):.3f}", file=sys.stderr, flush=True)
                 if data is None:
-                    state |= record | {"step": state.get("step", 0) + 1}
-                    state |= {"method": method, "epoch": epoch + 1}
+                    state |= {"method": method, "epoch": epoch + 1, "step": state["step"] + 1}
+                    state["seconds"] = time.time() - start_time  # of this method
                     run_folder.save_checkpoint(args.out, training, tokenizer, state, keep=1)
 
             if train.names is None:
                 restore_unit(model, mean, scale)
             if is_pretrained:
-                save_network(args.out, model, tokenizer, train.names)
+                save_with_names(args.out, model, tokenizer, train.names)
             predictions[method] = predict(model, test_rows, first_pieces, train.names, autocast)
             results[method] = report(method, test.targets, predictions[method], start_time)
 

@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from files import streams
 from files.columns import Columns, Item, guess_task, read_examples, to_number
 from files.disk import UserError
 from files.reviews import load_reviews
@@ -178,19 +179,19 @@ def hold_out_last_fifth(dataset: LabeledDataset) -> tuple[LabeledDataset, Labele
 def subsample(dataset: LabeledDataset, n_labels: int | None, seed: int) -> LabeledDataset:
     """Sample a label budget in proportion to the classes, at least two of each, if it has two.
 
+    A budget that is too small for this takes fewer of the rarest classes, and says so.
+
     Returns:
         `n_labels` examples (None: all of them) in the order of the file.
 
     Raises:
-        UserError: There are fewer examples, or the budget is too small.
+        UserError: There are fewer examples.
     """
     n_labels = n_labels or len(dataset)
     counts = np.bincount(dataset.strata)
     at_least = np.minimum(2, counts)  # of each class
-    minimum = max(N_FOLDS, at_least.sum())
-    if n_labels < minimum:
-        needed = f"at least {minimum} are needed: two of each class, and three in all"
-        raise UserError(f"--labels {n_labels}: {needed}")
+    if n_labels < at_least.sum():
+        print(f"--labels {n_labels}: fewer than two for each of the {len(counts)} classes")
     if n_labels > len(dataset):
         raise UserError(f"--labels {n_labels}: there are only {len(dataset)} to train on")
     if n_labels == len(dataset):
@@ -200,9 +201,9 @@ def subsample(dataset: LabeledDataset, n_labels: int | None, seed: int) -> Label
     sizes = np.maximum(at_least, np.floor(quota).astype(int))
     while sizes.sum() < n_labels:  # to the largest remainders
         sizes[(quota - sizes).argmax()] += 1
-    while sizes.sum() > n_labels:  # where a class has more than its share, because of the minimum
-        sizes[sizes.argmax()] -= 1
-    rng = np.random.default_rng([seed, 3])
+    while sizes.sum() > n_labels:  # where classes have more than their share, as the minimum
+        sizes[np.lexsort((-counts, sizes))[-1]] -= 1  # of the most, the rarest class
+    rng = np.random.default_rng([seed, streams.LABEL_SAMPLE])
     members = [np.flatnonzero(dataset.strata == stratum) for stratum in range(len(counts))]
     sample = [rng.permutation(m)[:size] for m, size in zip(members, sizes, strict=True)]
     return dataset[np.sort(np.concatenate(sample))]
@@ -231,14 +232,15 @@ def cross_validation_splits(dataset: LabeledDataset, n_folds: int, hold_out: flo
         fold = ((position * n_folds).astype(int) + strata) % n_folds
         held_out = [fold == i for i in range(n_folds)]
     held_out = [is_held & ~is_single for is_held in held_out]
-    splits = [(np.flatnonzero(~is_held), np.flatnonzero(is_held)) for is_held in held_out]
-    return [split for split in splits if n_folds == 1 or len(split[1])]
+    return [(np.flatnonzero(~is_held), np.flatnonzero(is_held)) for is_held in held_out]
 
 
 def validation_splits(dataset: LabeledDataset) -> list[Split]:
-    """The splits of the training examples by which a method chooses its hyperparameters."""
+    """The splits of the training examples by which a method chooses its hyperparameters; none
+    where each class has one example."""
     n_folds = N_FOLDS if len(dataset) <= MOST_CROSS_VALIDATED else 1
-    return cross_validation_splits(dataset, n_folds, HOLD_OUT)
+    splits = cross_validation_splits(dataset, n_folds, HOLD_OUT)
+    return [split for split in splits if len(split[1])]
 
 
 # ------------------------------------------------------------------------- tokens and batches

@@ -101,7 +101,7 @@ def preset(name: str, **changes: int | str | None) -> Config:
     Args:
         name: a key of PRESETS.
         changes: other fields of Config; None changes nothing. `d_model`, a multiple of the head
-            size 64, changes the sizes that depend on it.
+            size 64, and `family` also change the fields that depend on them and are not named.
     """
     changes = {field: value for field, value in changes.items() if value is not None}
     fields = PRESETS[name] | changes
@@ -111,7 +111,7 @@ def preset(name: str, **changes: int | str | None) -> Config:
     if fields.get("family", "modern") != "modern":  # BERT's MLP has two matrices, GeGLU three
         fields["d_ff"] = 3 * fields["d_ff"] // 2
         fields["norm_eps"] = 1e-12
-    return Config(**fields)
+    return Config(**(fields | changes))
 
 
 # ------------------------------------------------------------------------------------------ block
@@ -196,8 +196,7 @@ class MLP(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         has_bias = not config.is_modern
-        # GeGLU's first half goes through the GELU, its second half is the gate
-        n_maps = 2 if config.is_modern else 1
+        n_maps = 2 if config.is_modern else 1  # GeGLU: the half for the GELU, then the gate
         self.activation = geglu if config.is_modern else F.gelu
         self.Wi = FusedLinear(config.d_model, config.d_ff, n_maps, bias=has_bias)
         self.Wo = nn.Linear(config.d_ff, config.d_model, bias=has_bias)
@@ -215,7 +214,7 @@ class Block(nn.Module):
     def __init__(self, config: Config, layer: int):
         super().__init__()
         self.is_pre_norm = config.is_modern
-        # the norm of the embeddings directly precedes layer 0, which therefore has none of its own
+        # what layer 0 reads has just left the norm of the embeddings
         is_normed = self.is_pre_norm and layer == 0
         self.attn_norm = nn.Identity() if is_normed else Norm(config)
         self.attn = Attention(config, layer)
@@ -326,8 +325,8 @@ class MaskedLM(nn.Module):
     """Encoder, head and a decoder tied to the embedding, with the loss of pretraining."""
 
     task = "MaskedLM"
-    # Names of modules that only pretraining needs. They are initialized after all others, kept in
-    # checkpoints, restored by --resume, and never exported.
+    # Names of the modules and parameters that only pretraining needs. They are initialized after
+    # all others, saved in checkpoints, restored by --resume, and never exported.
     pretraining_only: tuple[str, ...] = ()
 
     def __init__(self, config: Config):
@@ -348,8 +347,8 @@ class MaskedLM(nn.Module):
 
     @staticmethod
     def loss_counts(batch) -> dict[str, int]:
-        """How many elements each loss of `forward` sums over, known before the forward pass:
-        micro-batches and ranks add up their counts first, and then divide by the same number.
+        """How many elements each loss of `forward` sums over, known before the forward pass because
+        training divides by the counts of all micro-batches and ranks.
         """
         return {"masked_lm": len(batch.targets)}
 
@@ -361,9 +360,8 @@ class MaskedLM(nn.Module):
             (Devlin et al. 2018, section 3.1).
         """
         states = self.model(batch.ids, batch.cu_seqlens, batch.max_seqlen)
-        losses = {"masked_lm": self.masked_lm_loss(states, batch)}
         counts = self.loss_counts(batch)
-        return {name: (loss, counts[name]) for name, loss in losses.items()}
+        return {"masked_lm": (self.masked_lm_loss(states, batch), counts["masked_lm"])}
 
     def masked_lm_loss(self, states: Tensor, batch) -> Tensor:
         """The sum of the cross-entropy over the N masked tokens."""
@@ -413,8 +411,9 @@ class Classifier(nn.Module):
 
 
 class Tagger(nn.Module):
-    """A linear layer on the state of each token, equal to the `ForTokenClassification` of BERT,
-    RoBERTa and ModernBERT (where the head comes first).
+    """A linear layer on the state of each token, after the head in the modern family.
+
+    Equal to the `ForTokenClassification` of BERT, RoBERTa and ModernBERT.
     """
 
     task = "TokenClassification"
@@ -437,9 +436,14 @@ class Tagger(nn.Module):
 # ----------------------------------------------------------------------------------------- weights
 
 
+def is_part_of(name: str, modules: tuple[str, ...]) -> bool:
+    """Whether a weight is one of these parameters or belongs to one of these modules."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
 def draw_seed() -> int:
-    """A seed for `init_weights`, drawn before a model creates its modules: their constructors draw
-    from the same generator, and one more of them must not change the weights of all others.
+    """A seed for `init_weights`. It is drawn before a model creates its modules: their constructors
+    draw from the same generator, and one more of them must not change all other weights.
     """
     return int(torch.randint(2**62, ()))
 
@@ -451,10 +455,8 @@ def init_weights(model: nn.Module, config: Config, seed: int) -> None:
     those of the heads, are smaller by sqrt(2 n_layers). Biases are zero and norms one.
     """
     generator = torch.Generator().manual_seed(seed)
-    last = tuple(f"{name}." for name in getattr(model, "pretraining_only", ()))
-    named = dict(model.named_parameters())
-    for name in sorted(named, key=lambda name: name.startswith(last)):
-        parameter = named[name]
+    last = getattr(model, "pretraining_only", ())
+    for name, parameter in sorted(model.named_parameters(), key=lambda p: is_part_of(p[0], last)):
         std = config.init_std
         if name.endswith(("Wo.weight", "dense.weight")):
             std /= math.sqrt(2 * config.n_layers)

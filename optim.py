@@ -11,7 +11,7 @@ from torch import Tensor, nn
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
-def orthogonalize(matrices: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
+def orthogonalize(matrices: Tensor, dtype: torch.dtype, n_iterations: int = 5) -> Tensor:
     """Move the singular values of each matrix towards 1 by Newton-Schulz iteration.
 
     Args:
@@ -22,7 +22,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype, steps: int = 5) -> Tenso
     # normalized before the cast: small gradients would underflow in float16
     x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     x = x.to(dtype)
-    for _ in range(steps):
+    for _ in range(n_iterations):
         gram = x @ x.transpose(-1, -2)  # (n, rows, rows)
         x = a * x + torch.baddbmm(gram, gram, gram, beta=b, alpha=c) @ x
     return x
@@ -116,8 +116,9 @@ def make_optimizers(
 def clip_gradients(model: nn.Module, max_norm: float) -> float:
     """Scale the gradients if their joint norm exceeds `max_norm`, and return the norm before.
 
-    The sum over parameters is exact, so that parameters without influence change nothing: torch
-    adds in groups, which their zeros would shift. A `max_norm` of 0 is no clipping.
+    The squares are added exactly, so that parameters whose gradients are zero change no bit: torch
+    rounds the sums of groups, and more parameters make other groups. A `max_norm` of 0 is no
+    clipping.
     """
     norms = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None])
     total = math.sqrt(math.fsum(norm * norm for norm in norms.tolist()))

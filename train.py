@@ -1,15 +1,12 @@
 """Pretrain: python train.py. Reads text, and leaves a model that finetune.py and transformers load.
 
-Flags, then helper functions in the order of their use, then `main` with the training loop. On
-several GPUs: torchrun --nproc-per-node 8 train.py --accumulate 8, which equals one GPU with the
+On several GPUs: torchrun --nproc-per-node 8 train.py --accumulate 8, which equals one GPU with the
 same --accumulate.
 """
 
 import contextlib
 import dataclasses
-import functools
 import math
-import signal
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -48,15 +45,15 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add = parser.add_argument
     positive = number(int, 1)
     rate = number(float, 0)
+    parser.add_run(out="runs/pretrain")
     texts = ".txt, .jsonl, .json, .csv, .tsv, .gz of each, folders of them, - for standard input"
     add("--corpus", nargs="+", default=[], metavar="PATH", help=f"{texts}; default: film reviews")
     add("--text-column", help="of tables; by default text; of interactions USER,ITEM,TIME")
     add("--min-count", type=positive, default=1, help="rarer items of sequences become [UNK]")
-    add("--out", type=Path, default=Path("runs/pretrain"), help="folder of the run")
     add("--model", type=Path, help="continue this model, with its own tokenizer, on new text")
     add("--preset", choices=PRESETS, help="size of a new model; default tiny, for 2 CPU cores")
     add("--layers", type=number(int, 1, 1000), help="of a new model; default: the preset's")
-    add("--d-model", type=number(int, 64), help="width of a new model, a multiple of 64")
+    add("--d-model", type=number(int, 64, multiple_of=64), help="of a new model, a multiple of 64")
     add("--family", choices=("modern", "bert"), help="of a new model; default modern: ModernBERT")
     add("--vocab-size", type=number(int, 100), help="default: the preset's, or what the text fills")
     add("--max-len", type=number(int, 8), help="tokens of a window; default: the preset's")
@@ -67,31 +64,24 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--lr-adamw", type=rate, help="peak learning rate of norms and biases")
     rates = f"of the embedding. Default rates: {NEW_RATES}; with --model {CONTINUED_RATES}"
     add("--lr-embedding", type=rate, help=rates)
-    add("--clip", type=rate, default=1.0, help="maximum gradient norm; 0: no clipping")
     add("--dropout", type=number(float, 0, 0.9), default=0.0, help="for text that is read often")
     add("--mask-rate", type=number(float, 0, 0.9), default=0.3, help="fewer masks teach less")
-    masks = "whole words, rare ones more often, because frequent ones say less; or any token"
-    add("--mask", choices=("rare", "even"), default="rare", help=masks)
+    add("--mask", choices=("rare", "even"), default="rare", help="favour rare words, or all alike")
     starts = "initial embedding: from co-occurrences, which saves a third of the steps; or random"
     add("--start", choices=("spectral", "random"), default="spectral", help=starts)
-    add("--seed", type=number(int, 0), default=0, help="of the weights, the order and the masks")
-    parser.add_device()
-    parser.add_dtype()
     add("--compile", action="store_true", help="compile the blocks: a slower start, faster steps")
     add("--log-every", type=positive, default=20, help="steps between points of the curve")
     add("--save-every", type=positive, default=200, help="steps between validated checkpoints")
     add("--keep", type=positive, default=2, help="last checkpoints to keep, beside the best one")
     add("--keep-best", action="store_true", help="save the best checkpoint, not the last weights")
     add("--snapshots", type=number(int, 0), default=0, help="models to save in OUT/snapshots")
-    add("--resume", action="store_true", help="continue after the last checkpoint in --out")
     args = parser.parse_args(argv)
 
-    of_a_new_model = (args.preset, args.layers, args.d_model, args.family, args.vocab_size)
-    if args.model and any(of_a_new_model):
-        flags = "--preset, --layers, --d-model, --family and --vocab-size"
-        parser.error(f"{flags} are of a new model; --model brings its own")
-    if args.d_model and args.d_model % 64:
-        parser.error(f"--d-model {args.d_model}: it must be a multiple of 64")
+    of_a_new_model = ("preset", "layers", "d_model", "family", "vocab_size")
+    for name in of_a_new_model:
+        if args.model and getattr(args, name) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            parser.error(f"{flag} is of a new model; --model brings its own")
     args.preset = args.preset or (None if args.model else "tiny")
     return args
 
@@ -104,8 +94,7 @@ def set_defaults(args: Namespace, device: torch.device, dtype: torch.dtype, rank
     args.micro_batch_tokens = args.micro_batch_tokens or MICRO_BATCH_TOKENS
     args.accumulate = args.accumulate or ranks.n
     if args.accumulate % ranks.n:
-        multiple = f"it must be a multiple of the {ranks.n} ranks"
-        raise UserError(f"--accumulate {args.accumulate}: {multiple}")
+        raise UserError(f"--accumulate {args.accumulate}: not a multiple of the {ranks.n} ranks")
 
     rates = dict(CONTINUED_RATES if args.model else NEW_RATES)
     if not args.model:
@@ -131,13 +120,9 @@ def load_corpus(
     args: Namespace, config: Config, initial: SavedModel | None, ranks: Ranks
 ) -> Corpus:
     """Tokenize the text on the first rank, and open it on all."""
-    folder = None
-    if ranks.is_first:
-        tokenizer = initial.tokenizer if initial else None
-        folder = prepare(
-            args.corpus, config.vocab_size, tokenizer, args.text_column, args.min_count
-        )
-    folder = ranks.from_first(folder)
+    tokenizer = initial.tokenizer if initial else None
+    text = (args.corpus, config.vocab_size, tokenizer, args.text_column, args.min_count)
+    folder = ranks.from_first(lambda: prepare(*text))
     return Corpus(folder, args.max_len, args.micro_batch_tokens, args.seed, args.mask)
 
 
@@ -152,12 +137,11 @@ def build_model(
     hub_names.config_to_json(model.config, model.task, corpus.special)
     if initial:
         # a classifier has no decoder, and a bare encoder no head
-        missing = ("decoder.bias", "head", "pooler", *model.pretraining_only)
+        missing = ("decoder.bias", "head", "pooler")
         model_folder.load_weights(model, initial.weights, args.model, allow_missing=missing)
     elif args.start == "spectral":
-        if ranks.is_first:  # computes it; the others read it from the cache
-            corpus.spectral_embedding(config.d_model)
-        ranks.from_first(None)
+        # the first rank computes it, the others read it from the cache
+        ranks.from_first(lambda: corpus.spectral_embedding(config.d_model).shape)
         vectors, occurs = corpus.initial_embedding(config.d_model, config.init_std, args.seed)
         model.model.embeddings.tok_embeddings.weight.data[occurs] = vectors[occurs]
     return model
@@ -165,11 +149,8 @@ def build_model(
 
 def total_counts(batches: list[Batch]) -> dict[str, int]:
     """How many elements each loss sums over in all of the batches."""
-    counts = dict.fromkeys(LOSS_WEIGHTS, 0)
-    for batch in batches:
-        for name, count in MaskedLM.loss_counts(batch).items():
-            counts[name] += count
-    return counts
+    counts = [MaskedLM.loss_counts(batch) for batch in batches]
+    return {name: sum(count[name] for count in counts) for name in LOSS_WEIGHTS}
 
 
 def weighted_sum(losses: dict[str, Any]) -> Any:
@@ -179,17 +160,15 @@ def weighted_sum(losses: dict[str, Any]) -> Any:
 @torch.no_grad()
 def validate(model: MaskedLM, batches: list[Batch], autocast) -> dict[str, float]:
     """Mean losses over the validation batches, and their weighted sum."""
-    counts = total_counts(batches)
-    means = dict.fromkeys(LOSS_WEIGHTS, 0.0)
     model.eval()
-    for batch in batches:
-        with autocast:
-            losses = model(batch)
-        for name, (total, _) in losses.items():
-            means[name] += float(total) / max(1, counts[name])
+    with autocast:
+        losses = [model(batch) for batch in batches]
     model.train()
-    named = {f"validation_{name}": mean for name, mean in means.items()}
-    return {"validation_loss": weighted_sum(means)} | named
+    means = {}
+    for name in LOSS_WEIGHTS:
+        sums, counts = zip(*(of_batch[name] for of_batch in losses), strict=True)
+        means[name] = sum(map(float, sums)) / max(1, sum(counts))
+    return {"validation_loss": weighted_sum(means)} | {f"validation_{n}": means[n] for n in means}
 
 
 def show_progress(bar: tqdm, point: dict[str, Any], n_tokens_left: int, ranks: Ranks) -> None:
@@ -221,31 +200,28 @@ def main(argv: list[str] | None = None, data: Corpus | None = None) -> dict[str,
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         monitor = StepMonitor(has_scaler=scaler.is_enabled())
-        n_weights = sum(p.numel() for p in model.parameters())
-        step_tokens = args.accumulate * args.micro_batch_tokens
+        training = (model, *optimizers, scaler, monitor)
 
         # from here on the folder belongs to this run: what an earlier one left in it is removed
-        training = (model, *optimizers, scaler, monitor)
-        record = {"flags": flags_to_json(args), "data": corpus.folder.name}
-        if initial:
-            record["data"] += run_folder.digest(initial.weights.values())
-        record["environment"] = run_folder.environment(device, ranks.n)
+        data = corpus.folder.name + (run_folder.digest(initial.weights.values()) if initial else "")
+        record = run_folder.describe(args, data, device, ranks.n)
         state = run_folder.start_or_resume(args, record, flags_to_json(parse_args([])), ranks)
-        first_step = state.get("step", 0)
-        points = state.get("points", [])
-        if state:
+        if state["step"]:
             run_folder.restore(args.out, state, training)
-            ranks.log(f"resuming after step {first_step}")
+            ranks.log(f"resuming after step {state['step']}")
+        start_time -= state["seconds"]
+        points = state.setdefault("points", [])
         if args.compile:
             machine.compile_blocks(model.model.layers, device, ranks.log)
-        rehearse = functools.partial(corpus.batch, 0, ranks.rank, ranks.n, args.mask_rate)
-        parallel_model = ranks.wrap(model, rehearse)
+        parallel_model = ranks.wrap(model, corpus.batch(0, ranks.rank, ranks.n, args.mask_rate))
+        n_weights = sum(p.numel() for p in model.parameters())
+        step_tokens = args.accumulate * args.micro_batch_tokens
         ranks.log(f"{n_weights:,} weights on {device}, {args.dtype}; {step_tokens:,} tokens a step")
 
-        progress = tqdm(total=args.steps, initial=first_step, unit="step", disable=ranks.hide_bar)
+        bar = tqdm(total=args.steps, initial=state["step"], unit="step", disable=ranks.hide_bar)
         signals = stack.enter_context(machine.collect_signals())
         durations = []  # of the steps since the last point of the curve, in seconds
-        for step in range(first_step, args.steps):
+        for step in range(state["step"], args.steps):
             step_time = time.time()
             lr_factor = set_learning_rates(optimizers, step, args.steps, WARMUP)
             micros = range(ranks.rank, args.accumulate, ranks.n)
@@ -254,32 +230,31 @@ def main(argv: list[str] | None = None, data: Corpus | None = None) -> dict[str,
             # each loss is a sum divided by the count of the whole step, so that it makes no
             # difference how the step is split into micro-batches and ranks
             counts = ranks.sum(total_counts(batches), device)
-            sums = dict.fromkeys(LOSS_WEIGHTS, 0.0)
+            losses = dict.fromkeys(LOSS_WEIGHTS, 0.0)
             for i, batch in enumerate(batches):
                 torch.manual_seed(batch.generator().initial_seed())  # of dropout
                 with ranks.gradient_sync(parallel_model, is_last=i + 1 == len(batches)):
                     with autocast:
-                        losses = parallel_model(batch.to(device))
-                        means = {n: total / max(1, counts[n]) for n, (total, _) in losses.items()}
-                    scaler.scale(weighted_sum(means) * ranks.n).backward()  # DDP averages
-                for name, mean in means.items():
-                    sums[name] += mean.detach()
+                        sums = parallel_model(batch.to(device))
+                        parts = {n: total / max(1, counts[n]) for n, (total, _) in sums.items()}
+                    scaler.scale(weighted_sum(parts) * ranks.n).backward()  # DDP averages
+                for name, part in parts.items():
+                    losses[name] += part.detach()
 
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
             grad_norm = clip_gradients(model, args.clip)
-            totals = ranks.sum(sums | {"signals": len(signals)}, device)  # ranks decide alike
-            interrupted = totals.pop("signals") > 0
-            loss = weighted_sum(totals)
-            message = monitor.check(loss, grad_norm)
-            if message:
+            losses = ranks.sum(losses | {"signals": len(signals)}, device)  # ranks decide alike
+            interrupted = losses.pop("signals") > 0
+            loss = weighted_sum(losses)
+            if message := monitor.check(loss, grad_norm):
                 ranks.log(f"step {step + 1}: {message}")
             for optimizer in optimizers:
                 if not monitor.skip:
                     scaler.step(optimizer)
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad()
             scaler.update()
-            progress.update()
+            bar.update()
             durations.append(time.time() - step_time)
 
             done = step + 1
@@ -287,10 +262,10 @@ def main(argv: list[str] | None = None, data: Corpus | None = None) -> dict[str,
             if done % args.log_every == 0 or done == args.steps:
                 speed = len(durations) * step_tokens / sum(durations)
                 durations.clear()
-                point = {"step": done, "loss": loss, **totals, "skipped": monitor.n_skipped}
+                point = {"step": done, "loss": loss, **losses, "skipped": monitor.n_skipped}
                 point |= {"lr": lr_factor, "grad_norm": grad_norm, "tokens_per_second": speed}
                 new_points.append(point)
-                show_progress(progress, point, (args.steps - done) * step_tokens, ranks)
+                show_progress(bar, point, (args.steps - done) * step_tokens, ranks)
             is_snapshot = done * args.snapshots // args.steps > step * args.snapshots // args.steps
             must_save = interrupted
             if done % args.save_every == 0 or done == args.steps or is_snapshot or monitor.gave_up:
@@ -299,30 +274,23 @@ def main(argv: list[str] | None = None, data: Corpus | None = None) -> dict[str,
                 ranks.log(f"step {done}: validation loss {validation_loss:.3f}")
                 must_save = math.isfinite(validation_loss)  # skipped steps changed no weight
             points += new_points
-
-            gave_up = monitor.gave_up
-            if gave_up:
-                monitor.n_skipped_in_a_row = 0
             if ranks.is_first:
                 run_folder.append_metrics(args.out, new_points)
-                if must_save:
-                    state = record | {"step": done, "points": points}
-                    run_folder.save_checkpoint(
-                        args.out, training, corpus.tokenizer, state, args.keep
-                    )
-                if is_snapshot:
-                    snapshot = args.out / "snapshots" / f"step-{done}"
-                    model_folder.save_model(snapshot, model, corpus.tokenizer)
-            if gave_up:
+            if ranks.is_first and must_save:
+                state |= {"step": done, "points": points, "seconds": time.time() - start_time}
+                run_folder.save_checkpoint(args.out, training, corpus.tokenizer, state, args.keep)
+            if ranks.is_first and is_snapshot:
+                snapshot = args.out / "snapshots" / f"step-{done}"
+                model_folder.save_model(snapshot, model, corpus.tokenizer)
+            if monitor.gave_up:
                 advice = "start again with lower rates, or --resume after the last checkpoint"
                 ranks.log(f"stopped: {monitor.patience} skipped steps in a row; {advice}")
                 raise SystemExit(1)
             if interrupted:
-                message = "the same command with --resume continues"
-                ranks.log(f"stopped after step {done}, saved; {message}")
-                # the signal may have reached another rank
-                raise SystemExit(128 + (signals[0] if signals else signal.SIGTERM))
-        progress.close()
+                saved = "saved" if must_save else "not saved: its validation loss is not finite"
+                ranks.log(f"stopped after step {done}, {saved}; --resume continues the run")
+                raise SystemExit(machine.exit_code(signals))
+        bar.close()
 
         if not args.steps:
             points.append({"step": 0} | validate(model, validation, autocast))
@@ -330,14 +298,16 @@ def main(argv: list[str] | None = None, data: Corpus | None = None) -> dict[str,
         metrics = {"seconds": seconds, "steps": args.steps, "tokens": args.steps * step_tokens}
         metrics |= {"n_weights": n_weights, "tokens_folder": corpus.folder.name, **points[-1]}
         metrics |= {"skipped": monitor.n_skipped, "spikes": monitor.n_spikes}
+        tensors = [x for batch in validation for x in (batch.ids, batch.masked, batch.targets)]
+        metrics["validation_digest"] = run_folder.digest(tensors)
         if ranks.is_first:
             if args.keep_best:
                 metrics |= run_folder.load_best(args.out, model, points)
             model_folder.save_model(args.out, model, corpus.tokenizer)
             write_file(args.out / "metrics.json", to_json(metrics))
             plots.loss_curve(points, args.out / "curve.png")
-        validation_loss = metrics["validation_loss"]
-        ranks.log(f"{args.out}: validation loss {validation_loss:.3f} after {seconds:.0f} s")
+        result = f"validation loss {metrics['validation_loss']:.3f} after {seconds:.0f} s"
+        ranks.log(f"{args.out}: {result}")
     return metrics
 
 

@@ -7,6 +7,7 @@ classes), or for regression the predicted numbers (examples,).
 
 import functools
 import json
+import math
 import re
 import sys
 import unicodedata
@@ -43,10 +44,8 @@ NGRAM_GRID = (
     *(("nbsvm", 0.01), ("nbsvm", 0.1), ("nbsvm", 0.3), ("nbsvm", 1.0), ("nbsvm", 3.0)),
 )
 RIDGE_GRID = tuple(("ridge", c) for c in (0.1, 0.3, 1.0, 3.0, 10.0))
-LSA_WIDTHS = (32, 64, 128, 256, 512, 1024)
-LSA_GRID = tuple(
-    (width, c) for width in LSA_WIDTHS for c in (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
-)
+LSA_WIDTHS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+LSA_GRID = tuple((w, c) for w in LSA_WIDTHS for c in (0.01, 0.1, 1.0, 10.0, 100.0, 1e3))
 LSA_WINDOWS = 50_000
 SPECTRAL_GRID = tuple((w, c) for w in ("plain", "sif") for c in (0.01, 0.1, 1.0, 10.0, 100.0, 1e3))
 SIF = 1e-3  # the word frequency at which SIF halves the weight (Arora et al. 2017, section 4.1)
@@ -87,6 +86,8 @@ def concatenate(train: LabeledDataset, test: LabeledDataset) -> LabeledDataset:
 def choose(fit: Fit, grid: Sequence, train: LabeledDataset) -> tuple[Any, float]:
     """The choice with the best mean validation score, and this score: the accuracy, or for numbers
     the negative mean squared error. `train` are the first of the examples that `fit` knows."""
+    if len(grid) == 1:
+        return grid[0], math.nan
     scores = dict.fromkeys(grid, 0.0)
     splits = validation_splits(train)
     for train_idx, eval_idx in splits:
@@ -96,6 +97,22 @@ def choose(fit: Fit, grid: Sequence, train: LabeledDataset) -> tuple[Any, float]
             scores[choice] += float(values.mean()) / len(splits)
     best = max(grid, key=scores.get)
     return best, scores[best]
+
+
+def is_on_edge(choice: Any, grid: Sequence) -> bool:
+    """Whether a number of the choice is the least or the greatest of its grid, so that a wider grid
+    might hold a better one. A choice like ("sif", 10.0) has the grid of "sif"; nothing is below 0.
+    """
+    if not isinstance(choice, tuple):
+        choice, grid = (choice,), [(other,) for other in grid]
+    variants = [part for part in choice if isinstance(part, str)]
+    alike = [c for c in grid if [part for part in c if isinstance(part, str)] == variants]
+    for i, value in enumerate(choice):
+        if value and not isinstance(value, str):
+            values = {other[i] for other in alike}
+            if len(values) > 1 and value in (min(values), max(values)):
+                return True
+    return False
 
 
 def goodness(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -346,15 +363,18 @@ def fit_head(
     model: Classifier, features: np.ndarray, targets: np.ndarray, is_classification: bool
 ) -> None:
     """Set the last layer of a classifier to a linear fit on features (S, d_model)."""
+    layer = model.classifier
+    layer.weight.data.zero_()
+    layer.bias.data.fill_(-10.0)  # of a class without examples
+    present = np.unique(targets) if is_classification else [0]
+    if is_classification and len(present) == 1:
+        layer.bias.data[present] = 0.0
+        return
     fitted = linear_model(is_classification, HEAD_C).fit(features, targets)
     weight = np.atleast_2d(fitted.coef_)
     bias = np.atleast_1d(fitted.intercept_)
     if is_classification and len(weight) == 1:  # of the second of two classes
         weight = np.concatenate((-weight / 2, weight / 2))
         bias = np.concatenate((-bias / 2, bias / 2))
-    present = fitted.classes_ if is_classification else [0]
-    layer = model.classifier
-    layer.weight.data.zero_()
-    layer.bias.data.fill_(-10.0)  # of a class without examples
     layer.weight.data[present] = torch.from_numpy(weight).to(layer.weight)
     layer.bias.data[present] = torch.from_numpy(bias).to(layer.bias)

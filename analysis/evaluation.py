@@ -102,8 +102,8 @@ def measure(targets: Any, predictions: Any) -> dict[str, float]:
         classes = predictions.argmax(1)
         macro_f1 = f1_score(targets, classes, average="macro")
         return {"accuracy": float(np.mean(targets == classes)), "macro_f1": float(macro_f1)}
-    rmse = float(np.sqrt(np.mean((targets - predictions) ** 2)))
-    varies = np.ptp(predictions) > 0  # a constant has no correlation
+    rmse = float(np.sqrt(np.mean((targets.astype(float) - predictions) ** 2)))
+    varies = np.ptp(predictions) > 0 and np.ptp(targets) > 0  # a constant has no correlation
     pearson = float(stats.pearsonr(targets, predictions).statistic) if varies else 0.0
     spearman = float(stats.spearmanr(targets, predictions).statistic) if varies else 0.0
     return {"rmse": rmse, "pearson": pearson, "spearman": spearman}

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import itertools
 import json
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ import finetune
 from analysis import baselines
 from analysis.baselines import Fit
 from analysis.evaluation import forward_all, measure
-from analysis.results import Run
-from files import model_folder
+from analysis.results import USE_PRETRAINING, Plan, Run
+from files import model_folder, streams
 from files.disk import UserError
 from finetune import WITH_NGRAMS
 from labels import LabeledDataset, encode, subsample
@@ -33,6 +34,9 @@ BERT_RATES = (0.0, 5e-5, 1e-4)
 RANDOM_WEIGHTS_RATES = (5e-4, 1e-3, 2e-3)
 MAX_CHOOSING = 2000  # examples on which networks are trained while the learning rate is chosen
 FROZEN_GRID = tuple(("mean", c) for c in (1e-3, 1e-2, 0.1, 1.0))  # C
+START_WITH_NGRAMS = WITH_NGRAMS.replace("pretrained", "start")
+STARTS = ("start", START_WITH_NGRAMS)
+NETWORKS = ("pretrained", WITH_NGRAMS, *STARTS, "random_weights")
 NOT_THE_RECIPE = {"seed", "out", "device", "resume", "compile", "log_every", "save_every", "keep"}
 
 
@@ -45,8 +49,10 @@ class Setup:
     starts: dict[str, Path]  # of these models, those at step 0 of their pretraining
     train: LabeledDataset
     test: LabeledDataset
+    probes: LabeledDataset  # predicted too: the sentences of analysis/behaviour.py, or none
     device: torch.device
     dtype: torch.dtype
+    fixed_rates: bool  # networks take the learning rates of finetune.py, and choose none
     out: Path
 
     @functools.cached_property
@@ -59,20 +65,59 @@ class Setup:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
-def plan_runs(
-    setup: Setup, model: str, method: str, budgets: list[int], n_draws: int
-) -> dict[int, list[Run]]:
-    """{number of labels: a run per draw}."""
-    key = (setup.data, model, method)
-    dependencies = fingerprint(model, setup)
-    return {n: [Run(*key, n, seed, dependencies) for seed in range(n_draws)] for n in budgets}
+def name_models(folders: list[Path]) -> dict[str, Path]:
+    """Names of the models: the last part of their paths, or all of it where two would be equal."""
+    names = [folder.resolve().name if folder.exists() else str(folder) for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    if len(set(names)) < len(names):
+        raise UserError("--model: the same folder twice")
+    return {name.replace("/", "-"): folder for name, folder in zip(names, folders, strict=True)}
+
+
+def make_plan(
+    setup: Setup, methods: list[str], budgets: list[int], n_draws: int, pool: bool
+) -> Plan:
+    """The runs of an experiment; what cannot run is left out, with a line on stderr."""
+    plan: Plan = {}
+    for i, model in enumerate(setup.models):
+        for method in methods:
+            depends_on_model = method in (*USE_PRETRAINING, *STARTS)
+            if i and not depends_on_model:
+                continue
+            if method in STARTS and model not in setup.starts:
+                continue  # for the reason that was printed when it could not be made
+            if problem := problem_of(method, model, setup):
+                print(f"{model}: {method} is left out: {problem}", file=sys.stderr)
+                continue
+            one_of_several = depends_on_model and len(setup.models) > 1 and not pool
+            name = f"{model}, {method}" if one_of_several else method
+            cells = plan.setdefault(name, {n: [] for n in budgets})
+            for n in budgets:
+                # with all labels, draws differ only in what is random about a network, and so do
+                # pretraining seeds
+                varies = n < len(setup.train) or (method in NETWORKS and not pool)
+                key = (setup.data, model, method, n)
+                cells[n] += [
+                    Run(*key, s, fingerprint(model, setup)) for s in range(n_draws if varies else 1)
+                ]
+    return plan
+
+
+def problem_of(method: str, model: str, setup: Setup) -> str:
+    """Why a method cannot run, empty if it can."""
+    if method in (WITH_NGRAMS, START_WITH_NGRAMS) and not setup.train.names:
+        return "it needs classes"
+    if method == "spectral" and not baselines.pretraining_corpus(setup.models[model]):
+        return "the tokens of its pretraining are not in the cache"
+    return ""
 
 
 @functools.cache
 def fingerprint(model: str, setup: Setup) -> str:
     """A hash of what a result depends on: dtype, labelled examples and weights."""
-    digest = hashlib.sha256(str(setup.dtype).encode())
-    for dataset in (setup.train, setup.test):
+    digest = hashlib.sha256(f"{setup.dtype} {setup.fixed_rates}".encode())
+    for dataset in (setup.train, setup.test, setup.probes):
         digest.update(repr((dataset.texts, dataset.pairs, dataset.names)).encode())
         digest.update(dataset.targets.tobytes())
     for path in sorted(model_folder.find_model(setup.models[model]).iterdir()):
@@ -102,17 +147,18 @@ def read_flags(folder: Path) -> dict[str, Any]:
 
 
 def run_method(run: Run, setup: Setup) -> tuple[dict[str, Any], np.ndarray]:
-    """The metrics of a run for results.csv, and its predictions for the test set: probabilities
-    (examples, classes) or numbers (examples,)."""
+    """The metrics of a run for results.csv, and its predictions for the test set and the probes:
+    probabilities (examples, classes) or numbers (examples,)."""
     start_time = time.time()
     train = subsample(setup.train, run.labels, run.seed)
-    examples = baselines.concatenate(train, setup.test)
+    examples = baselines.concatenate(baselines.concatenate(train, setup.test), setup.probes)
     fit, grid = METHODS[run.method](examples, run, setup)
     choice, validation = baselines.choose(fit, grid, train)
-    train_idx, test_idx = np.split(np.arange(len(examples)), [len(train)])
-    predictions = fit(choice, train_idx, test_idx)
-    metrics = measure(setup.test.targets, predictions)
+    train_idx, eval_idx = np.split(np.arange(len(examples)), [len(train)])
+    predictions = fit(choice, train_idx, eval_idx)
+    metrics = measure(setup.test.targets, predictions[: len(setup.test)])
     metrics |= {"seconds": time.time() - start_time, "choice": choice, "validation": validation}
+    metrics["on_edge"] = baselines.is_on_edge(choice, grid)
     return metrics, predictions
 
 
@@ -122,26 +168,38 @@ def run_method(run: Run, setup: Setup) -> tuple[dict[str, Any], np.ndarray]:
 
 
 def fine_tuning(examples: LabeledDataset, run: Run, setup: Setup) -> tuple[Fit, Sequence]:
-    """finetune.py with pretrained or random weights, those of step 0, or with n-grams."""
-    model = setup.starts[run.model] if run.method == "start" else setup.models[run.model]
-    methods = {"start": "pretrained", WITH_NGRAMS: f"pretrained,{WITH_NGRAMS}"}
-    methods = methods.get(run.method, run.method)
-    out = setup.out / "work" / run.method / run.model
+    """finetune.py with pretrained or random weights, or those of step 0; with n-grams or without.
+
+    A network is fine-tuned once for both, and not again after an interruption: what it predicts is
+    saved in OUT/work."""
+    model = (setup.starts if run.method in STARTS else setup.models)[run.model]
+    method = run.method.replace("start", "pretrained")
+    both = f"pretrained,{WITH_NGRAMS}" if setup.train.names else "pretrained"
+    methods = method if method == "random_weights" else both
+    work = setup.out / "work"
 
     def fit(rate: float, train_idx: np.ndarray, eval_idx: np.ndarray) -> np.ndarray:
         if len(train_idx) < run.labels:  # while the rate is chosen
-            rng = np.random.default_rng([run.seed, 6])
+            rng = np.random.default_rng([run.seed, streams.RATE_CHOICE])
             train_idx = np.sort(rng.permutation(train_idx)[:MAX_CHOOSING])
         flags = ["--model", str(model), "--methods", methods, "--lr", str(rate)]
-        flags += ["--seed", str(run.seed), "--device", str(setup.device), "--out", str(out)]
+        flags += ["--seed", str(run.seed), "--device", str(setup.device)]
         flags += ["--dtype", str(setup.dtype).removeprefix("torch.")]
-        finetune.main(flags, data=(examples[train_idx], examples[eval_idx]))
-        with np.load(out / "predictions.npz") as arrays:
-            return arrays[methods.rpartition(",")[2]]
+        what = (flags, run.fingerprint, run.labels, train_idx.tolist(), eval_idx.tolist())
+        saved = work / f"{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.npz"
+        if not saved.exists():
+            data = (examples[train_idx], examples[eval_idx])
+            finetune.main([*flags, "--out", str(work / "finetune")], data)
+            (work / "finetune" / "predictions.npz").replace(saved)
+        with np.load(saved) as arrays:
+            return arrays[method]
 
+    is_modern = model_folder.load_model(model).config.is_modern
     if run.method == "random_weights":
-        return fit, RANDOM_WEIGHTS_RATES
-    rates = PRETRAINED_RATES if model_folder.load_model(model)[0].is_modern else BERT_RATES
+        return fit, [finetune.LR_RANDOM_WEIGHTS] if setup.fixed_rates else RANDOM_WEIGHTS_RATES
+    if setup.fixed_rates:
+        return fit, [finetune.LR_PRETRAINED if is_modern else finetune.LR_PRETRAINED_BERT]
+    rates = PRETRAINED_RATES if is_modern else BERT_RATES
     if run.labels > MAX_CHOOSING:  # fewer cannot show how much a network learns from all
         rates = [rate for rate in rates if rate]
     return fit, rates
@@ -166,21 +224,30 @@ def spectral(examples: LabeledDataset, run: Run, setup: Setup) -> tuple[Fit, Seq
 def load_classifier(model: str, setup: Setup) -> tuple[Classifier, Tokenizer, int]:
     """The network of a model under a new linear layer, its tokenizer, and its maximum length."""
     folder = setup.models[model]
-    config, weights, tokenizer, _ = model_folder.load_model(folder)
+    config, weights, tokenizer, raw = model_folder.load_model(folder)
     config, max_len = model_folder.choose_max_len(config, None, finetune.MAX_LEN, folder)
     torch.manual_seed(0)  # some BERTs lack a pooler
-    pooling = model_folder.choose_pooling(config, None, folder)
+    pooling = model_folder.choose_pooling(config, raw, None, folder)
     network = Classifier(config, len(setup.train.names or [""]), pooling).to(setup.device).eval()
     model_folder.load_weights(network, weights, folder, allow_missing=("classifier", "pooler"))
     return network, tokenizer, max_len
 
 
+def majority(examples: LabeledDataset, run: Run, setup: Setup) -> tuple[Fit, Sequence]:
+    """The most frequent class, or the mean number."""
+    n_classes = len(examples.names) if examples.names else None
+
+    def fit(_: None, train_idx: np.ndarray, eval_idx: np.ndarray) -> np.ndarray:
+        return baselines.constant_scores(examples.targets[train_idx], len(eval_idx), n_classes)
+
+    return fit, [None]
+
+
 METHODS = {
-    "pretrained": fine_tuning,
-    WITH_NGRAMS: fine_tuning,
-    "start": fine_tuning,
+    **dict.fromkeys(("pretrained", WITH_NGRAMS), fine_tuning),
     "frozen": frozen,
-    "random_weights": fine_tuning,
+    **dict.fromkeys((*STARTS, "random_weights"), fine_tuning),
+    "majority": majority,
     "ngrams": lambda examples, run, setup: baselines.ngrams(examples, setup.tokenizer, run.seed),
     "lsa": lambda examples, run, setup: baselines.lsa(
         examples, run.labels, setup.models[run.model], setup.tokenizer

@@ -50,20 +50,30 @@ def fit_ngrams(rows: list[np.ndarray], train: LabeledDataset, seed: int) -> Ngra
     """NB-SVM with the C of the least log loss on the splits.
 
     The log loss, and not the accuracy, because the log-odds are added to those of another model.
+    With C it falls and then rises. The search ends where it rises, because with many classes a fit
+    takes a minute, and longer for larger C.
     """
+    n_classes = len(train.names)
+    if len(np.unique(train.targets)) == 1:  # nothing to tell apart: the network decides alone
+        bucket, weight = torch.zeros(1, dtype=torch.int64), torch.zeros(1, n_classes)
+        return NgramModel(bucket, weight, bias=torch.zeros(n_classes))
     features = ngram_features(rows)
-    losses = dict.fromkeys(STRENGTHS, 0.0)
-    for train_idx, eval_idx in validation_splits(train):
-        for c in STRENGTHS:
+    splits = validation_splits(train)
+    losses: dict[float, float] = {}
+    for c in STRENGTHS:
+        losses[c] = 0.0
+        for train_idx, eval_idx in splits:
             scores = fit_and_score(nb_svm(c, seed), features, train, train_idx, eval_idx)
             of_targets = scores[np.arange(len(eval_idx)), train.targets[eval_idx]]
             losses[c] -= float(np.log(of_targets.clip(LEAST_PROBABILITY)).mean())
-    best = min(STRENGTHS, key=losses.get)
+        if losses[c] > min(losses.values()):
+            break
+    best = min(losses, key=losses.get)
 
     buckets = np.flatnonzero(features.getnnz(axis=0))
     fitted = nb_svm(best, seed).fit(features[:, buckets], train.targets)
-    weight = np.zeros((len(buckets), len(train.names)), dtype=np.float32)
-    bias = np.full(len(train.names), -10.0, dtype=np.float32)  # of a class without examples
+    weight = np.zeros((len(buckets), n_classes), dtype=np.float32)
+    bias = np.full(n_classes, -10.0, dtype=np.float32)  # of a class without examples
     # of two classes scikit-learn fits the second one
     classes = fitted.classes_[1:] if len(fitted.classes_) == 2 else fitted.classes_
     for k, (ratio, logistic) in zip(classes, fitted.estimators_, strict=True):

@@ -14,6 +14,14 @@ from files.disk import first_line
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555", "#000000")
 MARKERS = list("osD^vP*X")
+# The parts of the recipe: what stands for each in the figure.
+STAIRCASE = {
+    "majority": ("majority class", "#999999"),
+    "random_weights": ("network from random weights", "#56B4E9"),
+    "start": ("+ spectral initialization", "#009E73"),
+    "pretrained": ("+ masked-language modelling", "#0072B2"),
+    "pretrained+ngrams": ("+ n-grams", "#E69F00"),
+}
 MOST_CLASSES = 50  # of a confusion matrix, which is 27 inches wide then
 
 
@@ -71,24 +79,59 @@ def confusion(targets: np.ndarray, classes: np.ndarray, names: list[str], path: 
     draw(path, plot, size, size)
 
 
-def learning_curves(curves: dict[str, dict[int, Estimate]], metric: str, path: Path) -> None:
-    """Lines of a metric on the test set against the number of labels, in bands of their intervals.
+def staircase(
+    estimates: dict[str, dict[int, Estimate]], best: dict[int, str], metric: str, path: Path
+) -> None:
+    """For each number of labels a stair per part of the recipe: what is reached with this part.
 
     Args:
-        curves: {method: {number of labels: estimate}}.
+        estimates: {method: {number of labels: estimate}}; those of STAIRCASE are drawn.
+        best: {number of labels: its best baseline}, drawn as a line.
     """
+    steps = {name: estimates[name] for name in STAIRCASE if name in estimates}
+    budgets = sorted({n for cells in steps.values() for n in cells})
+    levels = [cells[n].mean for cells in steps.values() for n in cells]
+    levels += [estimates[name][n].mean for n, name in best.items()]
+    floor, top = min(levels) - 0.03, max(levels) + 0.06
+
+    width = len(steps) + 0.8  # of a group, with the gap to the next one
 
     def plot(axes) -> None:
-        axes.set_prop_cycle(color=COLOURS, marker=MARKERS)
-        for method, points in curves.items():
-            budgets = list(points)
-            mean, low, high = np.array(list(points.values())).T
-            (line,) = axes.plot(budgets, mean, label=method, markersize=5)
-            axes.fill_between(budgets, low, high, color=line.get_color(), alpha=0.13, linewidth=0)
-        axes.legend(frameon=False)
-        budgets = sorted({n for points in curves.values() for n in points})
-        axes.set(xscale="log", xlabel="labels", ylabel=f"{metric} on the test set")
-        axes.set_xticks(budgets, [f"{n:,}" for n in budgets])
-        axes.minorticks_off()
+        axes.grid(False, axis="x")
+        axes.set_axisbelow(True)
+        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
+        small = {"ha": "center", "fontsize": 8, "bbox": box}
+        ticks: list[str] = []
+        for group, n in enumerate(budgets):
+            left = group * width
+            ticks.append(f"{n:,} labels")
+            below = None
+            for x, (name, cells) in enumerate(steps.items()):
+                if n not in cells:
+                    continue
+                mean, low, high = cells[n]
+                below = floor if below is None else below
+                label = STAIRCASE[name][0] if group == 0 else None
+                middle = left + x + 0.5
+                axes.bar(middle, min(mean, below) - floor, 1, floor, color="#EBEBEB")
+                axes.bar(middle, mean - below, 1, below, color=STAIRCASE[name][1], label=label)
+                axes.plot([middle, middle], [low, high], color="black", linewidth=0.8)
+                axes.text(middle, min(high + 0.005, top - 0.015), f"{mean:.3f}", **small)
+                below = mean
+            if n in best:
+                level = estimates[best[n]][n].mean
+                ticks[-1] += f"\nbest baseline: {best[n]}, {level:.3f}"
+                label = "best baseline" if group == len(budgets) - 1 else None
+                line = {"color": "black", "linestyle": "--", "linewidth": 1.2}
+                axes.plot([left, left + len(steps)], [level, level], label=label, **line)
+        middles = [group * width + len(steps) / 2 for group in range(len(budgets))]
+        axes.set_xticks(middles, ticks, fontsize=9)
+        axes.tick_params(axis="x", length=0)
+        axes.set(
+            ylabel=f"{metric} on the test set",
+            ylim=(floor, top),
+            xlim=(-0.4, len(budgets) * width - 0.4),
+        )
+        axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
-    draw(path, plot)
+    draw(path, plot, width=9, height=4.2)

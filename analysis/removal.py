@@ -8,6 +8,7 @@ import torch
 
 import labels
 from analysis.statistics import Blocks, Score
+from files import streams
 from model import Classifier
 
 SHARES = (0, 0.1, 0.2, 0.3, 0.4, 0.5)  # of a text's words that are removed
@@ -29,7 +30,7 @@ def compare_removals(model: Classifier, explanations: list, seed: int) -> dict[s
             random words, as a mean over the texts and over the shares above 0.
         interval: Its 95% confidence interval over the texts.
     """
-    rng = np.random.default_rng([seed, 7])
+    rng = np.random.default_rng([seed, streams.WORD_REMOVAL])
     rows = []
     for explanation in explanations:
         n_words = len(explanation.tokens)

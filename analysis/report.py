@@ -1,12 +1,31 @@
-"""The sections of report.md: tables, and sentences that the confidence intervals allow."""
+"""The sections of report.md: tables of scores and of paired differences."""
 
+import itertools
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from analysis import statistics
+from analysis import plots
+from analysis.behaviour import N_PAIRS, TEMPLATES, by_category
 from analysis.results import Table
-from labels import LabeledDataset
+from analysis.statistics import Estimate
+from files import disk
+
+
+def write(table: Table, about: list[str], folder: Path) -> None:
+    """Write report.md, cells.csv and staircase.png; `about` says on what, in sentences."""
+    sections = {"Test scores": accuracy, "Lead over the best baseline": leads}
+    has_steps = not table.scores.keys().isdisjoint(plots.STAIRCASE)
+    if has_steps:
+        sections["What each step is worth"] = steps
+    if len(table.probe_targets):
+        sections["What is understood"] = understanding
+    lines = ["# What the pretraining was worth", "", *about]
+    for title, section in sections.items():
+        lines += ["", f"## {title}", "", *section(table)]
+    disk.write_file(folder / "report.md", "\n".join(lines).encode())
+    table.write(folder / "cells.csv")
+    if has_steps:
+        plots.staircase(table.estimates, table.best, table.metric, folder / "staircase.png")
 
 
 def markdown(header: list[str], rows: list[list[Any]]) -> list[str]:
@@ -21,47 +40,63 @@ def by_budget(table: Table, values: dict[str, dict[int, Any]]) -> list[str]:
     return markdown(["", *(f"{n:,} labels" for n in table.budgets)], rows)
 
 
-def accuracy(table: Table, train: LabeledDataset, test: LabeledDataset, n_draws: int) -> list[str]:
-    """Accuracy (or R squared) and macro-F1."""
-    n_seeds = max(len(score.values) for cells in table.scores.values() for score in cells.values())
-    seeds = f"{n_seeds} pretraining seeds and " if n_seeds > 1 else ""
+def accuracy(table: Table) -> list[str]:
+    """Accuracy (or R squared) and macro-F1, and what the intervals cover."""
+    shapes = [score.values.shape for cells in table.scores.values() for score in cells.values()]
+    n_seeds, n_draws, n_texts = map(max, zip(*shapes, strict=True))
+    length = table.blocks.length
     lines = [
-        f"Test {table.metric}, mean of {seeds}{n_draws} draws [95% interval]. The intervals cover",
-        "seeds and draws, where there are several, and test texts in blocks of",
-        f"{table.blocks.length} neighbours.",
+        f"Test {table.metric} [95% interval], mean of up to {n_seeds} pretraining seeds and",
+        f"{n_draws} draws of the labels. The intervals cover seeds and draws, where a method has",
+        f"several, and the {n_texts:,} test texts in blocks of {length} neighbours: four times the",
+        f"distance, {length // 4}, up to which the errors of neighbours are correlated.",
         *by_budget(table, table.estimates),
-        "![learning curves](curves.png)",
-        "",
     ]
-    if train.names:
-        majority = np.mean(test.targets == np.bincount(train.targets).argmax())
-        lines += [f"Predicting the most frequent class has accuracy {majority:.3f}. Macro-F1:"]
-        lines += by_budget(table, table.macro_f1)
+    if table.macro_f1:
+        lines += ["Macro-F1:", *by_budget(table, table.macro_f1)]
+    if table.on_edge:
+        lines += [f"On the edge of their grids are choices of: {', '.join(table.on_edge)}.", ""]
     return lines
 
 
-def differences(table: Table) -> list[str]:
-    """Paired differences of the first method from the others."""
-    first, *others = table.scores
-    lines = []
-    for n, score in table.scores[first].items():
-        lines += [f"Paired differences of {table.metric} with {n:,} labels:", ""]
-        for other in others:
-            if n in table.scores[other]:
-                difference = score - table.scores[other][n]
-                lines += [f"- {statistics.compare(first, other, difference)}"]
-        lines += [""]
-    return lines
-
-
-def costs(table: Table, milliseconds: dict[str, float]) -> list[str]:
-    """The times {method: milliseconds per text} of the methods, and which of them to use."""
-    rows = [[method, f"{time:.2f}"] for method, time in milliseconds.items()]
-    advice = [s for n in table.budgets for s in statistics.advise(table.scores, milliseconds, n)]
-    lines = markdown(["", "milliseconds per text"], rows)
-    lines = ["Measured on this machine, one text at a time.", *lines]
-    lines += [
-        "The intervals are corrected for choosing among all pairs of methods (Bonferroni).",
-        "",
+def leads(table: Table) -> list[str]:
+    """Which baseline is the best, and the paired differences of the pretrained methods to it."""
+    best = {n: f"{name} {table.scores[name][n].mean:.3f}" for n, name in table.best.items()}
+    return [
+        "Paired differences to the best baseline of each label budget. The intervals allow for the",
+        f"selection: all {table.n_intervals} of one budget hold at once (Bonferroni).",
+        *by_budget(table, {"best baseline": best} | table.leads),
     ]
-    return [*lines, *(f"- {s}" for s in advice)]
+
+
+def steps(table: Table) -> list[str]:
+    """The paired differences between neighbouring steps of the staircase."""
+    names = [name for name in plots.STAIRCASE if name in table.scores]
+    differences: dict[str, dict[int, Estimate]] = {}
+    for lower, upper in itertools.pairwise(names):
+        below, above = table.scores[lower], table.scores[upper]
+        common = [n for n in table.budgets if n in below and n in above]
+        estimates = {n: (above[n] - below[n]).estimate() for n in common}
+        differences[f"{upper} against {lower}"] = estimates
+    return [
+        "![accuracy of each step](staircase.png)",
+        "",
+        "Paired differences of each step from the one before:",
+        *by_budget(table, differences),
+    ]
+
+
+def understanding(table: Table) -> list[str]:
+    """The accuracy of each method on the categories of the behavioural test set."""
+    n = table.budgets[-1]
+    rows = []
+    for method, cells in table.probes.items():
+        if n in cells:
+            accuracies = by_category(cells[n])
+            rows.append([method, *(f"{accuracy:.2f}" for accuracy in accuracies.values())])
+    size = 2 * N_PAIRS
+    return [
+        f"Accuracy with {n:,} labels on sentences of our own (analysis/behaviour.py), {size} in",
+        f"each category: chance is .5, with a standard error of {(0.25 / size) ** 0.5:.2f}.",
+        *markdown(["", *TEMPLATES], rows),
+    ]

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,9 @@ from analysis.baselines import goodness
 from analysis.statistics import Estimate, Score
 from files import disk
 from files.disk import UserError
+from finetune import WITH_NGRAMS
+
+USE_PRETRAINING = ("pretrained", WITH_NGRAMS, "frozen")  # all other methods are baselines
 
 
 class Run(NamedTuple):
@@ -25,7 +29,16 @@ class Run(NamedTuple):
     fingerprint: str  # see experiment.fingerprint
 
 
-COLUMNS = (*Run._fields, "accuracy", "macro_f1", "rmse", "seconds", "choice", "validation")
+COLUMNS = (
+    *Run._fields,
+    "accuracy",
+    "macro_f1",
+    "rmse",
+    "seconds",
+    "choice",
+    "on_edge",
+    "validation",
+)
 
 Plan = dict[str, dict[int, list[Run]]]  # {name in the report: {labels: a run per draw}}
 
@@ -76,30 +89,47 @@ class Results:
 
 
 class Table:
-    """The scores {method: {labels: score}} of the cells whose draws have all finished. Models that
-    share a cell are pretraining seeds of one method.
+    """What the cells (a method with a number of labels) scored whose runs have all finished. Models
+    that share a cell are pretraining seeds of one method.
 
-    Raises UserError if there is no such cell."""
+    Args:
+        targets: Of the test examples.
+        probes: Those of the sentences that every run predicted after the test examples.
 
-    def __init__(self, results: Results, plan: Plan, targets: np.ndarray):
+    Raises:
+        UserError: There is no such cell.
+    """
+
+    def __init__(self, results: Results, plan: Plan, targets: np.ndarray, probes: np.ndarray):
+        self.probe_targets = probes
         self.metric = "accuracy" if targets.dtype.kind == "i" else "R squared"
         self.macro_f1: dict[str, dict[int, str]] = {}  # mean of the draws; empty of numbers
+        self.probes: dict[str, dict[int, np.ndarray]] = {}  # share of the runs that are right
+        self.on_edge: list[str] = []  # "method: runs that chose the edge of a grid of all runs"
         values: dict[str, dict[int, np.ndarray]] = {}  # (S, D, N), see analysis/statistics.py
         for method, cells in plan.items():
+            n_on_edge = 0
             for labels, runs in cells.items():
                 if any(run not in results for run in runs):
                     continue
-                by_run = np.stack([goodness(results.load(run), targets) for run in runs])
+                predictions = [results.load(run) for run in runs]
+                by_run = np.stack([goodness(p[: len(targets)], targets) for p in predictions])
                 by_run = by_run.astype(np.int8 if self.metric == "accuracy" else np.float32)
                 if self.metric == "R squared":
                     by_run = 1 + by_run / targets.var()
                 n_seeds = len({run.model for run in runs})
-                cell = by_run.reshape(n_seeds, -1, len(targets))
-                values.setdefault(method, {})[labels] = cell
+                values.setdefault(method, {})[labels] = by_run.reshape(n_seeds, -1, len(targets))
+                of_probes = [goodness(p[len(targets) :], probes) for p in predictions]
+                self.probes.setdefault(method, {})[labels] = np.mean(of_probes, axis=0)
+                lines = [results.lines[tuple(map(str, run))] for run in runs]
+                n_on_edge += sum(line["on_edge"] == "True" for line in lines)
                 if self.metric == "accuracy":
-                    lines = [results.lines[tuple(map(str, run))] for run in runs]
                     of_draws = [float(line["macro_f1"]) for line in lines]
                     self.macro_f1.setdefault(method, {})[labels] = f"{np.mean(of_draws):.3f}"
+            if n_on_edge:
+                self.on_edge.append(
+                    f"{method} ({n_on_edge} of {sum(map(len, cells.values()))} runs)"
+                )
         if not values:
             raise UserError(f"{results.path}: no method has finished: there is nothing to report")
 
@@ -114,3 +144,38 @@ class Table:
             method: {labels: score.estimate(maximum=1) for labels, score in cells.items()}
             for method, cells in self.scores.items()
         }
+        methods = {name: next(iter(cells.values()))[0].method for name, cells in plan.items()}
+        self._compare_with_baselines(methods)
+
+    def _compare_with_baselines(self, methods: dict[str, str]) -> None:
+        """Set the best baseline {labels: name} of each budget, and the differences of the others
+        to it, whose intervals allow for the choice among all baselines and all models."""
+        baselines = [name for name in self.scores if methods[name] not in USE_PRETRAINING]
+        entries = [name for name in self.scores if name not in baselines]
+        n_models = max(Counter(methods[name] for name in entries).values(), default=1)
+        self.n_intervals = n_models * max(1, len(baselines))
+        self.best: dict[int, str] = {}
+        self.leads: dict[str, dict[int, Estimate]] = {name: {} for name in entries}
+        for n in self.budgets:
+            means = {
+                name: self.scores[name][n].mean for name in baselines if n in self.scores[name]
+            }
+            if means:
+                self.best[n] = max(means, key=means.get)
+                for name in entries:
+                    if n in self.scores[name]:
+                        difference = self.scores[name][n] - self.scores[self.best[n]][n]
+                        self.leads[name][n] = difference.estimate(n_intervals=self.n_intervals)
+
+    def write(self, path: Path) -> None:
+        """A line per cell: its score, and its difference to the best baseline, with intervals."""
+        text = io.StringIO()
+        table = csv.writer(text)
+        interval = ("low", "high", "best_baseline", "lead", "lead_low", "lead_high")
+        table.writerow(("method", "labels", self.metric, *interval))
+        for method, cells in self.estimates.items():
+            for n, estimate in cells.items():
+                lead = self.leads.get(method, {}).get(n)
+                difference = (self.best[n], *lead) if lead else [""] * 4
+                table.writerow((method, n, *estimate, *difference))
+        disk.write_file(path, text.getvalue().encode())

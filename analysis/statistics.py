@@ -1,4 +1,4 @@
-"""Confidence intervals, paired differences and advice for the methods compared.
+"""Confidence intervals of scores and of their paired differences.
 
 Axes: S pretraining seeds, D draws of the labels, N test examples.
 """
@@ -128,43 +128,3 @@ class Score:
         quantile = 1 - (1 - CONFIDENCE) / 2 / n_intervals
         half = float(special.stdtrit(variance**2 / squares, quantile)) * math.sqrt(variance)
         return Estimate(self.mean, self.mean - half, min(self.mean + half, maximum))
-
-
-def compare(one: str, other: str, difference: Score, n_intervals: int = 1) -> str:
-    """The sentence that the interval of the score of `one` minus that of `other` allows, which is
-    one of `n_intervals` (see Score.estimate)."""
-    estimate = difference.estimate(n_intervals=n_intervals)
-    if estimate.low <= 0 <= estimate.high:
-        n_seeds, n_draws, _ = difference.values.shape
-        number = f"{n_seeds} pretraining seeds and " if n_seeds > 1 else ""
-        number += "1 draw" if n_draws == 1 else f"{n_draws} draws"
-        return f"{one} and {other} do not differ significantly with {number}: {estimate}"
-    return f"{one} is {'better' if estimate.low > 0 else 'worse'} than {other}: {estimate}"
-
-
-def advise(
-    scores: dict[str, dict[int, Score]], milliseconds: dict[str, float], n: int
-) -> list[str]:
-    """Which method to use with n labels, and what each faster one costs.
-
-    The first sentence names the fastest of the methods that are not significantly worse than the
-    best one, of scores {method: {number of labels: score}} and times per prediction. The results
-    select the methods that are compared, so the intervals hold for all pairs at once.
-    """
-    candidates = {method: cells[n] for method, cells in scores.items() if n in cells}
-    n_pairs = max(1, math.comb(len(candidates), 2))
-
-    def loss(one: str, other: str) -> Estimate:
-        return (candidates[one] - candidates[other]).estimate(n_intervals=n_pairs)
-
-    ranking = sorted(candidates, key=lambda name: -candidates[name].mean)
-    tied = [name for name in ranking if loss(ranking[0], name).low <= 0]
-    chosen = min(tied, key=milliseconds.get)
-    limit = milliseconds[chosen]
-    sentences = [f"With {n:,} labels use {chosen} ({limit:.2g} ms per text)."]
-    for name in ranking:
-        if milliseconds[name] < limit:
-            faster = f"{name} ({milliseconds[name]:.2g} ms)"
-            sentences.append(f"If {limit:.2g} ms is too slow, {faster} loses {loss(chosen, name)}.")
-            limit = milliseconds[name]
-    return sentences

@@ -41,6 +41,17 @@ class Parser(argparse.ArgumentParser):
         about = "of matrix multiplications; auto: bfloat16 where the hardware supports it natively"
         self.add_argument("--dtype", choices=choices, default="auto", help=about)
 
+    def add_run(self, out: str) -> None:
+        """The flags of a run that trains."""
+        add = self.add_argument
+        add("--out", type=Path, default=Path(out), help="folder of the run")
+        add("--resume", action="store_true", help="continue after the last checkpoint in --out")
+        add("--seed", type=number(int, 0), default=0, help="of everything that is random")
+        clip = "maximum gradient norm; 0: no clipping"
+        add("--clip", type=number(float, 0), default=1.0, help=clip)
+        self.add_device()
+        self.add_dtype()
+
     def add_examples(self, tasks: tuple[str, ...]) -> None:
         """The flags that say where labelled examples come from, and what they are."""
         add = self.add_argument
@@ -76,7 +87,9 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {' '.join(message.splitlines())}\n")
 
 
-def number(kind: type, low: float, high: float | None = None) -> Callable[[str], int | float]:
+def number(
+    kind: type, low: float, high: float | None = None, multiple_of: int = 1
+) -> Callable[[str], int | float]:
     """The argparse `type` of an int or a float from `low` to `high`, by default the largest."""
     if high is None:
         high = 2**31 - 1 if kind is int else sys.float_info.max
@@ -86,6 +99,8 @@ def number(kind: type, low: float, high: float | None = None) -> Callable[[str],
         if not low <= value <= high:
             rule = f"it must be at least {low:g} and at most {high:g}"
             raise argparse.ArgumentTypeError(f"{text}: {rule}")
+        if kind is int and value % multiple_of:
+            raise argparse.ArgumentTypeError(f"{text}: it must be a multiple of {multiple_of}")
         return value
 
     convert.__name__ = "whole number" if kind is int else "number"  # for argparse's messages

@@ -1,6 +1,7 @@
 """The examples of a table: their columns, guessed where the user names none, and their values."""
 
 import math
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -105,28 +106,42 @@ def to_items(
     """
     for line, row in rows:
         text, pair, label = (row.get(name) for name in columns)
-        if isinstance(label, list) and len(label) == 1:
-            label = label[0]
+        label = _to_label(label)
         if not is_text(text):
             problem = f"no text in field {columns.text!r}"
         elif columns.pair and not is_text(pair):
             problem = f"no text in field {columns.pair!r}"
-        elif columns.label and not (isinstance(label, (int, float)) or is_text(label)):
+        elif columns.label and label is None:
             problem = f"no label in field {columns.label!r}"
         else:
-            yield Item(f"{path}:{line}", text, pair, columns.label and str(label).strip())
+            yield Item(f"{path}:{line}", text, pair, label)
             continue
         report(UserError(f"{path}:{line}: {problem}"))
 
 
+def _to_label(value: Any) -> str | None:
+    """A label, or the only one of a list, as text, 1.0 as 1; None for a value that is no label."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    is_number = isinstance(value, (int, float)) and not math.isnan(value)
+    text = str(value).strip() if is_number or is_text(value) else None
+    whole = re.fullmatch(r"(-?\d+)\.0+", text or "")
+    return whole[1] if whole else text
+
+
 def guess_task(labels: Iterable[str]) -> str:
-    """Names are classes, and so are integers most of whose values occur more than once."""
+    """Names are classes, and so are integers most of whose values occur more than once.
+
+    A few other labels among many numbers, such as N/A, do not count.
+    """
     counts = Counter(labels)
-    values = [to_number(label) for label in counts]
-    if any(map(math.isnan, values)):
+    values = {label: to_number(label) for label in counts}
+    numbers = {label: value for label, value in values.items() if not math.isnan(value)}
+    if 2 * len(numbers) <= len(counts):
         return "classify"
-    n_repeated = sum(count > 1 for count in counts.values())
-    is_class = all(value.is_integer() for value in values) and 2 * n_repeated > len(values)
+    n_repeated = sum(counts[label] > 1 for label in numbers)
+    is_integer = all(value.is_integer() for value in numbers.values())
+    is_class = is_integer and 2 * n_repeated > len(numbers)
     task, other = ("classify", "regress") if is_class else ("regress", "classify")
     print(f"the labels are numbers; guessed: --task {task}; otherwise give --task {other}")
     return task

@@ -4,9 +4,9 @@ Tags are IOB2 (Ramshaw & Marcus 1995, cmp-lg/9505040, with B- at each beginning)
 entity of type X, I-X continues it (or begins one where there is none), O is outside of any. Files
 of other schemes (IOB1, BIOES, BILOU, BMES) are converted.
 
-A model tags units: the tokenizer's words and, in scripts without spaces, single characters. Words
-of a file are split into units for training, as running text is for prediction, so that both agree;
-the score of a file counts its own words.
+A model tags units: the tokenizer's words without their punctuation, marks of punctuation and, in
+scripts without spaces, single characters. Words of a file are split into units for training, as
+running text is for prediction, so that both agree; the score of a file counts its own words.
 """
 
 import itertools
@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 
 from files.columns import Item
 from files.disk import UserError
-from files.readers import is_text, read_lines, read_table, table_format
+from files.readers import read_lines, read_table, table_format
 from files.tokenizer import NO_SPACES, special_ids
 from labels import batches, hold_out_last_fifth
 from model import Tagger
@@ -30,8 +30,12 @@ from model import Tagger
 OUTSIDE = "O"
 IOB2_LETTERS = {"B": "B", "I": "I", "M": "I", "E": "I", "L": "I", "S": "B", "U": "B"}
 UNSPACED = f"{NO_SPACES}\uf900-\ufaff"  # and compatibility ideographs
-MARKS = "".join(c for c in map(chr, range(0x300, 0x3100)) if unicodedata.category(c)[0] == "M")
-UNIT = re.compile(f"[{UNSPACED}][{MARKS}]*|[^\\s{UNSPACED}]+")
+LETTERS = [chr(i) for i in range(0x12000)]  # of all scripts in use
+MARKS = "".join(c for c in LETTERS if unicodedata.category(c)[0] == "M")
+PUNCTUATION = "".join(c for c in LETTERS if unicodedata.category(c)[0] == "P") + "$+<=>^`|~"
+SINGLE = UNSPACED + re.escape(PUNCTUATION)  # that of BERT
+UNIT = re.compile(f"(?:[{SINGLE}]|[^\\s{SINGLE}]+)[{MARKS}]*")
+TAG = re.compile(f"{OUTSIDE}|[{''.join(IOB2_LETTERS)}]-.+")
 NOT_SCORED = -100  # the target of a token without a tag: cross_entropy's ignore_index
 
 Sentence = list[Item]  # words, whose labels are their tags
@@ -107,7 +111,7 @@ def read_sentences(path: Path) -> list[Sentence]:
     if not sentences:
         raise UserError(f"{path}: no sentences in it")
     for word in itertools.chain.from_iterable(sentences):
-        if not re.fullmatch(f"{OUTSIDE}|[{''.join(IOB2_LETTERS)}]-.+", word.label):
+        if not TAG.fullmatch(word.label):
             problem = f"tag {word.label!r} is none of {OUTSIDE}, B-TYPE and I-TYPE"
             raise UserError(f"{word.source}: {problem}, or of another scheme such as BIOES")
     return [_to_iob2(sentence) for sentence in sentences]
@@ -126,8 +130,8 @@ def _read_json(path: Path) -> list[Sentence]:
     for line, row in read_table(path):
         words = row.get("words", row.get("tokens"))
         tags = row.get("tags", row.get("ner_tags"))
-        are_texts = all(isinstance(x, list) and all(map(is_text, x)) for x in (words, tags))
-        if not are_texts or len(words) != len(tags):
+        are_lists = isinstance(words, list) and isinstance(tags, list) and len(words) == len(tags)
+        if not are_lists or not all(isinstance(text, str) for text in words + tags):
             problem = "the fields 'words' and 'tags' must be equally long lists of text"
             raise UserError(f"{path}:{line}: {problem}, the tags by name, such as B-PER")
         pairs = zip(words, tags, strict=True)
@@ -136,16 +140,25 @@ def _read_json(path: Path) -> list[Sentence]:
 
 
 def _read_columns(path: Path) -> list[Sentence]:
-    sentences: list[Sentence] = [[]]
+    sentences: list[list[tuple[int, list[str]]]] = [[]]  # line numbers and columns
     for line, text in read_lines(path):
-        columns = text.split()
+        columns = [c.strip(" \r\n") for c in re.split("\t+" if "\t" in text else " +", text)]
+        columns = [column for column in columns if column]
         if not columns or columns[0] == "-DOCSTART-":
             sentences.append([])
+        elif columns[0] == "#" and not TAG.fullmatch(columns[-1]):
+            continue  # a comment
         elif len(columns) == 1:
             raise UserError(f"{path}:{line}: one column; a word and its tag are needed")
         else:
-            sentences[-1].append(Item(f"{path}:{line}", columns[0], label=columns[-1]))
-    return sentences
+            sentences[-1].append((line, columns))
+    numbered = (pair for sentence in sentences for pair in enumerate(sentence, 1))
+    # as in CoNLL-U, where the second column is the word
+    has_numbers = all(len(c) > 2 and c[0] == str(i) for i, (_, c) in numbered)
+    return [
+        [Item(f"{path}:{line}", c[has_numbers], label=c[-1]) for line, c in sentence]
+        for sentence in sentences
+    ]
 
 
 # ---------------------------------------------------------------------- tokens and entities
@@ -245,11 +258,14 @@ def predict_entities(
 def word_spans(text: str, tokenizer: Tokenizer) -> list[tuple[int, int]]:
     """Where the units of a text begin and end.
 
-    They are the tokenizer's words, without the space that byte-level BPE counts to a word, and the
-    single characters of scripts that are written without spaces.
+    They are the tokenizer's words, without the space that byte-level BPE counts to a word, which
+    are split at punctuation, and the single characters of scripts that are written without spaces.
+    No word begins with a combining mark, although byte-level BPE cuts Hindi there.
     """
     encoding = tokenizer.encode(text, add_special_tokens=False)
-    words = [encoding.word_to_chars(i) for i in dict.fromkeys(encoding.word_ids)]
+    starts = [encoding.word_to_chars(i)[0] for i in dict.fromkeys(encoding.word_ids)]
+    starts = [start for start in starts if text[start] not in MARKS]
+    words = itertools.pairwise([*starts, len(text)])
     return [unit.span() for start, end in words for unit in UNIT.finditer(text, start, end)]
 
 

@@ -82,11 +82,11 @@ OTHER_NAMES = {
 }
 # The decoder's weight is tied: the embedding is saved, and this name is not.
 TIED = "decoder.weight"
-# Beginnings of names of weights that a model may leave unused. Any other unused weight is an error:
+# Modules and weights that a model may leave unused. Any other unused weight is an error:
 # the model that was saved computed something that the loaded one would not.
 MAY_BE_UNUSED = (
-    *("head.", "decoder.", "pooler.", "classifier."),  # heads of other tasks, in our names
-    *("cls.seq_relationship.", "qa_outputs."),  # heads of tasks that this program does not have
+    *("head", "decoder", "pooler", "classifier"),  # heads of other tasks, in our names
+    *("cls.seq_relationship", "qa_outputs"),  # heads of tasks that this program does not have
     *("bert.embeddings.position_ids", "roberta.embeddings.position_ids"),  # 0, 1, 2, ...
 )
 

@@ -50,9 +50,9 @@ class Ranks(NamedTuple):
         if self.is_first:
             print(message, flush=True)
 
-    def from_first(self, value: Any) -> Any:
-        """The first rank's value, on every rank."""
-        values = [value]
+    def from_first(self, compute: Callable[[], Any]) -> Any:
+        """What `compute` returns on the first rank, which alone calls it, on every rank."""
+        values = [compute() if self.is_first else None]
         if self.n > 1:
             dist.broadcast_object_list(values)
         return values[0]
@@ -64,17 +64,17 @@ class Ranks(NamedTuple):
             dist.all_reduce(sums)
         return dict(zip(values, sums.tolist(), strict=True))
 
-    def wrap(self, model: nn.Module, rehearse: Callable) -> nn.Module:
+    def wrap(self, model: nn.Module, batch: Any) -> nn.Module:
         """DistributedDataParallel on several ranks, the model itself on one.
 
         After its first backward pass DDP sums gradients in other groups. That pass is made here,
-        on the batch of `rehearse`, so that a resumed run sums as an uninterrupted one does.
+        on any batch, so that a resumed run sums as an uninterrupted one does.
         """
         if self.n == 1:
             return model
         parallel_model = nn.parallel.DistributedDataParallel(model)
-        losses = parallel_model(rehearse().to(next(model.parameters()).device))
-        sum(total for total, _ in losses.values()).backward()
+        losses = parallel_model(batch.to(next(model.parameters()).device))
+        sum(loss for loss, _ in losses.values()).backward()
         model.zero_grad(set_to_none=True)
         return parallel_model
 
@@ -110,14 +110,19 @@ def collect_signals() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM in a list, so that a run can end after the current step."""
     received: list[int] = []
     handlers = {
-        number: signal.signal(number, lambda number, _: received.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
+        name: signal.signal(name, lambda signal_number, _: received.append(signal_number))
+        for name in (signal.SIGINT, signal.SIGTERM)
     }
     try:
         yield received
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
+
+
+def exit_code(signals: list[int]) -> int:
+    """128 + the signal of `collect_signals`, or SIGTERM if it has reached another rank only."""
+    return 128 + (signals[0] if signals else signal.SIGTERM)
 
 
 def set_steps(args: argparse.Namespace, device: torch.device) -> str:

@@ -24,7 +24,7 @@ from files import disk, hub_names
 from files.disk import UserError, first_line, to_json, write_file
 from files.ngrams import load_ngrams
 from files.tokenizer import read_vocabulary, special_ids, special_tokens
-from model import Classifier, Config, MaskedLM, Tagger
+from model import Classifier, Config, MaskedLM, Tagger, is_part_of
 
 # What the libraries raise when they read a broken config or broken weights.
 BROKEN = (OSError, EOFError, ValueError, TypeError, AttributeError, KeyError, RuntimeError)
@@ -36,8 +36,7 @@ HUB_FILES += ("*.index.json", "tokenizer*.json", "vocab.txt", "vocab.json", "mer
 # The files of weights, one of which a folder has; an index names the files of the shards.
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 WEIGHT_FILES += ("pytorch_model.bin", "pytorch_model.bin.index.json")
-# Keys of 1_Pooling/config.json before version 6 of sentence-transformers, which has one key.
-SENTENCE_POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+MOST_PADDING = 128  # rows that others add to the embedding, up to a multiple of 8, 64 or 128
 
 
 def save_model(
@@ -58,8 +57,8 @@ def save_model(
     tokenizer_config["tokenizer_class"] = "PreTrainedTokenizerFast"
     tokenizer_config["model_max_length"] = model.config.max_len
 
-    skip = tuple(getattr(model, "pretraining_only", ()))
-    weights = {name: w for name, w in model.state_dict().items() if not name.startswith(skip)}
+    skip = getattr(model, "pretraining_only", ())
+    weights = {name: w for name, w in model.state_dict().items() if not is_part_of(name, skip)}
     exported = hub_names.export_weights(weights, model.config, model.task)
 
     try:
@@ -108,7 +107,7 @@ class SavedModel(NamedTuple):
     config: Config
     weights: dict[str, Tensor]  # in our names
     tokenizer: Tokenizer
-    raw: dict[str, Any]  # the whole content of config.json, and its model_type
+    raw: dict[str, Any]  # the content of config.json and 1_Pooling/config.json, and the model_type
 
 
 def load_model(name: Path) -> SavedModel:
@@ -117,6 +116,10 @@ def load_model(name: Path) -> SavedModel:
     paths = [folder / weight_file for weight_file in WEIGHT_FILES]
     with reading(folder):
         raw = json.loads((folder / "config.json").read_bytes())
+        pooling_path = folder / "1_Pooling" / "config.json"
+        if pooling_path.is_file():
+            with reading(pooling_path):
+                raw = {**json.loads(pooling_path.read_bytes()), **raw}
         path = next(filter(Path.is_file, paths), paths[0])
         exported = hub_names.update_names(read_weights(path))
         raw["model_type"] = raw.get("model_type") or hub_names.guess_model_type(exported)
@@ -125,8 +128,14 @@ def load_model(name: Path) -> SavedModel:
         hub_names.check_shapes(config, weights)
         tokenizer = load_tokenizer(folder)
         n_pieces = tokenizer.get_vocab_size()
-        if n_pieces != config.vocab_size:
-            raise ValueError(f"the tokenizer has {n_pieces} tokens, the model {config.vocab_size}")
+        n_rows = config.vocab_size
+        is_padded = n_rows % 8 == 0 and n_rows - n_pieces in range(MOST_PADDING)
+        has_gaps = max(tokenizer.get_vocab().values()) >= n_pieces
+        if n_rows != n_pieces and (not is_padded or has_gaps):
+            raise ValueError(f"the tokenizer has {n_pieces} tokens, the model {n_rows}")
+        for name in {"model.embeddings.tok_embeddings.weight", "decoder.bias"} & weights.keys():
+            weights[name] = weights[name][:n_pieces]
+        config = dataclasses.replace(config, vocab_size=n_pieces)
     return SavedModel(config, weights, tokenizer, raw)
 
 
@@ -173,8 +182,8 @@ def load_weights(
     """Copy the weights that `load_model` read from a folder into a model, strictly.
 
     Args:
-        allow_missing: beginnings of the names of weights that the folder may lack; those of the
-            model stay as they are.
+        allow_missing: names of modules or weights that the folder may lack; those of the model
+            stay as they are.
     """
     try:
         missing, unused = model.load_state_dict(weights, strict=False)
@@ -184,10 +193,10 @@ def load_weights(
 
     allow_missing += (hub_names.TIED, *getattr(model, "pretraining_only", ()))
     for name in missing:
-        if not name.startswith(allow_missing):
+        if not is_part_of(name, allow_missing):
             raise UserError(f"{folder}/model.safetensors: no weight {name}")
     for name in unused:
-        if not name.startswith(hub_names.MAY_BE_UNUSED):
+        if not is_part_of(name, hub_names.MAY_BE_UNUSED):
             kind = type(model).__name__
             raise UserError(f"{folder}: unexpected weight {name}, which a {kind} does not use")
 
@@ -206,25 +215,23 @@ def choose_max_len(
     return config, min(max_len or default, config.max_len)
 
 
-def choose_pooling(config: Config, pooling: str | None, name: Path) -> str | None:
+def choose_pooling(
+    config: Config, raw: dict[str, Any], pooling: str | None, name: Path
+) -> str | None:
     """The pooling of a new classifier on the model `name`: --pooling, or that of a BERT's training.
 
-    A BERT of ours names it in config.json, one of sentence-transformers in 1_Pooling/config.json.
-    None is the default of the family, as for a pooling that this program does not have.
+    A BERT of ours names it in config.json, one of sentence-transformers in 1_Pooling/config.json,
+    where another than mean and cls counts as mean. None is the default of the family.
     """
     if pooling not in (None, *config.poolings):
         raise UserError(f"--pooling {pooling}: {name} is a {config.family} model")
     if pooling or config.is_modern:
         return pooling
-    folder = find_model(name)
-    settings: dict[str, Any] = {}
-    for path in (folder / "config.json", folder / "1_Pooling" / "config.json"):
-        if path.is_file():
-            with reading(path):
-                settings.update(json.loads(path.read_bytes()))
-    modes = [mode for key, mode in SENTENCE_POOLINGS.items() if settings.get(key)]
-    modes += [settings.get("pooling_mode"), settings.get("classifier_pooling")]
-    return next((mode for mode in modes if mode in config.poolings), None)
+    if any(key.startswith("pooling_mode") for key in raw):  # its pooler was never trained
+        is_cls = raw.get("pooling_mode_cls_token") or raw.get("pooling_mode") == "cls"
+        return "cls" if is_cls else "mean"
+    ours = raw.get("classifier_pooling")
+    return ours if ours in config.poolings else None
 
 
 def open_model(folder: Path, device: torch.device) -> tuple[nn.Module, Tokenizer, list[str] | None]:

@@ -20,15 +20,16 @@ from pathlib import Path
 from typing import Any
 
 from files.disk import UserError
-from files.sequences import SEPARATOR, as_sequences, interactions_format
+from files.sequences import SEPARATOR, as_sequences, is_interactions
 
 TABLE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".inter")
 LONGEST_DOCUMENT = 2**20  # characters; a longer document is cut into several
 LONGEST_LINE = 2**24  # characters; a longer line or field of a table is refused
 LONGEST_PARAGRAPH = 50  # mean number of lines; above it blank lines are strays between documents
 FIRST_LINES = 10_000  # lines by which the paragraphs are judged
-# how JSON lines, or an array of objects, begin, whatever the name of their file
-JSON_START = re.compile(r'\s*(\[\s*)?\{\s*"[^"]*"\s*:')
+# how JSON lines, or an array of objects or strings, begin, whatever the name of their file
+STRING = r'"(?:[^"\\]|\\.)*"'
+JSON_START = re.compile(rf"\s*(\[\s*)?\{{\s*{STRING}\s*:|\s*\[\s*{STRING}\s*[],]")
 HIDDEN = re.compile(r"/(\.|__MACOSX/)")  # in the path of a file
 NOT_TEXT = re.compile("[\0\udc80-\udcff]")  # as "surrogateescape" decodes bytes that are not UTF-8
 
@@ -54,7 +55,7 @@ def read_lines(
         UserError: The file cannot be read, or a line is too long.
     """
     number = 1
-    with _open(path) as file:
+    with open_bytes(path) as file:
         head = file.peek(1)
         is_old_mac = b"\r" in head[:-1] and b"\n" not in head
         newline = None if is_old_mac else "\n"
@@ -73,7 +74,7 @@ def read_lines(
 
 
 @contextlib.contextmanager
-def _open(path: Path) -> Iterator[io.BufferedReader]:
+def open_bytes(path: Path) -> Iterator[io.BufferedReader]:
     """Open the bytes of a file, or of standard input. Raises UserError if they cannot be read."""
     try:
         if str(path) == "-":
@@ -101,12 +102,11 @@ def table_format(path: Path) -> str | None:
 
     JSON and interactions are recognized by how the file begins, whatever its name.
     """
-    with _open(path) as file:
+    with open_bytes(path) as file:
         head = file.peek(1).decode("utf-8-sig", "replace")
     suffix = text_suffix(path)
-    interactions = None if JSON_START.match(head) else interactions_format(head)
-    if interactions or suffix == ".inter":
-        return interactions or "tsv"
+    if not JSON_START.match(head) and (suffix == ".inter" or is_interactions(head)):
+        return "csv"
     if JSON_START.match(head) or suffix in (".json", ".jsonl"):
         return "json array" if head.lstrip().startswith("[") else "json lines"
     return suffix[1:] if suffix in TABLE_SUFFIXES else None
@@ -117,15 +117,16 @@ def read_table(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Read (number of the row's first line, {column: value}) of a table.
 
-    The first line of a .csv or .tsv file names the columns; a column without a name is left out. In
-    a .tsv file every tab separates two fields, and quotes are ordinary characters. `report` is
-    called for each row that is broken. Sequences become texts, see `as_sequences`.
+    The first line of a .csv or .tsv file names the columns. Those without a name, or with one of
+    several of the same name, are left out. Where tabs separate the fields, each tab does, and
+    quotes are ordinary characters. `report` is called for each row that is broken.
+    Sequences become texts, see `as_sequences`.
     """
     kind = table_format(path)
     if kind == "json array":
         rows = _read_json_array(path)
     else:
-        rows = _read_jsonl(path, report) if kind == "json lines" else _read_csv(path, kind, report)
+        rows = _read_jsonl(path, report) if kind == "json lines" else _read_csv(path, report)
     return as_sequences(path, rows, column, report, may_mask)
 
 
@@ -185,14 +186,17 @@ def _check_row(row: Any, source: str) -> None:
         raise ValueError('each row must be a JSON object such as {"text": "..."}')
 
 
-def _read_csv(path: Path, kind: str, report: Report) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_csv(path: Path, report: Report) -> Iterator[tuple[int, dict[str, Any]]]:
     csv.field_size_limit(LONGEST_LINE)
-    dialect = {"strict": True, "skipinitialspace": True}
-    if kind == "tsv":
-        dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     lines = read_lines(path, report)
-    again: deque[tuple[int, str]] = deque()  # lines to read once more
+    again = deque(itertools.islice(lines, 1))  # lines to read, perhaps once more
     row_lines: list[tuple[int, str]] = []  # those of one row
+    delimiters = "\t,;" if text_suffix(path) == ".tsv" else ",\t;"  # the usual one first
+    first_line = again[0][1] if again else ""
+    delimiter = next(filter(first_line.__contains__, delimiters), delimiters[0])
+    dialect = {"strict": True, "skipinitialspace": True, "delimiter": delimiter}
+    if delimiter == "\t":
+        dialect = {"quoting": csv.QUOTE_NONE, "delimiter": delimiter}
 
     def take_lines() -> Iterator[str]:
         while line := again.popleft() if again else next(lines, None):
@@ -203,14 +207,13 @@ def _read_csv(path: Path, kind: str, report: Report) -> Iterator[tuple[int, dict
     header: list[str] = []
     with contextlib.suppress(csv.Error):
         header = [name.strip() for name in next(reader, [])]
-    names = [name for name in header if name]
-    if not names or len(set(names)) < len(names):
+    if not (names := {name for name in header if name and header.count(name) == 1}):
         raise UserError(f"{path}:1: the first line must name the columns, each once")
     while True:
         row_lines.clear()
         try:
             row = next(reader)
-            if row and len(row) != len(header):
+            if row and (len(row) < len(header) or any(row[len(header) :])):
                 raise csv.Error(f"{len(row)} fields, but the first line names {len(header)}")
         except StopIteration:
             return
@@ -223,8 +226,8 @@ def _read_csv(path: Path, kind: str, report: Report) -> Iterator[tuple[int, dict
             reader = csv.reader(take_lines(), **dialect)
             continue
         if row:
-            fields = zip(header, row, strict=True)
-            yield row_lines[0][0], {name: value for name, value in fields if name}
+            fields = zip(header, row, strict=False)  # behind the last, rows may have empty ones
+            yield row_lines[0][0], {name: value for name, value in fields if name in names}
 
 
 def read_documents(path: Path, text_column: str | None = None) -> Iterator[str]:

@@ -24,8 +24,10 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from files import disk, model_folder
+from files.cli import flags_to_json
 from files.disk import UserError, to_json, write_file
 from files.machine import Ranks
+from model import is_part_of
 
 try:
     import fcntl
@@ -41,6 +43,9 @@ LEFT_BEHIND = (
 )
 # Flags that a resumed run need not share with its first part: of files the content counts.
 MAY_CHANGE = {"resume", "device", "out", "keep", "keep_best", "model", "corpus", "train", "test"}
+
+# The code whose change changes results, although no flag and no Config says so.
+ARITHMETIC = ("model.py", "kernels/*.py")
 
 # What every training.pt holds.
 STATE = {"step", "flags", "environment", "data", "parts", "pretraining_only"}
@@ -80,10 +85,20 @@ def lock(out: Path, model: Path | None = None) -> Iterator[None]:
         yield
 
 
+def describe(
+    args: argparse.Namespace, data: str, device: torch.device, n_ranks: int
+) -> dict[str, Any]:
+    """The record of a run; `data` is a name or a hash of everything that it reads."""
+    return {"flags": flags_to_json(args), "data": data, "environment": environment(device, n_ranks)}
+
+
 def environment(device: torch.device, n_ranks: int) -> dict[str, Any]:
-    """What the last bits of a result depend on, beside the code, the flags and the data."""
+    """What a result depends on beside the flags and the data: code, libraries and hardware."""
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    root = Path(__file__).parents[1]
+    code = [path.read_bytes() for name in ARITHMETIC for path in sorted(root.glob(name))]
     return {
+        "arithmetic": hashlib.sha256(b"".join(code)).hexdigest()[:12],
         "torch": str(torch.__version__),
         "device": f"{device.type}, {hardware}",
         "threads": torch.get_num_threads(),
@@ -96,7 +111,7 @@ def digest(arrays: Iterable[np.ndarray | torch.Tensor]) -> str:
     sha256 = hashlib.sha256()
     for array in arrays:
         if isinstance(array, torch.Tensor):  # numpy has no bfloat16
-            array = array.contiguous().flatten().view(torch.uint8).numpy()
+            array = array.cpu().contiguous().flatten().view(torch.uint8).numpy()
         sha256.update(np.ascontiguousarray(array))
     return sha256.hexdigest()
 
@@ -175,11 +190,11 @@ def save_checkpoint(
     folder = out / "checkpoints" / f"step-{step}"
     work = folder.with_name(".new")
     model, *parts = training
-    unsaved = tuple(getattr(model, "pretraining_only", ()))  # in the model folder
+    unsaved = getattr(model, "pretraining_only", ())  # in the model folder
     content = {
         **state,
         "parts": [part.state_dict() for part in parts],
-        "pretraining_only": {n: w for n, w in model.state_dict().items() if n.startswith(unsaved)},
+        "pretraining_only": {n: w for n, w in model.state_dict().items() if is_part_of(n, unsaved)},
     }
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -254,24 +269,27 @@ def latest_checkpoint(out: Path, log: Callable[[str], None]) -> Path | None:
 def start_or_resume(
     args: argparse.Namespace, record: dict[str, Any], defaults: dict[str, Any], ranks: Ranks
 ) -> dict[str, Any]:
-    """The state that --resume continues from; {} for a new run, for which the folder is cleared.
+    """Read the checkpoint that --resume continues from, or clear the folder for a new run.
 
     Args:
-        record: "flags", "environment" and "data" of this run.
+        record: what `describe` returned.
         defaults: the values of flags that the older run did not have. None, for a flag whose
             default is chosen later, counts as the value of this run.
+
+    Returns:
+        The state of the run: the record, "step" (0 of a new run), "seconds" that it has taken, and
+        what else its checkpoint holds.
 
     Raises:
         UserError: no checkpoint can be read, or the run was started with other flags or data.
     """
-    folder = None
-    if args.resume and ranks.is_first:
-        folder = latest_checkpoint(args.out, ranks.log)
-    folder = ranks.from_first(folder)
+    new_run = record | {"step": 0, "seconds": 0.0}
+    log = ranks.log
+    folder = ranks.from_first(lambda: latest_checkpoint(args.out, log) if args.resume else None)
     if folder is None:
         if ranks.is_first:
             start_run(args.out, record)
-        return {}
+        return new_run
     try:
         state = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
         if missing := STATE - state.keys():
@@ -290,14 +308,14 @@ def start_or_resume(
     old, new = state["environment"].items(), record["environment"].items()
     if old != new:
         change = f"{dict(old - new)}, now {dict(new - old)}"
-        ranks.log(f"resuming in another environment, the last bits may differ: {change}")
+        log(f"resuming in another environment, results may differ: {change}")
     if ranks.is_first and "points" in state:  # without the lines after the checkpoint
         append_metrics(args.out, state["points"], mode="w")
-    return state
+    return new_run | state | record
 
 
 def restore(out: Path, state: dict[str, Any], training: tuple) -> None:
-    """Load the checkpoint with this state into the model, the optimizers and the rest.
+    """Move what the state holds into the model, the optimizers and the rest of the training.
 
     Raises:
         UserError: they do not fit.
@@ -306,8 +324,8 @@ def restore(out: Path, state: dict[str, Any], training: tuple) -> None:
     model, *parts = training
     _, weights, _, _ = model_folder.load_model(folder)
     try:
-        model_folder.load_weights(model, weights | state["pretraining_only"], folder)
-        for part, part_state in zip(parts, state["parts"], strict=True):
+        model_folder.load_weights(model, weights | state.pop("pretraining_only"), folder)
+        for part, part_state in zip(parts, state.pop("parts"), strict=True):
             part.load_state_dict(part_state)
     except model_folder.BROKEN as error:
         raise UserError(f"{folder}: cannot be resumed: {disk.first_line(error)}") from None

@@ -117,13 +117,11 @@ def _usual_columns(names: Iterable[str]) -> list[str] | None:
     return [user, item, time] if time else [user, item]
 
 
-def interactions_format(head: str) -> str | None:
-    """Whether a file that begins so is a "csv" or "tsv" of interactions, whatever its name."""
-    header = head.partition("\n")[0]
-    for kind, delimiter in (("tsv", "\t"), ("csv", ",")):
-        if _usual_columns(name.strip(' "\r') for name in header.split(delimiter)):
-            return kind
-    return None
+def is_interactions(head: str) -> bool:
+    """Whether a file that begins so is a table of interactions, whatever its name."""
+    header = re.split("[\n\r]", head, maxsplit=1)[0]
+    rows = (header.split(delimiter) for delimiter in "\t,;")
+    return any(_usual_columns(name.strip(' "') for name in names) for names in rows)
 
 
 @functools.cache  # a corpus is read more than once

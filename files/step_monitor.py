@@ -58,3 +58,5 @@ class StepMonitor:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        if self.gave_up:  # a run that is resumed behind these steps has its patience again
+            self.n_skipped_in_a_row = 0

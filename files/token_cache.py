@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from files.disk import CACHE, UserError, to_json, using_cache, write_file
-from files.readers import TABLE_SUFFIXES, find_files, read_documents, table_format, text_suffix
+from files.readers import TABLE_SUFFIXES, find_files, open_bytes, read_documents, table_format
 from files.reviews import fetch_reviews, load_reviews
 from files.sequences import is_sequence, make_item_tokenizer, reads_items
 from files.tokenizer import train_tokenizer
@@ -80,12 +80,9 @@ def _digest(files: list[Path], source: str) -> str:
     """A hash of everything that decides what is cached."""
     digest = hashlib.sha256(f"{CACHE_FORMAT} {source}".encode())
     for file in files:
-        try:
-            with open(file, "rb") as handle:
-                content = hashlib.file_digest(handle, "sha256").digest()
-        except OSError as error:
-            raise UserError(f"{file}: cannot be read: {error.strerror}") from None
-        digest.update(text_suffix(file).encode() + content)
+        digest.update(str(table_format(file)).encode())  # not its name: it may be renamed
+        with open_bytes(file) as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()[:16]
 
 

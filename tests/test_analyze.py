@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,17 +13,16 @@ from conftest import sentences, write_csv
 import analyze
 import finetune
 import train
-from analysis import costs, experiment, plots
+from analysis import behaviour, experiment, plots, track
 from files.disk import UserError
+from labels import from_lists
 
 
 @pytest.fixture(scope="module", autouse=True)
 def short_runs():
-    """Fewer fine-tunings, and times that are measured, but not well."""
+    """Fewer fine-tunings."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiment, "PRETRAINED_RATES", (0.0, 3e-4))
-        patch.setattr(costs, "ROUNDS", 1)
-        patch.setattr(costs, "TIMED_TEXTS", 32)
         yield
 
 
@@ -42,7 +42,14 @@ def calls(monkeypatch):
 def flags_of(topics, model, out, *more):
     train, test = map(str, topics)
     flags = ["--model", str(model), "--train", train, "--test", test, "--out", str(out)]
-    flags += ["--dtype", "float32", "--seeds", "2", "--methods", "pretrained,frozen,ngrams"]
+    flags += [
+        "--dtype",
+        "float32",
+        "--seeds",
+        "2",
+        "--methods",
+        "pretrained,frozen,ngrams,majority",
+    ]
     return [*flags, *more]
 
 
@@ -64,8 +71,8 @@ def read_results(out):
 def test_whole_experiment(analysis):
     _, out, scores = analysis
     lines = read_results(out)
-    assert len(lines) == 3 * 2 * 2  # methods, budgets, draws
-    assert set(scores) == {"pretrained", "frozen", "ngrams"}
+    assert len(lines) == 4 * 2 * 2  # methods, budgets, draws
+    assert set(scores) == {"pretrained", "frozen", "ngrams", "majority"}
     for method, cells in scores.items():
         accuracies = [
             float(line["accuracy"])
@@ -75,9 +82,9 @@ def test_whole_experiment(analysis):
         mean, low, high = cells[30]
         assert np.mean(accuracies) == pytest.approx(mean)
         assert low <= mean <= high
-    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "staircase.png").read_bytes().startswith(b"\x89PNG")
     text = (out / "report.md").read_text()
-    for title in ("Test scores", "Differences", "Costs"):
+    for title in ("Test scores", "Lead over the best baseline", "What each step is worth"):
         assert f"## {title}\n" in text
     of_draws = [
         float(line["macro_f1"])
@@ -85,8 +92,112 @@ def test_whole_experiment(analysis):
         if (line["method"], line["labels"]) == ("frozen", "30")
     ]
     assert f" {np.mean(of_draws):.3f} |" in text
-    assert re.search(r"^\| ngrams \| \d+\.\d\d \|$", text, re.MULTILINE)
-    assert "With 30 labels use " in text
+
+
+def test_each_cell_has_its_lead_over_the_best_baseline(analysis):
+    _, out, scores = analysis
+    with open(out / "cells.csv", newline="") as file:
+        cells = {(line["method"], line["labels"]): line for line in csv.DictReader(file)}
+    assert len(cells) == 4 * 2  # methods, budgets
+    text = (out / "report.md").read_text()
+    for n in (12, 30):
+        best = max(("ngrams", "majority"), key=lambda method: scores[method][n][0])
+        assert f"{best} {scores[best][n][0]:.3f}" in text.split("| best baseline |")[1]
+        for method in ("pretrained", "frozen"):
+            line = cells[method, str(n)]
+            assert line["best_baseline"] == best
+            lead = scores[method][n][0] - scores[best][n][0]
+            assert float(line["lead"]) == pytest.approx(lead, abs=1e-6)
+            assert float(line["lead_low"]) < lead < float(line["lead_high"])
+        assert cells["ngrams", str(n)]["best_baseline"] == ""
+    assert "all 2 of one budget hold at once" in text
+
+
+def test_a_network_is_fine_tuned_once_for_both_of_its_methods(
+    analysis, topics, tmp_path, monkeypatch
+):
+    rates = []
+    fine_tune = finetune.main
+
+    def count(flags, data):
+        rates.append(flags[flags.index("--lr") + 1])
+        return fine_tune(flags, data)
+
+    monkeypatch.setattr(finetune, "main", count)
+    flags = flags_of(topics, analysis[0], tmp_path, "--labels", "30", "--seeds", "1")
+    analyze.main([*flags, "--methods", "pretrained,pretrained+ngrams", "--fixed-rates"])
+    assert rates == [str(finetune.LR_PRETRAINED)]
+
+
+def test_the_behavioural_test_set_is_predicted_and_not_part_of_the_score(
+    analysis, tmp_path, monkeypatch
+):
+    sides = {"positive": 0, "negative": 1}
+    parts = [
+        from_lists(
+            [text for topic in sides.values() for text in sentences(n, seed + topic, topic)],
+            [name for name in sides for _ in range(n)],
+        )
+        for n, seed in ((40, 10), (20, 20))
+    ]
+    monkeypatch.setattr(analyze, "load", lambda *_: parts)
+    flags = ["--model", str(analysis[0]), "--dtype", "float32", "--out", str(tmp_path)]
+    flags += ["--labels", "30", "--seeds", "1", "--methods", "frozen,majority"]
+    assert analyze.main(flags)["majority"][30][0] == 0.5
+    [saved] = (tmp_path / "predictions").glob("*-frozen-*.npz")
+    with np.load(saved) as arrays:
+        predictions = arrays["predictions"]
+    probes = behaviour.sentences()
+    assert len(predictions) == 40 + len(probes)
+    correct = predictions[40:].argmax(1) == probes.targets
+    accuracies = " | ".join(f"{value:.2f}" for value in behaviour.by_category(correct).values())
+    assert f"| frozen | {accuracies} |" in (tmp_path / "report.md").read_text()
+
+
+def test_the_behavioural_test_set_is_balanced_and_its_pairs_are_opposites():
+    probes = behaviour.sentences()
+    assert len(probes) == len(set(probes.texts)) == 300
+    assert probes.targets.tolist() == [1, 0] * 150
+    by_category = dict(zip(behaviour.TEMPLATES, np.split(np.array(probes.texts), 5), strict=True))
+    assert by_category["negation"][:2].tolist() == [
+        "The script isn't bad at all.",
+        "The script isn't clever at all.",
+    ]
+    for positive, negative in by_category["but"].reshape(-1, 2):
+        words = re.findall(r"\w+", positive)
+        assert words != re.findall(r"\w+", negative)
+    assert behaviour.by_category(np.arange(300) < 90) == {
+        "plain": 1.0,
+        "negation": 0.5,
+        "but": 0.0,
+        "intensifiers": 0.0,
+        "who did what": 0.0,
+    }
+
+
+def test_track_runs_both_datasets_and_prints_a_line(analysis, tmp_path, monkeypatch, capsys):
+    """The score is the mean of the six leads over the best baseline of each cell."""
+    cells = {100: [0.7, 0.6, 0.8], 1000: [0.8, 0.7, 0.9], 9000: [0.85, 0.8, 0.9]}
+    weaker = {n: [mean - 0.1, low, high] for n, (mean, low, high) in cells.items()}
+    mixed = {n: [0.78, 0.7, 0.8] for n in cells}
+    frozen = {n: [0.99, 0.9, 1.0] for n in cells}  # no baseline
+    scores = {"pretrained+ngrams": cells, "start": weaker, "ngrams": mixed, "frozen": frozen}
+    calls = []
+    main = analyze.main
+    monkeypatch.setattr(analyze, "main", lambda argv: (calls.append(argv), scores)[1])
+    flags = ["--track", "--model", str(analysis[0]), "--out", str(tmp_path), "--seeds", "3"]
+    assert main(flags) == {"mr": scores, "imdb": scores}
+    for argv, data in zip(calls, track.DATA, strict=True):
+        args = analyze.parse_args(argv)
+        assert (args.data, args.out, args.seeds) == (data, tmp_path / data, 3)
+        assert args.labels == ["100", "1000", "all"]
+        assert {"pretrained+ngrams", "start+ngrams", "lsa"} <= set(args.methods)
+    leads = "-0.080 | +0.020 | +0.070"
+    line = capsys.readouterr().out
+    assert f"| +0.003 | {leads} | {leads} | 1 x 3 |" in line
+    records = (Path(__file__).parent.parent / "docs" / "track.md").read_text()
+    [header] = [row for row in records.splitlines() if row.startswith("| name | score |")]
+    assert line.count("|") == header.count("|")
 
 
 def test_a_run_is_a_fine_tuning_with_the_chosen_learning_rate(analysis, topics, tmp_path):
@@ -229,7 +340,7 @@ def test_without_any_result_there_is_no_report(analysis, topics, tmp_path, monke
 def test_flags_change_what_quick_runs():
     args = analyze.parse_args(["--quick", "--labels", "50"])
     assert (args.labels, args.seeds) == (["50"], 2)
-    assert args.methods == ["pretrained", "frozen", "ngrams", "lsa"]
+    assert args.methods == ["majority", "start", "pretrained", "pretrained+ngrams", "ngrams"]
 
 
 @pytest.mark.parametrize(
@@ -291,9 +402,9 @@ def test_models_of_equal_names_get_their_paths(tmp_path):
     folders = [tmp_path / "a" / "model", tmp_path / "b" / "model"]
     for folder in folders:
         folder.mkdir(parents=True)
-    assert list(analyze.name_models(folders).values()) == folders
+    assert list(experiment.name_models(folders).values()) == folders
     with pytest.raises(UserError, match="the same folder twice"):
-        analyze.name_models([folders[0], folders[0]])
+        experiment.name_models([folders[0], folders[0]])
 
 
 def test_figure_that_cannot_be_drawn_is_a_warning(tmp_path, capsys):

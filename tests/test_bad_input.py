@@ -55,10 +55,9 @@ TRAIN = {  # flags -> a part of the message; {} is the folder of FILES
     "--model {}/nothing": "{}/nothing: no checkpoint",
     "--model {}/model --out {}/model": "--out {}/model: this is the folder of --model",
     "--d-model 1048576": "GB of memory",
-    "--d-model 100": "--d-model 100: it must be a multiple of 64",
-    "--model {}/model --preset tiny": (
-        "--preset, --layers, --d-model, --family and --vocab-size are of a new model"
-    ),
+    "--d-model 100": "--d-model: 100: it must be a multiple of 64",
+    "--model {}/model --preset tiny": "--preset is of a new model; --model brings its own",
+    "--model {}/model --d-model 128": "--d-model is of a new model; --model brings its own",
     "--device abacus": "abacus: not on this machine",
     "--device cuda": "cuda: not on this machine",
     "--device cuda:7": "cuda:7: not on this machine",

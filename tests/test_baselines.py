@@ -270,3 +270,20 @@ def test_a_class_that_the_targets_lack_has_no_probability():
     assert (scores[:, [1, 3]] == 0).all()
     assert (scores.argmax(1) == examples.targets).all()
     assert np.allclose(scores.sum(1), 1)
+
+
+@pytest.mark.parametrize(
+    ("choice", "grid", "on_edge"),
+    [
+        (3e-4, (0.0, 1e-4, 3e-4), True),
+        (1e-4, (0.0, 1e-4, 3e-4), False),
+        (0.0, (0.0, 1e-4, 3e-4), False),  # a rate of 0 has none below
+        (("a", 1.0), (("a", 0.1), ("a", 1.0), ("b", 10.0)), True),
+        (("a", 1.0), (("a", 0.1), ("a", 1.0), ("a", 10.0), ("b", 1.0)), False),
+        ((8, 1.0), [(w, c) for w in (8, 16, 32) for c in (0.1, 1.0, 10.0)], True),
+        ((16, 1.0), [(w, c) for w in (8, 16, 32) for c in (0.1, 1.0, 10.0)], False),
+        (None, [None], False),
+    ],
+)
+def test_choices_on_the_edge_of_a_grid(choice, grid, on_edge):
+    assert baselines.is_on_edge(choice, grid) == on_edge

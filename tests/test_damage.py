@@ -310,7 +310,7 @@ def test_a_signal_saves_and_says_how_to_go_on(flags, tmp_path, number, code):
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == code and "Traceback" not in output
-    assert "saved; the same command with --resume continues" in output.splitlines()[-1]
+    assert "saved; --resume continues the run" in output.splitlines()[-1]
     [step] = run_folder.checkpoint_folders(tmp_path)
     assert step >= 3 and run_folder.latest_checkpoint(tmp_path, pytest.fail)
 
@@ -336,7 +336,7 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(flags, tmp_path):
     run.await_words("step 3:")
     os.kill(run.pids[1], signal.SIGTERM)
     code, log = run.wait()
-    assert code == 143 and log.count("saved; the same command with --resume continues") == 1
+    assert code == 143 and log.count("saved; --resume continues the run") == 1
     assert len(run_folder.checkpoint_folders(tmp_path)) == 1 and run_folder.latest_checkpoint(
         tmp_path, pytest.fail
     )

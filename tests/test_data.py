@@ -569,10 +569,13 @@ def test_another_constant_is_another_spectral_embedding(prose, monkeypatch, name
     assert not np.allclose(np.abs(corpus.spectral_embedding(8)), np.abs(before), rtol=0.01)
 
 
-def test_another_window_is_another_spectral_embedding(prose):
-    """Pairs are counted within windows."""
+def test_other_windows_are_another_spectral_embedding(prose, monkeypatch):
+    """Pairs are counted within windows, and not in those that are held out."""
     first, second = (Corpus(prose[0], n, ROW, seed=0).spectral_embedding(8) for n in (MAX_LEN, 10))
     assert not np.allclose(np.abs(first), np.abs(second), rtol=0.01)
+    monkeypatch.setattr(data, "VALIDATION_SHARE", 0.5)
+    third = Corpus(prose[0], MAX_LEN, ROW, seed=0).spectral_embedding(8)
+    assert not np.allclose(np.abs(first), np.abs(third), rtol=0.01)
 
 
 # --------------------------------------------------------------------------- vocabulary and corpora

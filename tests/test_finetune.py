@@ -1,6 +1,7 @@
 """Fine-tuning: the three methods, the training loop, the folder that is left."""
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -150,6 +151,29 @@ def test_a_fold_may_lack_a_class(topics, pretrained, tmp_path):
     with np.load(tmp_path / "predictions.npz") as arrays:
         for method in METHODS:
             assert arrays[method][:, 1].max() < 0.01
+
+
+@pytest.mark.parametrize("n_labels", [1, 2, 4])
+def test_a_budget_below_two_per_class(pretrained, topics, tmp_path, n_labels):
+    """Of three classes; with one label there is one class to learn."""
+    flags = ["--model", pretrained, "--train", topics[0], "--labels", n_labels, "--out", tmp_path]
+    results = finetune.main(list(map(str, [*flags, *FAST])))["test"]
+    assert len(results) == 4
+    if n_labels == 1:  # as often as the class occurs
+        accuracies = [results[method]["accuracy"] for method in ("ngrams", "pretrained")]
+        assert accuracies == [pytest.approx(1 / 3)] * 2
+
+
+@pytest.mark.parametrize("values", [["2.5"], ["1e30", "2e30", "5e30"], ["1e-30", "2e-30", "4e-30"]])
+def test_numbers_without_variance_or_of_any_size(pretrained, tmp_path, capfd, values):
+    rows = list(zip(sentences(30, 5), values * 30, strict=False))
+    path = write_csv(tmp_path / "a.csv", rows)
+    flags = ["--model", str(pretrained), "--train", str(path), "--task", "regress"]
+    results = finetune.main([*flags, "--out", str(tmp_path), *FAST])["test"]
+    unit = float(values[0])
+    for scores in results.values():
+        assert scores["rmse"] < 20 * unit and math.isfinite(scores["pearson"] + scores["spearman"])
+    assert "Warning" not in capfd.readouterr().err
 
 
 def test_lr_0_fits_the_linear_head_alone(topics, pretrained, tmp_path):

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import torch
+
+import train
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = (ROOT / "docs" / "forking.md").read_text()
@@ -21,11 +24,26 @@ FLAGS = {
     "Early stopping": ["--patience", "1", "--save-every", "1", "--keep-best"],
     "Attention pooling": [],
 }
-SMALL = "--steps 5 --layers 1 --d-model 64 --max-len 32 --micro-batch-tokens 512"
+SMALL = "--steps 5 --layers 1 --d-model 64 --max-len 32 --micro-batch-tokens 512 --dtype float32"
+SMALL = SMALL.split()
+
+REFUSED = """
+import train
+try:
+    train.parse_args(["--model", "pretrained", "--activation", "gelu"])
+except SystemExit as stop:
+    print(stop.code)
+"""
+TWO_SEEDS = """
+import sys, train
+for seed in "14":
+    train.main([*sys.argv[1:], "--seed", seed, "--out", f"seed-{seed}"])
+"""
 
 
 def python(fork: Path, *arguments: str) -> str:
-    environment = os.environ | {"PYTHONPATH": str(fork), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(fork)}
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, *arguments]
     done = subprocess.run(command, cwd=fork, env=environment, capture_output=True, text=True)
@@ -46,17 +64,23 @@ def test_a_documented_fork_trains_and_its_model_loads(name, corpus_file, topics,
     assert applied.returncode == 0, applied.stderr.decode()
 
     out = fork / "pretrained"
-    flags = ["--corpus", str(corpus_file), "--out", str(out), *SMALL.split(), *FLAGS[name]]
-    log = python(fork, "train.py", "--dtype", "float32", *flags)
+    flags = ["--corpus", str(corpus_file), *SMALL]
+    log = python(fork, "train.py", *flags, "--out", str(out), *FLAGS[name])
     config = json.loads((out / "config.json").read_text())
     weights = safetensors.torch.load_file(out / "model.safetensors")
     points = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert points[-1]["validation_loss"] > 0
     if name == "SwiGLU":
         assert config["hidden_activation"] == "silu"
+        assert python(fork, "-c", REFUSED) == "2\n"
     if name == "A second objective":
         assert points[-1]["validation_replaced"] > 0
         assert not any("detector" in weight for weight in weights)
+        python(fork, "-c", TWO_SEEDS, *flags, "--replaced-weight", "0")
+        for seed in "14":
+            train.main([*flags, "--seed", seed, "--out", str(tmp_path / seed)])
+            plain = (tmp_path / seed / "model.safetensors").read_bytes()
+            assert (fork / f"seed-{seed}" / "model.safetensors").read_bytes() == plain
     if name == "A byte-level tokenizer":
         assert json.loads((out / "tokenizer.json").read_text())["model"]["type"] == "BPE"
     if name == "Early stopping":
@@ -69,7 +93,7 @@ def test_a_documented_fork_trains_and_its_model_loads(name, corpus_file, topics,
         config = json.loads((tuned / "config.json").read_text())
         assert config["classifier_pooling"] == "attention"
         weights = safetensors.torch.load_file(tuned / "model.safetensors")
-        assert weights["pooler_query"].any()
+        assert weights["pooler.query"].any()
         assert python(fork, "predict.py", "--model", str(tuned), "bal dom kist.")
 
 

@@ -672,9 +672,9 @@ def pooling_config(**modes):
         (pooling_config(cls_token=True), "cls"),
         ({"embedding_dimension": 32, "pooling_mode": "mean"}, "mean"),
         ({"embedding_dimension": 32, "pooling_mode": "cls", "include_prompt": True}, "cls"),
-        (pooling_config(max_tokens=True), None),
-        ({"pooling_mode": "weightedmean"}, None),
-        ({"pooling_mode": ["max", "lasttoken"]}, None),
+        (pooling_config(max_tokens=True), "mean"),
+        ({"pooling_mode": "weightedmean"}, "mean"),
+        ({"pooling_mode": ["max", "lasttoken"]}, "mean"),
         (None, None),
     ),
     ids=str,
@@ -684,10 +684,10 @@ def test_the_pooling_of_a_sentence_transformer(tmp_path, settings, pooling):
     if settings is not None:
         (tmp_path / "1_Pooling").mkdir()
         (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(settings))
-    config = model_folder.load_model(tmp_path).config
-    assert model_folder.choose_pooling(config, None, tmp_path) == pooling
+    config, _, _, raw = model_folder.load_model(tmp_path)
+    assert model_folder.choose_pooling(config, raw, None, tmp_path) == pooling
     for flag in ("pooler", "mean", "cls"):
-        assert model_folder.choose_pooling(config, flag, tmp_path) == flag
+        assert model_folder.choose_pooling(config, raw, flag, tmp_path) == flag
 
 
 @pytest.mark.parametrize("content", ("{", "3", "[1]", '"x"'))
@@ -696,9 +696,8 @@ def test_a_broken_pooling_file_is_named(tmp_path, content):
     path = tmp_path / "1_Pooling" / "config.json"
     path.parent.mkdir()
     path.write_text(content)
-    config = model_folder.load_model(tmp_path).config
     with pytest.raises(UserError) as error:
-        model_folder.choose_pooling(config, None, tmp_path)
+        model_folder.load_model(tmp_path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -720,7 +719,8 @@ def test_a_bert_with_another_pooling_than_its_pooler(tmp_path, name, pooling):
     again, _, names = model_folder.open_model(tmp_path / "ours", torch.device("cpu"))
     assert again.pooling == pooling and names == ["LABEL_0", "LABEL_1", "LABEL_2"]
     assert torch.equal(again(*inputs), model(*inputs))
-    assert model_folder.choose_pooling(config, None, tmp_path / "ours") == pooling
+    raw = model_folder.load_model(tmp_path / "ours").raw
+    assert model_folder.choose_pooling(config, raw, None, tmp_path / "ours") == pooling
     # rather than to initialize a pooler at random
     with pytest.raises(ValueError, match=f"{name}-{pooling}"):
         transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours")

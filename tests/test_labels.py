@@ -22,6 +22,7 @@ from labels import (
     encode,
     load,
     subsample,
+    validation_splits,
 )
 
 PROPERTY = settings(
@@ -219,6 +220,7 @@ def test_json_labels_have_to_be_labels_and_texts_texts(tmp_path):
         '{"text": "a", "label": null}',
         '{"text": "a", "label": ["x", "y"]}',
         '{"text": "a", "label": []}',
+        '{"text": "a", "label": NaN}',
         '{"text": "a", "label": [[1]]}',
         '{"label": "x"}',
     ):
@@ -331,8 +333,28 @@ def test_seeds_draw_different_budgets_and_all_is_all():
 def test_budgets_that_cannot_be_had_are_refused():
     with pytest.raises(UserError, match="--labels 10: there are only 9"):
         subsample(examples([5, 4]), 10, 0)
-    with pytest.raises(UserError, match="--labels 5: at least 6 are needed"):
-        subsample(examples([5, 4, 4]), 5, 0)
+
+
+@pytest.mark.parametrize(
+    ("counts", "n", "sizes"),
+    [
+        ([5, 4, 6], 5, [2, 1, 2]),
+        ([5, 4, 6], 2, [1, 0, 1]),
+        ([5, 4, 6], 1, [0, 0, 1]),
+        ([3] * 20, 10, [1] * 10 + [0] * 10),
+        ([1, 9], 2, [1, 1]),
+    ],
+)
+def test_a_budget_below_two_per_class_is_of_the_frequent_classes(capsys, counts, n, sizes):
+    drawn = subsample(examples(counts), n, 0)
+    assert sorted(np.bincount(drawn.targets, minlength=len(counts))) == sorted(sizes)
+    assert all(len(train_idx) and len(eval_idx) for train_idx, eval_idx in validation_splits(drawn))
+    line = f"--labels {n}: fewer than two for each of the {len(counts)} classes\n"
+    assert capsys.readouterr().out == (line if n < sum(min(2, c) for c in counts) else "")
+
+
+def test_of_many_classes_with_one_example_none_is_held_out():
+    assert validation_splits(examples([1] * 1001)) == []
 
 
 @PROPERTY
@@ -374,6 +396,7 @@ def test_no_fold_of_the_smallest_budgets_is_empty(counts):
         ([i * i for i in range(400)], "regress"),  # a price
         ([i // 2 if i < 40 else i for i in range(400)], "regress"),  # a few repeat by chance
         ([0.5, 0.5, 1, 1], "regress"),
+        ([f"{i % 3}.0" for i in range(30)], "classify"),
     ],
 )
 def test_the_guess_of_the_task_is_printed_with_the_flag_that_overrides_it(
@@ -387,6 +410,19 @@ def test_the_guess_of_the_task_is_printed_with_the_flag_that_overrides_it(
         other = {"classify": "regress", "regress": "classify"}[task]
         is_printed = f"guessed: --task {task}; otherwise give --task {other}" in printed
         assert is_printed == (flag is None)
+
+
+def test_whole_numbers_are_one_label_however_they_are_written(tmp_path):
+    rows = [("a", "1"), ("b", "1.0"), ("c", "-2.00"), ("d", "-2"), ("e", "007"), ("f", "007")]
+    path = write(tmp_path / "a.csv", ["text", "label"], rows)
+    assert load(None, path, path)[0].names == ["-2", "1", "007"]
+
+
+def test_a_few_gaps_in_a_column_of_numbers_do_not_make_it_classes(tmp_path):
+    rows = [("t", i / 7) for i in range(20)] * 2
+    path = write(tmp_path / "a.csv", ["text", "label"], [*rows, ("t", "N/A")])
+    with pytest.raises(UserError, match=f"^{path}:42: label 'N/A' is no number, which --task reg"):
+        load(None, path, path)
 
 
 @pytest.mark.parametrize("labels", [["x"], [["x"]]], ids=["text", "list"])

@@ -20,7 +20,7 @@ import model as model_module
 from data import Batch
 from files import hub_names, model_folder
 from files.tokenizer import train_tokenizer
-from model import Classifier, Config, MaskedLM, init_weights
+from model import Classifier, Config, MaskedLM, init_weights, preset
 
 SMALL = Config(vocab_size=97, d_model=32, n_layers=3, n_heads=2, d_ff=48, max_len=64)
 # a window of 4 to each side; sizes, thetas and eps that are nobody's default
@@ -363,6 +363,14 @@ def test_config_refuses_what_does_not_fit(wrong):
         dataclasses.replace(SMALL, **wrong)
 
 
+def test_a_preset_changes_what_depends_on_a_field_unless_it_is_named_too():
+    assert preset("tiny", d_model=128) == preset("tiny", d_model=128, n_heads=2, d_ff=384)
+    bert = preset("tiny", family="bert")
+    assert (bert.d_ff, bert.norm_eps) == (1056, 1e-12)
+    named = preset("tiny", d_model=128, family="bert", n_heads=4, d_ff=100, norm_eps=1e-3)
+    assert (named.n_heads, named.d_ff, named.norm_eps) == (4, 100, 1e-3)
+
+
 @pytest.mark.parametrize("make", (MaskedLM, lambda config: Classifier(config, 50)))
 def test_first_weights(make):
     """Normal, cut at 2 standard deviations by kind of matrix; biases are 0 and norms 1."""
@@ -393,12 +401,13 @@ def test_a_module_that_only_pretraining_needs_changes_no_other_weight(monkeypatc
     """Wherever it is created: it is initialized last, and constructors draw from elsewhere."""
 
     class WithExtra(MaskedLM):
-        pretraining_only = ("extra",)
+        pretraining_only = ("extra", "table")
 
     def extended():
         model = WithExtra(SMALL)
         model.extra = torch.nn.Linear(32, 32)
         model._modules = {"extra": model.extra, **model._modules}  # as if it were created first
+        model.table = torch.nn.Parameter(torch.empty(4, 32))  # comes before those of modules
         return model
 
     plain, other = MaskedLM(SMALL), extended()
@@ -406,7 +415,8 @@ def test_a_module_that_only_pretraining_needs_changes_no_other_weight(monkeypatc
         init_weights(model, SMALL, seed=5)
     for name, weight in plain.state_dict().items():
         assert torch.equal(other.state_dict()[name], weight), name
-    assert other.extra.weight.abs().max() <= 2 * SMALL.init_std
+    for weight in (other.extra.weight, other.table):
+        assert 0 < weight.abs().max() <= 2 * SMALL.init_std
     monkeypatch.setattr(WithExtra, "pretraining_only", ())  # the order matters
     init_weights(other, SMALL, seed=5)
     assert not torch.equal(other.head.dense.weight, plain.head.dense.weight)

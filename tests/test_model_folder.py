@@ -5,6 +5,7 @@ Models are saved and loaded whole and strictly, mistakes are one line, and hardw
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -156,6 +157,28 @@ def test_the_tokenizer_of_another_model(tmp_path):
     assert_one_line(error, tmp_path, "tokenizer", CONFIG.vocab_size)
 
 
+@pytest.mark.parametrize("kind", [MaskedLM, Classifier, Tagger])
+def test_rows_that_pad_the_embedding_are_left_out(tmp_path, kind):
+    """Up to a multiple of 64, for tensor cores; the tokenizer knows nothing of them."""
+    model = save(tmp_path, kind=kind)
+    n_rows = 64 * math.ceil((CONFIG.vocab_size + 1) / 64)
+    weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    padded = [name for name in weights if len(weights[name]) == CONFIG.vocab_size]
+    for name in padded:
+        more = torch.ones(n_rows - CONFIG.vocab_size, *weights[name].shape[1:])
+        weights[name] = torch.cat((weights[name], more))
+    assert len(padded) == 1 + (kind is MaskedLM)
+    safetensors.torch.save_file(weights, tmp_path / "model.safetensors")
+    change_config(tmp_path, vocab_size=n_rows)
+    opened, _, _ = model_folder.open_model(tmp_path, CPU)
+    assert opened.config == CONFIG
+    for name, weight in model.state_dict().items():
+        assert torch.equal(opened.state_dict()[name], weight)
+    change_config(tmp_path, vocab_size=n_rows + 64)
+    with pytest.raises(UserError, match=f"{n_rows + 64}"):
+        model_folder.load_model(tmp_path)
+
+
 def test_a_weight_is_missing(tmp_path):
     save(tmp_path)
     _, weights, _, _ = model_folder.load_model(tmp_path)
@@ -274,21 +297,29 @@ def test_weights_of_a_wrapped_model(tmp_path, prefix, kind):
 
 
 class WithSecondObjective(MaskedLM):
-    """What a fork may do: a module for pretraining alone."""
+    """What a fork may do: a module and a parameter for pretraining alone."""
 
-    pretraining_only = (*MaskedLM.pretraining_only, "order")
+    pretraining_only = (*MaskedLM.pretraining_only, "order", "scale")
 
     def __init__(self, config):
         super().__init__(config)
         self.order = torch.nn.Linear(config.d_model, 2)
+        self.scale = torch.nn.Parameter(torch.ones(1))
+        self.ordering = torch.nn.Parameter(torch.ones(1))  # is not on the list
 
 
 def test_what_is_for_pretraining_only_is_not_saved(tmp_path):
     model_folder.save_model(tmp_path, WithSecondObjective(CONFIG), TOKENIZER)
     weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
-    assert not any(name.startswith("order") for name in weights)
+    plain = MaskedLM(CONFIG).state_dict().keys() - {"decoder.weight"}
+    assert weights.keys() == plain | {"ordering"}
     model_folder.load_weights(WithSecondObjective(CONFIG), weights, tmp_path)
-    model_folder.open_model(tmp_path, CPU)
+    with pytest.raises(UserError, match="unexpected weight ordering"):
+        model_folder.open_model(tmp_path, CPU)
+    del weights["ordering"]
+    with pytest.raises(UserError, match="no weight ordering"):
+        model_folder.load_weights(WithSecondObjective(CONFIG), weights, tmp_path)
+    model_folder.load_weights(MaskedLM(CONFIG), weights, tmp_path)
 
 
 def test_weights_of_another_size(tmp_path):

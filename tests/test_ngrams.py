@@ -19,7 +19,7 @@ import predict
 from analysis.fit_ngrams import STRENGTHS, fit_ngrams, ngram_features
 from files import model_folder
 from files.disk import UserError
-from files.ngrams import N_BUCKETS, NgramModel, find_ngrams
+from files.ngrams import N_BUCKETS, NgramModel, find_ngrams, load_ngrams
 from labels import LabeledDataset, validation_splits
 
 
@@ -117,6 +117,16 @@ def test_the_fit_is_nb_svm(n_classes):
     actual = model(ids, ends).numpy()
     difference = actual - actual[:, :1] - (expected - expected[:, :1])
     assert np.abs(difference).max() < 0.05 and np.abs(expected).max() > 0.3
+
+
+def test_labels_of_one_class_leave_the_network_as_it_is(tmp_path):
+    rows = random_rows(9, 1)
+    train = LabeledDataset([""] * 9, None, np.ones(9, dtype=int), ["a", "b", "c"])
+    ids = torch.from_numpy(np.concatenate(rows)[:, 0])
+    ends = torch.from_numpy(np.cumsum([0, *map(len, rows)])).int()
+    model = fit_ngrams(rows, train, seed=0)
+    model.save(tmp_path)
+    assert load_ngrams(tmp_path, 3)(ids, ends).unique().numel() == 1
 
 
 def test_the_saved_model_answers_as_it_was_measured(finetuned, topics):

@@ -233,6 +233,7 @@ JSON_FORMS = {
     "array": json.dumps(RECORDS),
     "indented array": json.dumps(RECORDS, indent=2) + "\n",
     "array of lines": "[\n" + ",\n".join(map(json.dumps, RECORDS)) + "\n]\n",
+    "escaped field": json.dumps([{'"n"': 0} | record for record in RECORDS]),
     "ASCII-only array": json.dumps(RECORDS, ensure_ascii=True).replace("one", "\\u006fne"),
 }
 
@@ -243,7 +244,8 @@ def test_json_is_recognized_by_its_content(tmp_path, form, name):
     gz = name.endswith(".gz")
     path = write(tmp_path, name.removesuffix(".gz"), JSON_FORMS[form], bom=form == "array", gz=gz)
     assert list(read_documents(path)) == [record["text"] for record in RECORDS]
-    assert [row for _, row in read_table(path)] == RECORDS
+    rows = [row for _, row in read_table(path)]
+    assert [{k: v for k, v in row.items() if k in ("n", "text")} for row in rows] == RECORDS
 
 
 def test_rows_of_an_array_have_the_lines_where_they_begin(tmp_path):
@@ -325,6 +327,30 @@ def test_columns_without_a_name_are_left_out_and_spaces_after_commas_do_not_coun
     assert rows == [{"v1": "ham", "v2": "so, so"}, {"v1": "spam", "v2": "win"}]
     path = write(tmp_path, "a.tsv", "\t text\n0\ta\n")  # as pandas writes its index
     assert [row for _, row in read_table(path)] == [{"text": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", 'text;label\n"a; b";x\nc, d;y\n'),
+        ("a.csv", "text\tlabel\na; b\tx\nc, d\ty\n"),
+        ("a.tsv", 'text,label\n"a; b",x\n"c, d",y\n'),
+        ("a.tsv", "text\tlabel\na; b\tx\nc, d\ty\n"),
+        ("a.csv", 'text,label\na; b,x,\n"c, d",y,,\n'),
+        ("a.csv", 'id,text,id,label\n1,a; b,2,x\n3,"c, d",4,y\n'),
+    ],
+)
+def test_the_first_line_says_how_fields_are_separated_and_which_columns_count(
+    tmp_path, name, content
+):
+    rows = [row for _, row in read_table(write(tmp_path, name, content))]
+    assert rows == [{"text": "a; b", "label": "x"}, {"text": "c, d", "label": "y"}]
+
+
+@pytest.mark.parametrize("content", ['["a", "b"]', '[ "a \\"b\\"" ]', '[\n "a"\n]'])
+def test_an_array_of_strings_is_not_learned_as_prose(tmp_path, content):
+    with pytest.raises(UserError, match="each row must be a JSON object"):
+        list(read_documents(write(tmp_path, "a.txt", content)))
 
 
 @pytest.mark.parametrize("gz", [False, True])

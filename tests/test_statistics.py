@@ -1,4 +1,4 @@
-"""Intervals of made-up results whose truth is known, and the sentences that follow from them."""
+"""Intervals of made-up results whose truth is known."""
 
 import csv
 import json
@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 
 import analyze
-from analysis import costs, statistics
+from analysis import statistics
 from analysis.statistics import Blocks, Score
 from files.disk import UserError
 
@@ -214,64 +214,6 @@ def test_memory_is_that_of_a_few_test_sets():
     assert peak < 20e6  # bytes; one number per bootstrap sample and text would be 8e8
 
 
-# ---------------------------------------------------------------------------------------- sentences
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "sentence"),
-    [
-        (0.8, 0.7, r"ours is better than lsa: 0\.\d+ \[0\.\d+, 0\.\d+\]"),
-        (0.6, 0.7, r"ours is worse than lsa: -0\.\d+ \[-0\.\d+, -0\.\d+\]"),
-        (0.7, 0.7, r"ours and lsa do not differ significantly with 5 draws: -?0\.\d+ \[-.*"),
-    ],
-)
-def test_sentence_follows_the_interval(one, other, sentence):
-    difference = random_score(one) - random_score(other, seed=1)
-    assert re.fullmatch(sentence, statistics.compare("ours", "lsa", difference))
-
-
-@pytest.mark.parametrize(
-    ("shape", "number"),
-    [((1, 1), "1 draw"), ((3, 1), "3 pretraining seeds and 1 draw"), ((1, 4), "4 draws")],
-)
-def test_sentence_names_the_seeds_and_draws(shape, number):
-    values = np.random.default_rng(0).integers(-1, 2, size=(*shape, 100))
-    sentence = statistics.compare("ours", "lsa", Score(values, Blocks([np.arange(100)], 1)))
-    assert f" do not differ significantly with {number}: " in sentence
-
-
-def test_sentence_of_a_selected_comparison_is_more_careful():
-    values = np.random.default_rng(0).random((1, 1, 400)) < 0.1  # 2.3 standard errors around 0
-    difference = Score(values - np.float32(0.1 - 0.035), Blocks([np.arange(400)], 1))
-    assert "is better than" in statistics.compare("ours", "lsa", difference)
-    assert "do not differ" in statistics.compare("ours", "lsa", difference, n_intervals=20)
-
-
-def test_advice_follows_the_scores():
-    """The best method, or the fastest of those that are not significantly worse."""
-    milliseconds = {"ours": 2.0, "ngrams": 0.4}
-    good = random_score(0.8)
-    bad = random_score(0.7, seed=1)
-    scores = {"ours": {100: good, 1000: bad}, "ngrams": {100: bad, 1000: good}}
-    first, second = statistics.advise(scores, milliseconds, 100)
-    assert first == "With 100 labels use ours (2 ms per text)."
-    assert second.startswith("If 2 ms is too slow, ngrams (0.4 ms) loses 0.")
-    assert statistics.advise(scores, milliseconds, 1000) == [
-        "With 1,000 labels use ngrams (0.4 ms per text)."
-    ]
-    alike = {"ours": {100: random_score(0.7)}, "ngrams": {100: random_score(0.7, seed=1)}}
-    assert statistics.advise(alike, milliseconds, 100) == [
-        "With 100 labels use ngrams (0.4 ms per text)."
-    ]
-
-
-def test_one_method_alone_is_advised():
-    scores = {"ours": {100: random_score(0.7)}}
-    assert statistics.advise(scores, {"ours": 2.0}, 100) == [
-        "With 100 labels use ours (2 ms per text)."
-    ]
-
-
 # ------------------------------------------------------------------------- pooled pretraining seeds
 
 
@@ -301,8 +243,7 @@ def pool(models, topics, out, *more):
     return analyze.main(["--model", *map(str, models), *flags, *more])
 
 
-def test_pooled_models_are_one_method(seeds, topics, tmp_path, monkeypatch):
-    monkeypatch.setattr(costs, "ROUNDS", 1)
+def test_pooled_models_are_one_method(seeds, topics, tmp_path):
     scores = pool(seeds, topics, tmp_path)
     assert set(scores) == {"frozen", "ngrams"}
     with open(tmp_path / "results.csv", newline="") as file:
@@ -312,8 +253,9 @@ def test_pooled_models_are_one_method(seeds, topics, tmp_path, monkeypatch):
     assert scores["frozen"][30][0] == pytest.approx(np.mean(accuracies))
     assert [line["model"] for line in lines if line["method"] == "ngrams"] == ["seed0"] * 2
     report = (tmp_path / "report.md").read_text()
-    assert "mean of 3 pretraining seeds and 2 draws [95% interval" in report
-    assert re.search(r"in blocks of\n\d+ neighbours", report)
+    assert "mean of up to 3 pretraining seeds and\n2 draws of the labels" in report
+    [length, distance] = re.search(r"blocks of (\d+) neighbours: .*\n.* (\d+),", report).groups()
+    assert int(length) == 4 * int(distance)
 
 
 @pytest.mark.parametrize(

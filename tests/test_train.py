@@ -1,6 +1,8 @@
 """Pretraining: the loop, its exactness, what it leaves behind."""
 
+import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -119,6 +121,21 @@ def test_zero_steps_save_the_initialization(corpus_file, tmp_path):
     assert metrics["step"] == 0 and metrics["validation_loss"] > 0
     expected = build_model(open_corpus(tmp_path), "--steps", "0", *TINY).state_dict()
     assert all(torch.equal(weight, expected[n]) for n, weight in weights(tmp_path).items())
+
+
+def test_other_validation_batches_have_another_digest(
+    corpus_file, pretrained, tmp_path, monkeypatch
+):
+    """Of another masking of a fork, but of no flag of a run."""
+    flags = ["--seed", "5", "--mask", "even", "--micro-batch-tokens", "256", *TINY]
+    same = train.main(run(corpus_file, tmp_path, *flags, steps=0))
+    assemble = Corpus._assemble
+    monkeypatch.setattr(
+        Corpus, "_assemble", lambda c, w, k, rate, r: assemble(c, w, k, rate / 2, r)
+    )
+    other = train.main(run(corpus_file, tmp_path, *flags, steps=0))
+    expected = json.loads((pretrained / "metrics.json").read_text())["validation_digest"]
+    assert same["validation_digest"] == expected != other["validation_digest"]
 
 
 def test_the_best_checkpoint_is_exported(corpus_file, tmp_path, monkeypatch):
@@ -269,11 +286,13 @@ def test_a_run_from_before_a_flag_is_resumed_with_its_default(corpus_file, tmp_p
     state = torch.load(folder / "training.pt", weights_only=True)
     for name in ("mask", "clip", "steps", "lr_muon", "accumulate"):
         del state["flags"][name]
+    state["seconds"] += 1000
     torch.save(state, folder / "training.pt")
     (folder / "manifest.json").write_bytes(run_folder.manifest(folder, 2))
     with pytest.raises(UserError, match=r"--resume with --mask even, but .* has rare"):
         train.main([*flags, "--resume", "--mask", "even"])
-    assert train.main([*flags, "--resume"])["steps"] == 4
+    metrics = train.main([*flags, "--resume"])
+    assert metrics["steps"] == 4 and metrics["seconds"] > 1000  # those of the first part too
 
 
 def test_resume_without_a_checkpoint_starts_afresh_and_says_so(corpus_file, tmp_path, capsys):
@@ -296,6 +315,23 @@ def test_an_interrupt_saves_and_says_how_to_go_on(corpus_file, tmp_path):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "--resume" in output and "Traceback" not in output
     assert len(list((tmp_path / "checkpoints").glob("step-*"))) == 1
+
+
+@pytest.mark.parametrize(("loss", "is_saved"), ((math.nan, False), (3.0, True)))
+def test_a_stop_says_whether_it_was_saved(
+    corpus_file, tmp_path, monkeypatch, capsys, loss, is_saved
+):
+    """A signal during a step that is validated."""
+    received = contextlib.nullcontext([signal.SIGTERM])
+    monkeypatch.setattr(train.machine, "collect_signals", lambda: received)
+    losses = {"validation_loss": loss, "validation_masked_lm": loss}
+    monkeypatch.setattr(train, "validate", lambda *_: losses)
+    with pytest.raises(SystemExit) as ended:
+        train.main(run(corpus_file, tmp_path, *TINY, "--save-every", "1", steps=3))
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert ended.value.code == 143 and last.startswith("stopped after step 1, ")
+    assert bool(run_folder.checkpoint_folders(tmp_path)) == is_saved
+    assert (", saved;" in last) == is_saved and ("not saved: its validation" in last) != is_saved
 
 
 # ------------------------------------------------------------------------------- continuing a model
