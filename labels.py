@@ -18,6 +18,7 @@ from files import streams
 from files.columns import Columns, Item, guess_task, read_examples, to_number
 from files.disk import UserError
 from files.reviews import load_reviews
+from files.sequences import reads_items
 from files.tokenizer import special_ids
 
 TEST_SHARE = 0.2
@@ -251,8 +252,8 @@ def encode(
     """Tokenize: [CLS] text [SEP], or [CLS] text [SEP] second text [SEP].
 
     A long text keeps its head and its tail, where reviews and news say what they mean (Sun et al.
-    2019, arXiv 1905.05583, section 5.3.1). Of a pair, the longer text is cut first. RoBERTa has two
-    [SEP] between the texts, and no token types.
+    2019, arXiv 1905.05583, section 5.3.1), a long sequence of items its end. Of a pair, the longer
+    text is cut first. RoBERTa has two [SEP] between the texts, and no token types.
 
     Returns:
         rows: (tokens, 2) int64 of each example: token ids, and token types, which are 1 in a second
@@ -265,12 +266,13 @@ def encode(
     sides = [dataset.texts] if dataset.pairs is None else [dataset.texts, dataset.pairs]
     encoded = [tokenizer.encode_batch_fast(side, add_special_tokens=False) for side in sides]
     budget = max_len - 2 - n_separators * (len(sides) - 1)
+    keep_end = reads_items(tokenizer)
     rows = []
     n_cut = 0
     for encodings in zip(*encoded, strict=True):
         parts = [encoding.ids for encoding in encodings]
         n_cut += sum(map(len, parts)) > budget
-        first, *rest = _cut(parts, budget)
+        first, *rest = _cut(parts, budget, keep_end)
         ids = [special["cls"], *first]
         for second in rest:
             ids += separators + second
@@ -280,15 +282,16 @@ def encode(
     return rows, n_cut
 
 
-def _cut(parts: list[list[int]], budget: int) -> list[list[int]]:
-    """Cut one text, or two, to `budget` tokens in all, each in its middle."""
+def _cut(parts: list[list[int]], budget: int, keep_end: bool) -> list[list[int]]:
+    """Cut one text, or two, to `budget` tokens in all, each in its middle or before its end."""
     limits = [budget]
     if len(parts) == 2:
         first_limit = min(len(parts[0]), max(budget - len(parts[1]), budget - budget // 2))
         limits = [first_limit, budget - first_limit]
+    tails = [limit if keep_end else limit // 2 for limit in limits]
     return [
-        part if len(part) <= limit else part[: limit - limit // 2] + part[len(part) - limit // 2 :]
-        for part, limit in zip(parts, limits, strict=True)
+        part if len(part) <= limit else part[: limit - tail] + part[len(part) - tail :]
+        for part, limit, tail in zip(parts, limits, tails, strict=True)
     ]
 
 

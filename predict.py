@@ -24,6 +24,7 @@ from files.columns import Item
 from files.disk import UserError
 from files.entities import predict_entities
 from files.model_folder import open_model
+from files.sequences import is_sequence, split_items
 from files.texts import read_items
 from files.tokenizer import special_ids, special_tokens
 from files.two_threads import answer_in_order
@@ -162,7 +163,8 @@ def predict_texts(folder: str | Path, texts: list[str]) -> list[tuple[str, float
 
 def to_json(item: Item, answer: Answer) -> str:
     pair = {} if item.pair is None else {"pair": item.pair}
-    record = {"place": item.source, "text": item.text, **pair, **answer}
+    text = {"items": split_items(item.text)} if is_sequence(item.text) else {"text": item.text}
+    record = {"place": item.source, **text, **pair, **answer}
     return json.dumps(record, ensure_ascii=False)
 
 

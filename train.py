@@ -48,7 +48,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser.add_run(out="runs/pretrain")
     texts = ".txt, .jsonl, .json, .csv, .tsv, .gz of each, folders of them, - for standard input"
     add("--corpus", nargs="+", default=[], metavar="PATH", help=f"{texts}; default: film reviews")
-    add("--text-column", help="of tables; by default text")
+    add("--text-column", help="of tables; by default text; of interactions USER,ITEM,TIME")
+    add("--min-count", type=positive, default=1, help="rarer items of sequences become [UNK]")
     add("--model", type=Path, help="continue this model, with its own tokenizer, on new text")
     add("--preset", choices=PRESETS, help="size of a new model; default tiny, for 2 CPU cores")
     add("--layers", type=number(int, 1, 1000), help="of a new model; default: the preset's")
@@ -63,6 +64,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--lr-adamw", type=rate, help="peak learning rate of norms and biases")
     rates = f"of the embedding. Default rates: {NEW_RATES}; with --model {CONTINUED_RATES}"
     add("--lr-embedding", type=rate, help=rates)
+    add("--dropout", type=number(float, 0, 0.9), default=0.0, help="for text that is read often")
     add("--mask-rate", type=number(float, 0, 0.9), default=0.3, help="fewer masks teach less")
     add("--mask", choices=("rare", "even"), default="rare", help="favour rare words, or all alike")
     starts = "initial embedding: from co-occurrences, which saves a third of the steps; or random"
@@ -119,7 +121,7 @@ def load_corpus(
 ) -> Corpus:
     """Tokenize the text on the first rank, and open it on all."""
     tokenizer = initial.tokenizer if initial else None
-    text = (args.corpus, config.vocab_size, tokenizer, args.text_column)
+    text = (args.corpus, config.vocab_size, tokenizer, args.text_column, args.min_count)
     folder = ranks.from_first(lambda: prepare(*text))
     return Corpus(folder, args.max_len, args.micro_batch_tokens, args.seed, args.mask)
 
@@ -130,6 +132,7 @@ def build_model(
     """The model at step 0: that of --model, or a new one with a spectral embedding."""
     torch.manual_seed(args.seed)
     model = MaskedLM(dataclasses.replace(config, vocab_size=corpus.vocab_size))
+    model.model.dropout.p = args.dropout
     # a setting that could not be saved fails here, and not at the first checkpoint
     hub_names.config_to_json(model.config, model.task, corpus.special)
     if initial:
@@ -177,8 +180,8 @@ def show_progress(bar: tqdm, point: dict[str, Any], n_tokens_left: int, ranks: R
         ranks.log(f"step {point['step']}: {text}, {n_tokens_left / speed:.0f} s left")
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Pretrain, and return what OUT/metrics.json holds."""
+def main(argv: list[str] | None = None, data: Corpus | None = None) -> dict[str, Any]:
+    """Pretrain, and return what OUT/metrics.json holds; `data` replaces --corpus."""
     start_time = time.time()
     args = parse_args(argv)
     device, dtype = choose_hardware(args.device, args.dtype)
@@ -190,7 +193,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         initial = model_folder.load_model(args.model) if args.model else None
         config = build_config(args, initial)
         machine.check_memory(config, device)
-        corpus = load_corpus(args, config, initial, ranks)
+        corpus = data or load_corpus(args, config, initial, ranks)
         validation = [batch.to(device) for batch in corpus.validation_batches()]
         model = build_model(args, config, corpus, initial, ranks).to(device)
         optimizers = make_optimizers(model, args.lr_muon, args.lr_adamw, args.lr_embedding, dtype)
@@ -229,6 +232,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             counts = ranks.sum(total_counts(batches), device)
             losses = dict.fromkeys(LOSS_WEIGHTS, 0.0)
             for i, batch in enumerate(batches):
+                torch.manual_seed(batch.generator().initial_seed())  # of dropout
                 with ranks.gradient_sync(parallel_model, is_last=i + 1 == len(batches)):
                     with autocast:
                         sums = parallel_model(batch.to(device))

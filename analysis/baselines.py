@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse import csr_matrix, issparse
+from scipy.sparse import csr_matrix, hstack, issparse
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer, TfidfVectorizer
@@ -32,6 +32,7 @@ from data import Corpus
 from files import model_folder
 from files.disk import CACHE, UserError
 from files.entities import TaggedDataset, most_frequent_tags
+from files.sequences import SEPARATOR, reads_items, split_items
 from files.tokenizer import NO_SPACES
 from labels import LabeledDataset, validation_splits
 from model import Classifier
@@ -225,9 +226,20 @@ def spectral(examples: LabeledDataset, corpus: Corpus, d_model: int) -> tuple[Fi
 
 
 def count_ngrams(texts: list[str], tokenizer: Tokenizer) -> csr_matrix:
-    """How often each text has each unigram and bigram, (texts, n-grams)."""
+    """How often each text has each unigram and bigram, (texts, n-grams).
+
+    Sequences of items that all have the same length also have each item at each position.
+    """
+    options = count_words(tokenizer)
     try:
-        return CountVectorizer(ngram_range=(1, 2), **count_words(tokenizer)).fit_transform(texts)
+        counts = CountVectorizer(ngram_range=(1, 2), **options).fit_transform(texts)
+        if not reads_items(tokenizer) or len({text.count(SEPARATOR) for text in texts}) > 1:
+            return counts
+        positions = [
+            SEPARATOR.join(f"{i} {item}" for i, item in enumerate(split_items(text)))
+            for text in texts
+        ]
+        return hstack((counts, CountVectorizer(**options).fit_transform(positions)), "csr")
     except ValueError:
         message = "ngrams: the texts have no words: it predicts a constant"
         print(message, file=sys.stderr, flush=True)
@@ -236,7 +248,9 @@ def count_ngrams(texts: list[str], tokenizer: Tokenizer) -> csr_matrix:
 
 def count_words(tokenizer: Tokenizer) -> dict[str, Any]:
     """The options by which the vectorizers of scikit-learn count the words of `split_words`."""
-    return {"tokenizer": functools.partial(split_words, tokenizer), "token_pattern": None}
+    is_text = not reads_items(tokenizer)
+    split = functools.partial(split_words, tokenizer) if is_text else split_items
+    return {"tokenizer": split, "token_pattern": None, "lowercase": is_text}
 
 
 def split_words(tokenizer: Tokenizer, text: str) -> list[str]:

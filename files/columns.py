@@ -89,7 +89,7 @@ def read_examples(path: Path, columns: Columns) -> tuple[list[Item], Columns]:
     if table_format(path) is None:
         suffixes = ", ".join(TABLE_SUFFIXES)
         raise UserError(f"{path}: labelled examples come as {suffixes} (or .gz of one)")
-    rows = list(read_table(path))
+    rows = list(read_table(path, column=columns.text))
     columns = choose_columns(path, rows, columns)
     if columns.label is None:
         names = ", ".join(map(repr, rows[0][1]))

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from files.disk import UserError
+from files.sequences import SEPARATOR, as_sequences, is_interactions
 
-TABLE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
+TABLE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".inter")
 LONGEST_DOCUMENT = 2**20  # characters; a longer document is cut into several
 LONGEST_LINE = 2**24  # characters; a longer line or field of a table is refused
 LONGEST_PARAGRAPH = 50  # mean number of lines; above it blank lines are strays between documents
@@ -99,27 +100,34 @@ def is_text(value: Any) -> bool:
 def table_format(path: Path) -> str | None:
     """Which table a file holds: "json lines", "json array", "csv", "tsv", or None for plain text.
 
-    JSON is recognized by how the file begins, whatever its name.
+    JSON and interactions are recognized by how the file begins, whatever its name.
     """
     with open_bytes(path) as file:
         head = file.peek(1).decode("utf-8-sig", "replace")
     suffix = text_suffix(path)
+    if not JSON_START.match(head) and (suffix == ".inter" or is_interactions(head)):
+        return "csv"
     if JSON_START.match(head) or suffix in (".json", ".jsonl"):
         return "json array" if head.lstrip().startswith("[") else "json lines"
     return suffix[1:] if suffix in TABLE_SUFFIXES else None
 
 
-def read_table(path: Path, report: Report = refuse) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_table(
+    path: Path, report: Report = refuse, column: str | None = None, may_mask: bool = False
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """Read (number of the row's first line, {column: value}) of a table.
 
     The first line of a .csv or .tsv file names the columns. Those without a name, or with one of
     several of the same name, are left out. Where tabs separate the fields, each tab does, and
     quotes are ordinary characters. `report` is called for each row that is broken.
+    Sequences become texts, see `as_sequences`.
     """
     kind = table_format(path)
     if kind == "json array":
-        return _read_json_array(path)
-    return _read_jsonl(path, report) if kind == "json lines" else _read_csv(path, report)
+        rows = _read_json_array(path)
+    else:
+        rows = _read_jsonl(path, report) if kind == "json lines" else _read_csv(path, report)
+    return as_sequences(path, rows, column, report, may_mask)
 
 
 def _read_jsonl(path: Path, report: Report) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -231,12 +239,15 @@ def read_documents(path: Path, text_column: str | None = None) -> Iterator[str]:
     """
     is_table = table_format(path) is not None
     for document in _read_column(path, text_column) if is_table else _read_plain_text(path):
-        for start in range(0, len(document) or 1, LONGEST_DOCUMENT):
-            yield document[start : start + LONGEST_DOCUMENT]
+        while len(document) > LONGEST_DOCUMENT:
+            end = document.rfind(SEPARATOR, 0, LONGEST_DOCUMENT) + 1 or LONGEST_DOCUMENT
+            yield document[:end]
+            document = document[end:]
+        yield document
 
 
 def _read_column(path: Path, column: str | None) -> Iterator[str]:
-    for number, row in read_table(path):
+    for number, row in read_table(path, column=column):
         names = [name for name in row if name == column or (not column and name.lower() == "text")]
         if not names or not isinstance(row[names[0]], str):
             fields = ", ".join(map(repr, row)) or "none"

