@@ -165,6 +165,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         data = args.train.name if args.train else args.data
         needs_start = not set(STARTS).isdisjoint(args.methods)
         starts = make_starts(models, args.out / "work") if needs_start else {}
+        if args.pool and len(starts) < len(models):
+            starts = {}  # a cell has the same number of seeds everywhere
         probes = test[np.arange(0)] if args.train else behaviour.sentences()
         setup = Setup(
             data, models, starts, train, test, probes, device, dtype, args.fixed_rates, args.out
