@@ -341,7 +341,6 @@ def test_flags_change_what_quick_runs():
     ("flags", "problem"),
     [
         (["--labels", "12,121"], "--labels 121: there are only 120"),
-        (["--labels", "4"], "--labels 4: at least 6 are needed"),
         (["--labels", "12", "--model", "nowhere"], "nowhere"),
         (["--labels", "12", "--model", "{model}", "{empty}"], "{empty}: no checkpoint"),
     ],
