@@ -133,8 +133,8 @@ def load_model(name: Path) -> SavedModel:
         has_gaps = max(tokenizer.get_vocab().values()) >= n_pieces
         if n_rows != n_pieces and (not is_padded or has_gaps):
             raise ValueError(f"the tokenizer has {n_pieces} tokens, the model {n_rows}")
-        for name in {"model.embeddings.tok_embeddings.weight", "decoder.bias"} & weights.keys():
-            weights[name] = weights[name][:n_pieces]
+        for table in {"model.embeddings.tok_embeddings.weight", "decoder.bias"} & weights.keys():
+            weights[table] = weights[table][:n_pieces]
         config = dataclasses.replace(config, vocab_size=n_pieces)
     return SavedModel(config, weights, tokenizer, raw)
 

@@ -239,11 +239,13 @@ def read_documents(path: Path, text_column: str | None = None) -> Iterator[str]:
     """
     is_table = table_format(path) is not None
     for document in _read_column(path, text_column) if is_table else _read_plain_text(path):
-        while len(document) > LONGEST_DOCUMENT:
-            end = document.rfind(SEPARATOR, 0, LONGEST_DOCUMENT) + 1 or LONGEST_DOCUMENT
-            yield document[:end]
-            document = document[end:]
-        yield document
+        start = 0
+        while len(document) - start > LONGEST_DOCUMENT:
+            longest = start + LONGEST_DOCUMENT
+            end = document.rfind(SEPARATOR, start, longest) + 1 or longest  # between two items
+            yield document[start:end]
+            start = end
+        yield document[start:]
 
 
 def _read_column(path: Path, column: str | None) -> Iterator[str]:
