@@ -203,8 +203,9 @@ def main(argv: list[str] | None = None, data: Corpus | None = None) -> dict[str,
         training = (model, *optimizers, scaler, monitor)
 
         # from here on the folder belongs to this run: what an earlier one left in it is removed
-        data = corpus.folder.name + (run_folder.digest(initial.weights.values()) if initial else "")
-        record = run_folder.describe(args, data, device, ranks.n)
+        content = corpus.folder.name
+        content += run_folder.digest(initial.weights.values()) if initial else ""
+        record = run_folder.describe(args, content, device, ranks.n)
         state = run_folder.start_or_resume(args, record, flags_to_json(parse_args([])), ranks)
         if state["step"]:
             run_folder.restore(args.out, state, training)
