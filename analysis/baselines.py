@@ -9,7 +9,6 @@ import functools
 import json
 import math
 import re
-import sys
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -30,6 +29,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 
 from data import Corpus
 from files import model_folder
+from files.cli import print_once
 from files.disk import CACHE, UserError
 from files.entities import TaggedDataset, most_frequent_tags
 from files.sequences import SEPARATOR, reads_items, split_items
@@ -172,7 +172,9 @@ class LogCountRatio(TransformerMixin, BaseEstimator):
 
 def lsa(examples: LabeledDataset, corpus: Corpus) -> tuple[Fit, Sequence]:
     """A linear model of the first components of document vectors, whose number is chosen too."""
-    vectors = latent_semantics(corpus).transform(examples.joined_texts())
+    model = latent_semantics(corpus)
+    texts = examples.joined_texts()
+    vectors = model.transform(texts) if model else np.zeros((len(texts), 1))
     grid = [(width, c) for width, c in LSA_GRID if width < 2 * vectors.shape[1]]
     return fit_linear(lambda width: normalize(vectors[:, :width]), examples), grid or LSA_GRID[:1]
 
@@ -193,15 +195,21 @@ def pretraining_corpus(pretrained: Path, max_len: int = 256) -> Corpus | None:
 
 
 @functools.lru_cache(1)  # an experiment embeds many draws of labels in one space
-def latent_semantics(corpus: Corpus) -> Pipeline:
-    """TF-IDF of the text of the pretraining, and its SVD as wide as the widest choice."""
+def latent_semantics(corpus: Corpus) -> Pipeline | None:
+    """TF-IDF of the text of the pretraining, and its SVD as wide as the widest choice; None where
+    the text has too few words that repeat.
+    """
     texts = corpus.sample_texts(LSA_WINDOWS, seed=0)
     # the SVD in float64 takes longer and gives the same accuracies
     options = {"sublinear_tf": True, "min_df": 2 if len(texts) > 1000 else 1, "dtype": np.float32}
     tfidf = TfidfVectorizer(**options, **count_words(corpus.tokenizer))
-    features = tfidf.fit_transform(texts)
-    width = min(max(LSA_WIDTHS), min(features.shape) - 1)
-    return make_pipeline(tfidf, TruncatedSVD(width, random_state=0).fit(features))
+    try:
+        features = tfidf.fit_transform(texts)
+        width = min(max(LSA_WIDTHS), min(features.shape) - 1)
+        return make_pipeline(tfidf, TruncatedSVD(width, random_state=0).fit(features))
+    except ValueError:
+        print_once("lsa: fewer than two texts or words to learn from: it predicts a constant")
+        return None
 
 
 def spectral(examples: LabeledDataset, corpus: Corpus, d_model: int) -> tuple[Fit, Sequence]:
@@ -241,8 +249,7 @@ def count_ngrams(texts: list[str], tokenizer: Tokenizer) -> csr_matrix:
         ]
         return hstack((counts, CountVectorizer(**options).fit_transform(positions)), "csr")
     except ValueError:
-        message = "ngrams: the texts have no words: it predicts a constant"
-        print(message, file=sys.stderr, flush=True)
+        print_once("ngrams: the texts have no words: it predicts a constant")
         return csr_matrix((len(texts), 0))
 
 

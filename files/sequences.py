@@ -9,11 +9,9 @@ Two kinds of tables hold sequences, recognized by the first row, whatever the na
     interactions  the columns user, item and perhaps time, a sequence for each user
 """
 
-import functools
 import itertools
 import math
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import BertProcessing
 
+from files.cli import print_once
 from files.disk import UserError
 from files.tokenizer import SPECIAL_TOKENS
 
@@ -101,7 +100,7 @@ def _find_interactions(path: Path, names: list[str], column: str | None) -> list
         user, item, *time = (RECBOLE_TYPE.sub("", name) for name in chosen)
         order = f"in the order of {time[0]!r}" if time else "in the order of the file"
         guess = f"sequences of {item!r} by {user!r} {order}"
-        _print_once(f"{path}: {guess}; otherwise --text-column USER,ITEM,TIME")
+        print_once(f"{path}: {guess}; otherwise --text-column USER,ITEM,TIME")
     return chosen
 
 
@@ -122,11 +121,6 @@ def is_interactions(head: str) -> bool:
     header = re.split("[\n\r]", head, maxsplit=1)[0]
     rows = (header.split(delimiter) for delimiter in "\t,;")
     return any(_usual_columns(name.strip(' "') for name in names) for names in rows)
-
-
-@functools.cache  # a corpus is read more than once
-def _print_once(message: str) -> None:
-    print(message, file=sys.stderr)
 
 
 def _read_lists(

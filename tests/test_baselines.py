@@ -18,6 +18,7 @@ import labels
 from analysis import baselines
 from data import Corpus
 from files import disk
+from files.cli import print_once
 from files.tokenizer import train_tokenizer
 from labels import LabeledDataset, cross_validation_splits
 
@@ -139,6 +140,7 @@ def test_ngrams_of_numbers_is_ridge_regression_on_tfidf(monkeypatch):
 
 
 def test_without_words_ngrams_predicts_the_majority_class_and_says_so(capsys):
+    print_once.cache_clear()
     texts = ["", " ", "\n", "\t"]
     targets = np.array([1, 1, 0, 1])
     scores = fit_ngrams(texts, targets, [" ", ""], 2)
@@ -146,7 +148,7 @@ def test_without_words_ngrams_predicts_the_majority_class_and_says_so(capsys):
     scores = fit_ngrams(texts, targets.astype(np.float32), [""], None)
     assert np.allclose(scores, [0.75])
     line = "ngrams: the texts have no words: it predicts a constant"
-    assert capsys.readouterr().err.splitlines() == [line] * 2
+    assert capsys.readouterr().err.splitlines() == [line]
 
 
 @pytest.mark.parametrize(
@@ -229,6 +231,22 @@ def fit_on_all(method, train, test, choice):
     fit, _ = method(examples)
     train_idx, test_idx = np.split(np.arange(len(examples)), [len(train)])
     return fit(choice, train_idx, test_idx)
+
+
+def test_lsa_of_a_text_of_one_word_is_a_constant_and_says_so(topics, pretrained, capsys):
+    class Text:
+        tokenizer = baselines.pretraining_corpus(pretrained).tokenizer
+
+        def sample_texts(self, n_windows: int, seed: int) -> list[str]:
+            return ["bal"] * 2
+
+    print_once.cache_clear()
+    train, test = labels.load(None, *topics)
+    fit, grid = baselines.lsa(baselines.concatenate(train, test), Text())
+    scores = fit(grid[0], np.arange(len(train)), np.array([len(train)]))
+    frequencies = np.bincount(train.targets) / len(train)
+    np.testing.assert_allclose(scores, frequencies[None], atol=1e-6)
+    assert "lsa: fewer than two texts or words" in capsys.readouterr().err
 
 
 def test_lsa_is_scikit_learn_called_by_hand(topics, pretrained):
