@@ -29,6 +29,7 @@ from tokenizers import Tokenizer
 
 import train
 from data import Batch, Corpus
+from files import streams
 from files.cli import Parser, choose_hardware, number, run_script
 from files.disk import CACHE, UserError, make_folder, to_json, write_file
 from files.model_folder import open_model
@@ -39,8 +40,9 @@ from files.token_cache import prepare
 from files.tokenizer import SPECIAL_TOKENS, special_ids
 from model import MaskedLM
 
-RECBOLE = ("recbole==1.2.1", "recbole-1.2.1-py3-none-any.whl")
-RECBOLE += ("9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",)
+RECBOLE = "recbole==1.2.1"
+RECBOLE_WHEEL = "recbole-1.2.1-py3-none-any.whl"
+RECBOLE_SHA256 = "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407"
 MOVIELENS = "recbole/dataset_example/ml-100k/ml-100k.inter"  # for research; not redistributable
 N_SPECIAL = len(SPECIAL_TOKENS)  # the first tokens of the vocabulary
 TOP = 10  # of HR@10 and NDCG@10
@@ -65,7 +67,8 @@ class Question(NamedTuple):
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("Recommend the next item, and compare with baselines.")
-    add, positive = parser.add_argument, number(int, 1)
+    add = parser.add_argument
+    positive = number(int, 1)
     add("--data", type=Path, help="interactions or lists of items; by default MovieLens-100K")
     add("--text-column", help="of --data: USER,ITEM,TIME; guessed by default")
     add("--last", type=positive, default=1, help="items of each user to test on")
@@ -92,7 +95,7 @@ def read_users(args: argparse.Namespace) -> list[tuple[list[str], list]]:
     path = args.data
     if path is None:
         path = CACHE / "ml-100k.inter"
-        wheel = zipfile.ZipFile(fetch_wheel(*RECBOLE))
+        wheel = zipfile.ZipFile(fetch_wheel(RECBOLE, RECBOLE_WHEEL, RECBOLE_SHA256))
         write_file(path, wheel.read(MOVIELENS))
     rng = np.random.default_rng(0)
     users = []
@@ -121,8 +124,10 @@ def split(
     questions = []
     n_repeated = 0
     for user, (items, times) in enumerate(users):
+        if len(items) <= n_held_out:
+            continue
         tokens = np.array([vocab.get(item, vocab[SPECIAL_TOKENS["unk"]]) for item in items])
-        for i in range(len(items) - n_held_out, len(items)) if len(items) > n_held_out else ():
+        for i in range(len(items) - n_held_out, len(items)):
             if items[i] in items[:i]:
                 n_repeated += 1
                 continue
@@ -160,8 +165,8 @@ def ranks(scores: Scores, questions: list[Question]) -> np.ndarray:
         is_better[:, :N_SPECIAL] = False
         for i, question in enumerate(part):
             is_better[i, question.history] = False
-        is_missed = (target < N_SPECIAL) * values.shape[1]
-        parts.append(is_better.sum(1) + is_missed)
+        if_missing = (target < N_SPECIAL) * values.shape[1]  # a rank behind all items
+        parts.append(is_better.sum(1) + if_missing)
     return np.concatenate(parts)
 
 
@@ -289,15 +294,16 @@ def baselines(corpus: Corpus) -> dict[str, tuple[Callable, list[tuple[Any, np.nd
 
 def tune(name: str, methods: Iterable[tuple[str, Scores]], validation: list[Question]) -> Scores:
     """The scores with the best NDCG@10 on the validation targets, of (what is chosen, scores)."""
-    best = max(
-        ((ndcg(ranks(scores, validation)).mean(), about, scores) for about, scores in methods),
-        key=lambda method: method[0],
-    )
-    print(f"{name}: {best[1]}", flush=True)
-    return best[2]
+    best = -1.0
+    for about, scores in methods:
+        value = ndcg(ranks(scores, validation)).mean()
+        if value > best:
+            best, choice, best_scores = value, about, scores
+    print(f"{name}: {choice}", flush=True)
+    return best_scores
 
 
-def add(first: Scores, second: Scores, weight: float) -> Scores:
+def add_scores(first: Scores, second: Scores, weight: float) -> Scores:
     """The sum of the scores of two methods, each standardized over the tokens."""
 
     def scores(histories: list[np.ndarray]) -> np.ndarray:
@@ -325,7 +331,7 @@ class Histories(Corpus):
 
     def batch(self, step: int, micro: int, n_micro: int, mask_rate: float) -> Batch:
         """A training batch: a pure function of its arguments, the seed and the sequences."""
-        key = (self.seed, 1, step, micro)
+        key = (self.seed, streams.TRAINING_MASKS, step, micro)
         rng = np.random.default_rng(key)
         last = rng.integers(len(self.tokens), size=self.micro_batch_tokens // 3)
         document = np.searchsorted(self.document_ends, last, side="right")
@@ -437,11 +443,11 @@ def recommend(args: argparse.Namespace) -> dict[str, Any]:
     scores = network(model, special_ids(tokenizer))
     counts = {"answered": 0, "broken": 0}
 
-    def report(error: UserError) -> None:
+    def report_broken(error: UserError) -> None:
         counts["broken"] += 1
         print(f"recommend.py: {error}", file=sys.stderr)
 
-    for place, items in read_histories(args, report):
+    for place, items in read_histories(args, report_broken):
         tokens = {item: tokenizer.token_to_id(item) for item in items}
         special = SPECIAL_TOKENS.values()
         unknown = [i for i, token in tokens.items() if token is None or i in special]
@@ -464,25 +470,26 @@ def recommend(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_histories(
-    args: argparse.Namespace, report: Callable[[UserError], None]
+    args: argparse.Namespace, report_broken: Callable[[UserError], None]
 ) -> Iterator[tuple[str, list[str]]]:
     """The place and the items of each sequence of the command line or of standard input."""
     if args.history:
         yield "--history", args.history
         return
     path = Path("-")
-    for line, row in read_table(path, report, args.text_column):
+    for line, row in read_table(path, report_broken, args.text_column):
         text = row.get(args.text_column or "text")
         if isinstance(text, str) and is_sequence(text):
             yield f"{path}:{line}", split_items(text)
         else:
-            report(UserError(f"{path}:{line}: no sequence; for example {{'items': ['a', 'b']}}"))
+            example = "for example {'items': ['a', 'b']}"
+            report_broken(UserError(f"{path}:{line}: no sequence; {example}"))
 
 
 Measured = tuple[np.ndarray, np.ndarray]  # the ranks of the validation and of the test targets
 
 
-def report(
+def print_table(
     results: dict[str, list[Measured]], validation: list[Question], test: list[Question]
 ) -> dict[str, Any]:
     """Print a table, and the lead of the network over the best baseline; returns the figures."""
@@ -548,7 +555,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         results.setdefault(name, []).append((ranks(scores, validation), ranks(scores, test)))
 
     def sums(first: Scores, second: Scores) -> Iterator[tuple[str, Scores]]:
-        return ((f"the second weighted {w}", add(first, second, w)) for w in (0.25, 0.5, 1, 2))
+        for weight in (0.25, 0.5, 1, 2):
+            yield f"the second weighted {weight}", add_scores(first, second, weight)
 
     print("chosen by NDCG@10 on the validation targets:", flush=True)
     for name, (build, choices) in baselines(corpus).items():
@@ -566,7 +574,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         evaluate(
             "network + Markov", tune(f"seed {seed} + Markov", sums(scores, markov), validation)
         )
-    metrics = report(results, validation, test)
+    metrics = print_table(results, validation, test)
     write_file(args.out / "metrics.json", to_json(metrics))
     return metrics
 
