@@ -29,8 +29,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 
 from data import Corpus
 from files import model_folder
-from files.cli import print_once
-from files.disk import CACHE, UserError
+from files.disk import CACHE, UserError, print_once
 from files.entities import TaggedDataset, most_frequent_tags
 from files.sequences import SEPARATOR, reads_items, split_items
 from files.tokenizer import NO_SPACES

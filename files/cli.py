@@ -1,7 +1,6 @@
 """What all scripts share: flags, the choice of hardware, and how a script ends."""
 
 import argparse
-import functools
 import json
 import os
 import signal
@@ -86,12 +85,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         """End the process with exit code 2 and one line."""
         self.exit(2, f"{self.prog}: {' '.join(message.splitlines())}\n")
-
-
-@functools.cache
-def print_once(message: str) -> None:
-    """Print to stderr what would be repeated whenever a file is read or a baseline fitted again."""
-    print(message, file=sys.stderr, flush=True)
 
 
 def number(

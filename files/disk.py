@@ -1,8 +1,10 @@
-"""Files that are written completely or not at all, and the error for a mistake of the user."""
+"""Files that are written completely or not at all, and what the user is told of mistakes."""
 
 import contextlib
+import functools
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,12 @@ def explain(error: OSError) -> str:
     """What an error of the operating system says, with the file where it names one."""
     reason = error.strerror or first_line(error)
     return f"{error.filename}: {reason}" if error.filename else reason
+
+
+@functools.cache
+def print_once(message: str) -> None:
+    """Print to stderr what would be repeated whenever a file is read or a baseline fitted again."""
+    print(message, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

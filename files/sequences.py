@@ -20,8 +20,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import BertProcessing
 
-from files.cli import print_once
-from files.disk import UserError
+from files.disk import UserError, print_once
 from files.tokenizer import SPECIAL_TOKENS
 
 SEPARATOR = "\x1f"  # ASCII's unit separator

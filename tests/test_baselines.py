@@ -18,7 +18,7 @@ import labels
 from analysis import baselines
 from data import Corpus
 from files import disk
-from files.cli import print_once
+from files.disk import print_once
 from files.tokenizer import train_tokenizer
 from labels import LabeledDataset, cross_validation_splits
 
