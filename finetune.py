@@ -243,8 +243,10 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
             if method in BASELINES:
                 predictions[method] = fit_baseline(train, test, tokenizer, args.seed)
             elif method == WITH_NGRAMS:
-                inputs = (rows, train, test_rows, predictions["pretrained"], args.seed)
-                predictions[method] = add_ngrams(args.out, *inputs)
+                of_network = predictions["pretrained"]
+                predictions[method] = add_ngrams(
+                    args.out, rows, train, test_rows, of_network, args.seed
+                )
             if method in predictions:
                 results[method] = report(method, test.targets, predictions[method], start_time)
                 continue

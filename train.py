@@ -121,8 +121,9 @@ def load_corpus(
 ) -> Corpus:
     """Tokenize the text on the first rank, and open it on all."""
     tokenizer = initial.tokenizer if initial else None
-    text = (args.corpus, config.vocab_size, tokenizer, args.text_column, args.min_count)
-    folder = ranks.from_first(lambda: prepare(*text))
+    folder = ranks.from_first(
+        lambda: prepare(args.corpus, config.vocab_size, tokenizer, args.text_column, args.min_count)
+    )
     return Corpus(folder, args.max_len, args.micro_batch_tokens, args.seed, args.mask)
 
 
