@@ -174,6 +174,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if args.pool:
             experiment.check_pool(setup)
         plan = experiment.make_plan(setup, args.methods, budgets, args.seeds, args.pool)
+        if n_old := results.n_of_other_code(plan):
+            advice = "a new --out measures today's"
+            print(f"{args.out}: {n_old} finished runs are of other code; {advice}", file=sys.stderr)
         run_missing(plan, results, setup)
 
         table = Table(results, plan, test.targets, probes.targets)

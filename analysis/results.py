@@ -13,6 +13,7 @@ from analysis.baselines import goodness
 from analysis.statistics import Estimate, Score
 from files import disk
 from files.disk import UserError
+from files.run_folder import code_digest
 from finetune import WITH_NGRAMS
 
 USE_PRETRAINING = ("pretrained", WITH_NGRAMS, "frozen")  # all other methods are baselines
@@ -38,7 +39,10 @@ COLUMNS = (
     "choice",
     "on_edge",
     "validation",
+    "code",
 )
+# The code that results depend on; results.csv has its hash.
+CODE = ("*.py", "analysis/*.py", "files/*.py", "kernels/*.py")
 
 Cell = tuple[str, int]  # of the report: the name of a method, and the number of labels
 Plan = dict[Cell, list[Run]]  # a run per seed and draw
@@ -52,6 +56,7 @@ class Results:
         self.path = out / "results.csv"
         self.folder = out / "predictions"
         self.folder.mkdir(exist_ok=True)
+        self.code = code_digest(CODE)
         self.lines: dict[tuple[str, ...], dict[str, str]] = {}
         if self.path.exists():
             with open(self.path, newline="", encoding="utf-8", errors="replace") as file:
@@ -72,13 +77,18 @@ class Results:
         np.savez_compressed(content, predictions=predictions)
         disk.write_file(self.predictions_path(run), content.getbuffer())
 
-        values = dict.fromkeys(COLUMNS, "") | run._asdict() | metrics
+        values = dict.fromkeys(COLUMNS, "") | run._asdict() | metrics | {"code": self.code}
         self.lines[tuple(map(str, run))] = {name: str(values[name]) for name in COLUMNS}
         text = io.StringIO()
         table = csv.DictWriter(text, COLUMNS)
         table.writeheader()
         table.writerows(self.lines.values())
         disk.write_file(self.path, text.getvalue().encode())
+
+    def n_of_other_code(self, plan: Plan) -> int:
+        """How many runs of the plan were finished by an earlier version of this repository."""
+        keys = {tuple(map(str, run)) for runs in plan.values() for run in runs}
+        return sum(self.lines[key]["code"] != self.code for key in keys & self.lines.keys())
 
     def load(self, run: Run) -> np.ndarray:
         """Probabilities (N, K) or numbers (N,) for the test examples."""

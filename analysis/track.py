@@ -1,7 +1,6 @@
 """The ten-minute track (docs/track.md): the score of a pretraining recipe, as a line to submit."""
 
 import json
-import platform
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -37,8 +36,8 @@ def line_to_submit(scores: dict[str, Any], runs: str, pretraining_time: tuple[fl
     of_cells = [lead for of_data in scores.values() for lead in leads(of_data)]
     figures = [f"{lead:+.3f}" for lead in (sum(of_cells) / len(of_cells), *of_cells)]
     seconds, device = pretraining_time
-    machine = f"{seconds:.0f} s on {device}; {cpu_name()}"
-    return f"| {' | '.join(('NAME', *figures, runs, machine, str(date.today()), 'COMMANDS'))} |"
+    time = f"{seconds:.0f} s on {device}"
+    return f"| {' | '.join(('NAME', *figures, runs, time, str(date.today()), 'COMMANDS'))} |"
 
 
 def duration(model: Path) -> tuple[float, str]:
@@ -50,11 +49,3 @@ def duration(model: Path) -> tuple[float, str]:
         metrics, environment = (json.loads(path.read_bytes()) for path in paths)
         threads = f"{environment['threads']} threads"
         return metrics["seconds"], f"{environment['device']}, {threads}"
-
-
-def cpu_name() -> str:
-    """That of the machine on which this runs."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

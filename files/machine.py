@@ -4,8 +4,10 @@ import argparse
 import atexit
 import contextlib
 import os
+import platform
 import signal
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -123,6 +125,14 @@ def collect_signals() -> Iterator[list[int]]:
 def exit_code(signals: list[int]) -> int:
     """128 + the signal of `collect_signals`, or SIGTERM if it has reached another rank only."""
     return 128 + (signals[0] if signals else signal.SIGTERM)
+
+
+def cpu_name() -> str:
+    """The model of the CPU."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def set_steps(args: argparse.Namespace, device: torch.device) -> str:

@@ -12,7 +12,6 @@ import io
 import json
 import math
 import os
-import platform
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch import nn
 from files import disk, model_folder
 from files.cli import flags_to_json
 from files.disk import UserError, to_json, write_file
-from files.machine import Ranks
+from files.machine import Ranks, cpu_name
 from model import is_part_of
 
 try:
@@ -94,16 +93,21 @@ def describe(
 
 def environment(device: torch.device, n_ranks: int) -> dict[str, Any]:
     """What a result depends on beside the flags and the data: code, libraries and hardware."""
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    root = Path(__file__).parents[1]
-    code = [path.read_bytes() for name in ARITHMETIC for path in sorted(root.glob(name))]
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     return {
-        "arithmetic": hashlib.sha256(b"".join(code)).hexdigest()[:12],
+        "arithmetic": code_digest(ARITHMETIC),
         "torch": str(torch.__version__),
         "device": f"{device.type}, {hardware}",
         "threads": torch.get_num_threads(),
         "ranks": n_ranks,
     }
+
+
+def code_digest(names: Iterable[str]) -> str:
+    """A hash of files of this repository, by their names or patterns."""
+    root = Path(__file__).parents[1]
+    code = [path.read_bytes() for name in names for path in sorted(root.glob(name))]
+    return hashlib.sha256(b"".join(code)).hexdigest()[:12]
 
 
 def digest(arrays: Iterable[np.ndarray | torch.Tensor]) -> str:

@@ -242,11 +242,18 @@ def test_a_start_that_cannot_be_made_again_is_left_out(analysis, topics, tmp_pat
     assert "start is left out" in capsys.readouterr().err
 
 
-def test_finished_runs_are_not_repeated(analysis, topics, calls):
+def test_finished_runs_are_not_repeated(analysis, topics, calls, capsys):
     model, out, scores = analysis
     flags = flags_of(topics, model, out, "--labels", "12,30")
     assert analyze.main(flags) == scores
     assert not calls
+    assert "of other code" not in capsys.readouterr().err
+
+    lines = read_results(out)
+    results = (out / "results.csv").read_text()
+    (out / "results.csv").write_text(results.replace(lines[0]["code"], "0123456789ab", 1))
+    assert analyze.main(flags) == scores
+    assert "1 finished runs are of other code" in capsys.readouterr().err
 
     next((out / "predictions").glob("*-model-frozen-30-1-*.npz")).unlink()
     lines = (out / "results.csv").read_text().splitlines()
