@@ -15,17 +15,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-import train as pretraining
 from analysis import behaviour, experiment, report, track
 from analysis.experiment import METHODS, STARTS, Setup
 from analysis.results import Plan, Results, Table
 from files import disk, model_folder, run_folder
 from files.cli import Parser, choose_hardware, flags_to_json, number, run_script
-from files.disk import UserError
 from labels import load, subsample
 
-# Flags of train.py that its step 0 does not share with the run, or that have no value.
-NOT_OF_THE_START = {"out", "steps", "dtype", "device", "resume", "compile", "keep_best"}
 QUICK_METHODS = "majority,start,pretrained,pretrained+ngrams,ngrams"
 QUICK = {"labels": "100,500", "seeds": 2, "methods": QUICK_METHODS}
 
@@ -70,37 +66,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.pool and len(args.model) == 1:
         parser.error("--pool needs several folders after --model")
     return args
-
-
-def make_starts(models: dict[str, Path], folder: Path) -> dict[str, Path]:
-    """The models at step 0 of the pretraining of these models, where they can be made again."""
-    starts = {}
-    for name, model in models.items():
-        try:
-            flags = experiment.read_flags(model)
-            if not flags or "-" in flags.get("corpus", []):
-                raise UserError(f"{model} is not a run of train.py on files")
-            with contextlib.redirect_stdout(sys.stderr):
-                pretraining.main(flags_of_step_0(flags, folder / f"start-{name}"))
-            starts[name] = folder / f"start-{name}"
-        except UserError as error:
-            print(f"{name}: start is left out: {error}", file=sys.stderr)
-        except SystemExit as stop:
-            if stop.code != 2:  # Ctrl-C
-                raise
-            print(f"{name}: start is left out: train.py refuses its flags", file=sys.stderr)
-    return starts
-
-
-def flags_of_step_0(flags: dict[str, Any], out: Path) -> list[str]:
-    """The command line that ends a run of train.py with these flags before its first step."""
-    argv = ["--steps", "0", "--dtype", "float32", "--out", str(out)]
-    for name in flags.keys() - NOT_OF_THE_START:
-        value = flags[name]
-        if value not in (None, []):
-            values = value if isinstance(value, list) else [value]
-            argv += [f"--{name.replace('_', '-')}", *map(str, values)]
-    return argv
 
 
 def run_missing(plan: Plan, results: Results, setup: Setup) -> None:
@@ -164,7 +129,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
         data = args.train.name if args.train else args.data
         needs_start = not set(STARTS).isdisjoint(args.methods)
-        starts = make_starts(models, args.out / "work") if needs_start else {}
+        starts = experiment.make_starts(models, args.out / "work") if needs_start else {}
         if args.pool and len(starts) < len(models):
             starts = {}  # a cell has the same number of seeds everywhere
         probes = test[np.arange(0)] if args.train else behaviour.sentences()

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import labels
 from analysis.html_page import attention_maps, html_report, section
-from analysis.removal import compare_removals
+from analysis.removal import compare_removals, print_check
 from files import streams
 from files.cli import Parser, choose_hardware, number, run_script
 from files.disk import UserError, write_file
@@ -214,18 +214,6 @@ def sample_texts(args: argparse.Namespace) -> list[str]:
     rng = np.random.default_rng([args.seed, streams.CHECKED_TEXTS])
     sample = rng.permutation(len(texts))[: args.sentences]
     return [texts[i] for i in np.sort(sample)]
-
-
-def print_check(results: dict[str, Any]) -> None:
-    print("probability of the answer without a share of the words")
-    print("removed     " + "".join(f"{share:7.0%}" for share in results["shares"]))
-    for method in ("attributed", "random"):
-        print(f"{method:12}" + "".join(f"{p:7.3f}" for p in results[method]))
-    low, high = results["interval"]
-    change = (
-        f"lowers the probability by {results['difference']:.3f} more than removing random words"
-    )
-    print(f"Removing attributed words {change} (95% CI {low:.3f} to {high:.3f}).")
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

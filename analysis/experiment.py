@@ -1,6 +1,7 @@
 """Run one method on one draw of the labels: choose its hyperparameters inside these labels, fit it
 on all of them, and evaluate it once on the test set."""
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -17,6 +18,7 @@ import torch
 from tokenizers import Tokenizer
 
 import finetune
+import train
 from analysis import baselines
 from analysis.baselines import Fit
 from analysis.evaluation import forward_all, measure
@@ -37,6 +39,8 @@ FROZEN_GRID = tuple(("mean", c) for c in (1e-3, 1e-2, 0.1, 1.0))  # C
 START_WITH_NGRAMS = WITH_NGRAMS.replace("pretrained", "start")
 STARTS = ("start", START_WITH_NGRAMS)
 NETWORKS = ("pretrained", WITH_NGRAMS, *STARTS, "random_weights")
+# Flags of train.py that its step 0 does not share with the run.
+NOT_OF_THE_START = {"out", "steps", "dtype", "device", "resume", "compile", "keep_best"}
 NOT_THE_RECIPE = {"seed", "out", "device", "resume", "compile", "log_every", "save_every", "keep"}
 
 
@@ -73,6 +77,39 @@ def name_models(folders: list[Path]) -> dict[str, Path]:
     if len(set(names)) < len(names):
         raise UserError("--model: the same folder twice")
     return {name.replace("/", "-"): folder for name, folder in zip(names, folders, strict=True)}
+
+
+def make_starts(models: dict[str, Path], folder: Path) -> dict[str, Path]:
+    """The models at step 0 of the pretraining of these models, where they can be made again."""
+    starts = {}
+    for name, model in models.items():
+        try:
+            flags = read_flags(model)
+            if not flags or "-" in flags.get("corpus", []):
+                raise UserError(f"{model} is not a run of train.py on files")
+            with contextlib.redirect_stdout(sys.stderr):
+                train.main(flags_of_step_0(flags, folder / f"start-{name}"))
+            starts[name] = folder / f"start-{name}"
+        except UserError as error:
+            print(f"{name}: start is left out: {error}", file=sys.stderr)
+        except SystemExit as stop:
+            if stop.code != 2:  # Ctrl-C
+                raise
+            print(f"{name}: start is left out: train.py refuses its flags", file=sys.stderr)
+    return starts
+
+
+def flags_of_step_0(flags: dict[str, Any], out: Path) -> list[str]:
+    """The command line that ends a run of train.py with these flags before its first step."""
+    argv = ["--steps", "0", "--dtype", "float32", "--out", str(out)]
+    for name in flags.keys() - NOT_OF_THE_START:
+        value = flags[name]
+        if value is None or value is False or value == []:
+            continue
+        argv.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            argv += map(str, value) if isinstance(value, list) else [str(value)]
+    return argv
 
 
 def make_plan(

@@ -58,3 +58,15 @@ def compare_removals(model: Classifier, explanations: list, seed: int) -> dict[s
         "difference": mean,
         "interval": interval,
     }
+
+
+def print_check(results: dict[str, Any]) -> None:
+    """Print what `compare_removals` returned."""
+    print("probability of the answer without a share of the words")
+    print("removed     " + "".join(f"{share:7.0%}" for share in results["shares"]))
+    for method in ("attributed", "random"):
+        print(f"{method:12}" + "".join(f"{p:7.3f}" for p in results[method]))
+    low, high = results["interval"]
+    change = f"lowers the probability by {results['difference']:.3f} more"
+    interval = f"(95% CI {low:.3f} to {high:.3f})"
+    print(f"Removing attributed words {change} than removing random words {interval}.")
