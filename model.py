@@ -138,11 +138,11 @@ class Norm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
     def after_add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (residual + x, the norm of that sum), computed in one pass."""
-        residual, normed = add_norm(x, residual, self.weight, self.eps)
-        if self.bias is not None:
-            normed = normed + self.bias
-        return residual, normed
+        """Return (residual + x, the norm of that sum); one pass on a GPU, without a bias."""
+        if self.bias is None:
+            return add_norm(x, residual, self.weight, self.eps)
+        total = residual + x
+        return total, self(total)
 
 
 class Embeddings(nn.Module):
@@ -208,7 +208,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer: attention, then an MLP, each added to the residual stream.
 
-    Pre-norm (modern) normalizes the input of each half; post-norm (BERT) normalizes the sum.
+    Pre-norm (modern) normalizes the input of each half; post-norm (BERT) normalizes the sum. A norm
+    adds what comes before it to the residual stream, so pre-norm leaves its last sum to the norm
+    that follows the block.
     """
 
     def __init__(self, config: Config, layer: int):
@@ -222,17 +224,27 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rope: Rope | None, dropout: nn.Module
-    ) -> Tensor:
-        if self.is_pre_norm:
-            attended = self.attn(self.attn_norm(x), cu_seqlens, max_seqlen, rope)
-            x, normed = self.mlp_norm.after_add(dropout(attended), x)
-            return x + dropout(self.mlp(normed))
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        rope: Rope | None,
+        dropout: nn.Module,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Take and return (x, residual), whose sum is the residual stream; None of layer 0 and of
+        post-norm stands for zero.
+        """
+        if not self.is_pre_norm:
+            attended = self.attn(x, cu_seqlens, max_seqlen, rope)
+            _, x = self.attn_norm.after_add(dropout(attended), x)
+            _, x = self.mlp_norm.after_add(dropout(self.mlp(x)), x)
+            return x, None
 
-        attended = self.attn(x, cu_seqlens, max_seqlen, rope)
-        _, x = self.attn_norm.after_add(dropout(attended), x)
-        _, x = self.mlp_norm.after_add(dropout(self.mlp(x)), x)
-        return x
+        residual, normed = (x, x) if residual is None else self.attn_norm.after_add(x, residual)
+        attended = self.attn(normed, cu_seqlens, max_seqlen, rope)
+        residual, normed = self.mlp_norm.after_add(dropout(attended), residual)
+        return dropout(self.mlp(normed)), residual
 
 
 class Encoder(nn.Module):
@@ -243,7 +255,7 @@ class Encoder(nn.Module):
         self.config = config
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.final_norm = Norm(config) if config.is_modern else nn.Identity()
+        self.final_norm = Norm(config) if config.is_modern else None
         self.dropout = nn.Dropout(0.0)  # on hidden states only; fine-tuning raises it
 
     def ropes(self, max_seqlen: int, device: torch.device) -> dict[int | None, Rope | None]:
@@ -273,9 +285,11 @@ class Encoder(nn.Module):
         """
         ropes = self.ropes(max_seqlen, ids.device)
         x = self.dropout(self.embeddings(ids, cu_seqlens, token_types))
+        residual = None
         for layer in self.layers:
-            x = layer(x, cu_seqlens, max_seqlen, ropes[layer.attn.window], self.dropout)
-        return self.final_norm(x)
+            rope = ropes[layer.attn.window]
+            x, residual = layer(x, residual, cu_seqlens, max_seqlen, rope, self.dropout)
+        return x if residual is None else self.final_norm.after_add(x, residual)[1]
 
 
 # ------------------------------------------------------------------------------------------ heads

@@ -117,7 +117,8 @@ def test_cross_entropy(monkeypatch, dtype):
 # with one feature the gradient is 0, of which a GPU's fused multiply-add leaves only its rounding
 @pytest.mark.parametrize("d_model", (1 if DEVICE == "cpu" else 6, 48, 64))
 def test_add_norm(monkeypatch, dtype, d_model):
-    monkeypatch.setattr(norm, "NORM_STRIPS", 4)
+    monkeypatch.setattr(norm, "TILE", 256)  # several rows in a tile
+    monkeypatch.setattr(norm, "_n_programs", lambda _: 2)  # and several tiles in a program
     generator = generator_of(d_model)
     x, residual, d_total, d_normed = random_tensor(4, 19, d_model, generator=generator).to(dtype)
     weight = random_tensor(d_model, generator=generator).to(dtype)
@@ -133,11 +134,10 @@ def test_add_norm(monkeypatch, dtype, d_model):
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
-def test_geglu(monkeypatch, dtype):
-    monkeypatch.setattr(geglu, "ROW_BLOCK", 32)
+def test_geglu(dtype):
     generator = generator_of(0)
-    x = (3 * random_tensor(19, 2 * 45, generator=generator)).to(dtype)
-    d_out = (3 * random_tensor(19, 45, generator=generator)).to(dtype)
+    x = (3 * random_tensor(19, 2 * 70, generator=generator)).to(dtype)  # several tiles, in part
+    d_out = (3 * random_tensor(19, 70, generator=generator)).to(dtype)
     exact = outputs_and_gradients(geglu.reference, [x.double()], [d_out])
     plain = outputs_and_gradients(geglu.reference, [x], [d_out])
     assert_as_exact(outputs_and_gradients(geglu.geglu, [x], [d_out]), plain, exact)
@@ -207,12 +207,12 @@ def backend(module, inputs):
     return module.forward
 
 block = torch.compile(Block(Config(100, 64, 1, 2, 96, 32), 1), backend=backend, fullgraph=True)
-x = torch.randn(40, 64, requires_grad=True)
+x, residual = torch.randn(2, 40, 64, requires_grad=True)
 rope = rope_tables(32, 32, 1e4)
 for n in (2, 3, 4, 5):
     cu_seqlens = torch.tensor([*range(n), 40], dtype=torch.int32)
     with contextlib.suppress(RuntimeError, ValueError):  # running the graph would take a GPU
-        block(x, cu_seqlens, 32 - n, rope, torch.nn.Identity())
+        block(x, residual, cu_seqlens, 32 - n, rope, torch.nn.Identity())
 print(*names, f"compiled {len(compilations)} times", sep="\\n")
 """
 
@@ -233,14 +233,14 @@ def test_a_compiled_block_is_one_graph_that_contains_the_kernels():
 def test_a_compiled_block_is_the_block():
     torch.manual_seed(0)
     block = Block(Config(100, 64, 1, 2, 96, 32), 1).to(DEVICE)
-    x = torch.randn(40, 64, device=DEVICE)
+    x, residual = torch.randn(2, 40, 64, device=DEVICE)
     cu_seqlens = torch.tensor([0, 10, 40], dtype=torch.int32, device=DEVICE)
     rope = attention.rope_tables(32, 32, 1e4, DEVICE)
     compiled = torch.compile(block, fullgraph=True)
 
     def output_and_gradients(function):
         leaf = as_leaf(x)
-        out = function(leaf, cu_seqlens, 32, rope, torch.nn.Identity())
+        out = sum(function(leaf, residual, cu_seqlens, 32, rope, torch.nn.Identity()))
         return out, *torch.autograd.grad(out.square().sum(), [leaf, *block.parameters()])
 
     ours, plain = output_and_gradients(compiled), output_and_gradients(block)
