@@ -49,7 +49,7 @@ def argument_type(value: Any) -> str:
     return {int: "i32", float: FLOAT_TYPE}.get(type(value), "constexpr")
 
 
-def record_launches(dtype: torch.dtype, on_hip: bool) -> list[tuple]:
+def record_launches(dtype: torch.dtype, architecture: str) -> list[tuple]:
     """(kernel, types of arguments, constants, compiler options) of each launch in a model.
 
     The model trains and predicts, at the widths of all presets.
@@ -67,7 +67,7 @@ def record_launches(dtype: torch.dtype, on_hip: bool) -> list[tuple]:
         key = f"{kernel.fn.__name__} {types} {constants} {options}"
         launches[key] = (kernel, types, constants, options)
 
-    flash_options = functools.partial(kernels.attention.flash_options, on_hip=on_hip)
+    flash_options = functools.partial(kernels.attention.flash_options, architecture=architecture)
     ids = torch.arange(64)
     cu_seqlens = torch.tensor([0, 24, 64], dtype=torch.int32)
     batch = Batch(ids, cu_seqlens, 40, masked=ids[:8], targets=ids[:8])
@@ -135,7 +135,8 @@ def report(targets: Iterable[str] = tuple(TARGETS)) -> list[dict[str, Any]]:
     triton.knobs.compilation.always_compile = True  # a cached kernel has no log
     rows = []
     for target, (dtype_name, dtype) in itertools.product(targets, DTYPES.items()):
-        for launch in record_launches(dtype, on_hip=TARGETS[target][0] == "hip"):
+        architecture = "hip" if TARGETS[target][0] == "hip" else target
+        for launch in record_launches(dtype, architecture):
             row = compile_launch(launch, target, dtype_name)
             rows.append(row)
             print(LINE.format(**row), *row["tensor_cores"].items(), flush=True)

@@ -9,6 +9,7 @@ B sequences of a group. Sequence s is the rows cu_seqlens[s] to cu_seqlens[s + 1
 
 from __future__ import annotations  # without Triton, `tl.constexpr` must not be evaluated
 
+import functools
 import math
 
 import torch
@@ -214,22 +215,30 @@ class _FlashAttention(torch.autograd.Function):
     """FlashAttention-2 (Dao 2023, arXiv 2307.08691, algorithms 1 and 2), without atomics.
 
     q and k are rotated by a kernel of their own, because each block of them is loaded many times.
+    The backward pass rotates their gradients back where it writes them.
     """
 
     @staticmethod
     def forward(ctx, qkv, cu_seqlens, max_seqlen, rope, window) -> Tensor:
         n_tokens, _, n_heads, head_dim = qkv.shape
         qkv = qkv.contiguous()
+        qk = qkv  # its first two thirds
         if rope is not None:
-            qkv = flash_rotate(qkv, cu_seqlens, max_seqlen, *rope, 1.0)
+            qk = qkv.new_empty(n_tokens, 2, n_heads, head_dim)
+            grid = _grid(cu_seqlens, 2 * n_heads, max_seqlen, ROTATE_BLOCK)
+            _flash_rotate[grid](
+                qkv, qk, cu_seqlens, *rope, n_heads, HALF=head_dim // 2, BLOCK=ROTATE_BLOCK
+            )
 
         out = qkv.new_empty(n_tokens, n_heads, head_dim)
         lse = qkv.new_empty(n_heads, n_tokens, dtype=torch.float32)  # logsumexp of scores, base 2
         options = flash_options(head_dim, qkv.dtype)
         grid = _grid(cu_seqlens, n_heads, max_seqlen, options["BLOCK"])
-        _flash_forward[grid](qkv, cu_seqlens, out, lse, n_tokens, n_heads, window, **options)
+        options["PARTS"] = qk.shape[1]
+        arguments = (qk, qkv, cu_seqlens, out, lse, n_tokens, n_heads, window)
+        _flash_forward[grid](*arguments, **options)
 
-        ctx.save_for_backward(qkv, cu_seqlens, out, lse)
+        ctx.save_for_backward(qk, qkv, cu_seqlens, out, lse)
         ctx.max_seqlen = max_seqlen
         ctx.rope = rope
         ctx.window = window
@@ -237,19 +246,18 @@ class _FlashAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_out: Tensor) -> tuple[Tensor, None, None, None, None]:
-        qkv, cu_seqlens, out, lse = ctx.saved_tensors
+        qk, qkv, cu_seqlens, out, lse = ctx.saved_tensors
         n_tokens, _, n_heads, head_dim = qkv.shape
         d_out = d_out.contiguous()
         d_qkv = torch.empty_like(qkv)
         delta = torch.empty_like(lse)  # row sums of out * d_out, written by the first kernel
         options = flash_options(head_dim, qkv.dtype)
         grid = _grid(cu_seqlens, n_heads, ctx.max_seqlen, options["BLOCK"])
-        arguments = (qkv, cu_seqlens, out, lse, d_out, delta, d_qkv, n_tokens, n_heads, ctx.window)
+        tensors = (qk, qkv, cu_seqlens, out, lse, d_out, delta, d_qkv, *(ctx.rope or (None, None)))
+        arguments = (*tensors, n_tokens, n_heads, ctx.window)
+        options["PARTS"] = qk.shape[1]
         _flash_d_q[grid](*arguments, **options)
         _flash_d_kv[grid](*arguments, **options)
-
-        if ctx.rope is not None:
-            d_qkv = flash_rotate(d_qkv, cu_seqlens, ctx.max_seqlen, *ctx.rope, -1.0)
         return d_qkv, None, None, None, None
 
 
@@ -259,30 +267,35 @@ def _grid(cu_seqlens: Tensor, n_heads: int, max_seqlen: int, block: int) -> tupl
 
 
 def flash_options(
-    head_dim: int, dtype: torch.dtype, on_hip: bool = torch.version.hip is not None
+    head_dim: int, dtype: torch.dtype, architecture: str | None = None
 ) -> dict[str, int]:
     """Rows of a program (BLOCK), rows of the other side that it reads at a time (STEP), and depth
-    of the pipeline: the largest at which no GPU spills registers (python bench.py --aot)."""
+    of the pipeline: the largest at which no GPU spills registers (python bench.py --aot).
+
+    Args:
+        architecture: "hip", or "sm_" and the compute capability; None: of this machine.
+    """
+    architecture = architecture or _architecture()
     is_16_bit = dtype.itemsize == 2
+    step = 16
+    if is_16_bit and head_dim <= 64:  # the tensor cores of Hopper and Blackwell take wide tiles
+        step = 64 if architecture in ("sm_90", "sm_100") else 32
     num_stages = 2 if is_16_bit else 3
     return {
         "WIDTH": head_dim,
         "BLOCK": 64 if is_16_bit else 32,
-        "STEP": 32 if is_16_bit and head_dim <= 64 else 16,
-        "num_stages": 1 if on_hip else num_stages,
+        "STEP": step,
+        "num_stages": 1 if architecture == "hip" else num_stages,
     }
 
 
-def flash_rotate(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, cos: Tensor, sin: Tensor, sign: float
-) -> Tensor:
-    """qkv with q and k rotated by their positions in float32; sign -1 rotates back."""
-    out = torch.empty_like(qkv)
-    n_heads, head_dim = qkv.shape[2:]
-    grid = _grid(cu_seqlens, 3 * n_heads, max_seqlen, ROTATE_BLOCK)
-    sizes = {"HALF": head_dim // 2, "BLOCK": ROTATE_BLOCK}
-    _flash_rotate[grid](qkv, out, cu_seqlens, cos, sin, sign, n_heads, **sizes)
-    return out
+@functools.cache
+def _architecture() -> str:
+    if torch.version.hip:
+        return "hip"
+    if not torch.cuda.is_available():  # Triton's interpreter
+        return ""
+    return "sm_{}{}".format(*torch.cuda.get_device_capability())
 
 
 # In the kernels below i counts queries and j keys, from the start of their sequence. Every matrix
@@ -311,24 +324,34 @@ def _store(base, rows, length, stride, x, WIDTH: tl.constexpr):
 
 
 @jit
-def _flash_rotate(
-    qkv, out, cu_seqlens, cos, sin, sign, n_heads, HALF: tl.constexpr, BLOCK: tl.constexpr
-):
-    head = tl.program_id(1)  # of 3 * n_heads: those of q, of k and of v
+def _flash_rotate(qkv, qk, cu_seqlens, cos, sin, n_heads, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    head = tl.program_id(1)  # of 2 * n_heads: those of q and of k
+    block = tl.program_id(2)
     begin, length = _sequence(cu_seqlens, tl.program_id(0))
-    rows = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    stride = 3 * n_heads * 2 * HALF
-    offset = begin * stride + head * 2 * HALF
+    rows = block * BLOCK + tl.arange(0, BLOCK)
+    d_model = n_heads * 2 * HALF
+    qkv += begin * 3 * d_model + head * 2 * HALF
+    qk += begin * 2 * d_model + head * 2 * HALF
 
-    a = _load(qkv + offset, rows, length, stride, HALF).to(tl.float32)
-    b = _load(qkv + offset + HALF, rows, length, stride, HALF).to(tl.float32)
-    if head < 2 * n_heads:  # v is copied
-        c = _load(cos, rows, length, HALF, HALF)
-        s = _load(sin, rows, length, HALF, HALF)
-        s = (s * sign).to(tl.float32)  # torch.compile passes the sign in float64
-        a, b = a * c - b * s, b * c + a * s
-    _store(out + offset, rows, length, stride, a, HALF)
-    _store(out + offset + HALF, rows, length, stride, b, HALF)
+    a = _load(qkv, rows, length, 3 * d_model, HALF).to(tl.float32)
+    b = _load(qkv + HALF, rows, length, 3 * d_model, HALF).to(tl.float32)
+    c = _load(cos, rows, length, HALF, HALF)
+    s = _load(sin, rows, length, HALF, HALF)
+    _store(qk, rows, length, 2 * d_model, a * c - b * s, HALF)
+    _store(qk + HALF, rows, length, 2 * d_model, b * c + a * s, HALF)
+
+
+@jit
+def _rotate_back(x, cos, sin, rows, length, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Undo the rotation of (BLOCK, WIDTH); without tables there was none."""
+    if cos is None:
+        return x
+    HALF: tl.constexpr = WIDTH // 2
+    c = _load(cos, rows, length, HALF, HALF)
+    s = _load(sin, rows, length, HALF, HALF)
+    a, b = tl.split(tl.permute(tl.reshape(x, (BLOCK, 2, HALF)), (0, 2, 1)))  # (BLOCK, HALF) each
+    pairs = tl.join(a * c + b * s, b * c - a * s)  # (BLOCK, HALF, 2)
+    return tl.reshape(tl.permute(pairs, (0, 2, 1)), (BLOCK, WIDTH))
 
 
 @jit
@@ -344,26 +367,28 @@ def _scores(x, y, rows, columns, length, window, WIDTH: tl.constexpr):
 
 @jit
 def _span(block, length, window, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    """First and last row of the other side that a block can see or be seen from."""
+    """First and last row of the other side that a block can see or be seen from; none if the block
+    begins beyond the end of the sequence."""
     first, last = 0, length
     if window is not None:
         first = tl.maximum(0, block * BLOCK - window) // STEP * STEP
         last = tl.minimum(length, (block + 1) * BLOCK + window)
-    return first, last
+    return first, tl.where(block * BLOCK < length, last, first)
 
 
 @jit
 def _flash_forward(
-    qkv, cu_seqlens, out, lse, n_tokens, n_heads, window,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    qk, qkv, cu_seqlens, out, lse, n_tokens, n_heads, window,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
     block = tl.program_id(2)
     begin, length = _sequence(cu_seqlens, tl.program_id(0))
     d_model = n_heads * WIDTH
     i = block * BLOCK + tl.arange(0, BLOCK)
+    qk += begin * PARTS * d_model + head * WIDTH
     qkv += begin * 3 * d_model + head * WIDTH
-    q = _load(qkv, i, length, 3 * d_model, WIDTH)
+    q = _load(qk, i, length, PARTS * d_model, WIDTH)
 
     m = tl.full((BLOCK,), -1e30, tl.float32)  # running maximum; -inf would give NaN
     l = tl.zeros((BLOCK,), tl.float32)  # running sum of exp2(scores - m)
@@ -371,7 +396,7 @@ def _flash_forward(
     first, last = _span(block, length, window, BLOCK, STEP)
     for start in range(first, last, STEP):
         j = start + tl.arange(0, STEP)
-        k = _load(qkv + d_model, j, length, 3 * d_model, WIDTH)
+        k = _load(qk + d_model, j, length, PARTS * d_model, WIDTH)
         v = _load(qkv + 2 * d_model, j, length, 3 * d_model, WIDTH)
         scores = _scores(q, k, i, j, length, window, WIDTH)
 
@@ -388,8 +413,9 @@ def _flash_forward(
 
 @jit
 def _flash_d_q(
-    qkv, cu_seqlens, out, lse, d_out, delta, d_qkv, n_tokens, n_heads, window,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    qk, qkv, cu_seqlens, out, lse, d_out, delta, d_qkv, cos, sin,
+    n_tokens, n_heads, window,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
     block = tl.program_id(2)
@@ -398,10 +424,11 @@ def _flash_d_q(
     i = block * BLOCK + tl.arange(0, BLOCK)
     offset = begin * d_model + head * WIDTH
     row = head * n_tokens + begin + i
+    qk += begin * PARTS * d_model + head * WIDTH
     qkv += begin * 3 * d_model + head * WIDTH
     d_qkv += begin * 3 * d_model + head * WIDTH
 
-    q = _load(qkv, i, length, 3 * d_model, WIDTH)
+    q = _load(qk, i, length, PARTS * d_model, WIDTH)
     o = _load(out + offset, i, length, d_model, WIDTH)
     d_o = _load(d_out + offset, i, length, d_model, WIDTH)
     lse_i = tl.load(lse + row, mask=i < length, other=0.0)
@@ -412,39 +439,42 @@ def _flash_d_q(
     first, last = _span(block, length, window, BLOCK, STEP)
     for start in range(first, last, STEP):
         j = start + tl.arange(0, STEP)
-        k = _load(qkv + d_model, j, length, 3 * d_model, WIDTH)
+        k = _load(qk + d_model, j, length, PARTS * d_model, WIDTH)
         v = _load(qkv + 2 * d_model, j, length, 3 * d_model, WIDTH)
         p = tl.exp2(_scores(q, k, i, j, length, window, WIDTH) - lse_i[:, None])
         d_p = tl.dot(d_o, tl.trans(v), input_precision="ieee")
         d_scores = p * (d_p - delta_i[:, None])
         d_q = tl.dot(d_scores.to(k.dtype), k, d_q, input_precision="ieee")
-    _store(d_qkv, i, length, 3 * d_model, d_q / tl.sqrt(1.0 * WIDTH), WIDTH)
+    d_q = _rotate_back(d_q / tl.sqrt(1.0 * WIDTH), cos, sin, i, length, WIDTH, BLOCK)
+    _store(d_qkv, i, length, 3 * d_model, d_q, WIDTH)
 
 
 @jit
 def _flash_d_kv(
-    qkv, cu_seqlens, out, lse, d_out, delta, d_qkv, n_tokens, n_heads, window,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    qk, qkv, cu_seqlens, out, lse, d_out, delta, d_qkv, cos, sin,
+    n_tokens, n_heads, window,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
     block = tl.program_id(2)
     begin, length = _sequence(cu_seqlens, tl.program_id(0))
     d_model = n_heads * WIDTH
     j = block * BLOCK + tl.arange(0, BLOCK)
+    qk += begin * PARTS * d_model + head * WIDTH
     qkv += begin * 3 * d_model + head * WIDTH
     d_qkv += begin * 3 * d_model + head * WIDTH
     d_out += begin * d_model + head * WIDTH
     lse += head * n_tokens + begin
     delta += head * n_tokens + begin
 
-    k = _load(qkv + d_model, j, length, 3 * d_model, WIDTH)
+    k = _load(qk + d_model, j, length, PARTS * d_model, WIDTH)
     v = _load(qkv + 2 * d_model, j, length, 3 * d_model, WIDTH)
     d_k = tl.zeros((BLOCK, WIDTH), tl.float32)
     d_v = tl.zeros((BLOCK, WIDTH), tl.float32)
     first, last = _span(block, length, window, BLOCK, STEP)
     for start in range(first, last, STEP):
         i = start + tl.arange(0, STEP)
-        q = _load(qkv, i, length, 3 * d_model, WIDTH)
+        q = _load(qk, i, length, PARTS * d_model, WIDTH)
         d_o = _load(d_out, i, length, d_model, WIDTH)
         lse_i = tl.load(lse + i, mask=i < length, other=0.0)
         delta_i = tl.load(delta + i, mask=i < length, other=0.0)
@@ -454,5 +484,6 @@ def _flash_d_kv(
         d_p = tl.dot(v, tl.trans(d_o), input_precision="ieee")
         d_scores = p * (d_p - delta_i[None, :])
         d_k = tl.dot(d_scores.to(q.dtype), q, d_k, input_precision="ieee")
-    _store(d_qkv + d_model, j, length, 3 * d_model, d_k / tl.sqrt(1.0 * WIDTH), WIDTH)
+    d_k = _rotate_back(d_k / tl.sqrt(1.0 * WIDTH), cos, sin, j, length, WIDTH, BLOCK)
+    _store(d_qkv + d_model, j, length, 3 * d_model, d_k, WIDTH)
     _store(d_qkv + 2 * d_model, j, length, 3 * d_model, d_v, WIDTH)
