@@ -37,9 +37,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TENSOR_TYPES = {dtype: f"*{name}" for name, dtype in DTYPES.items()}
 TENSOR_TYPES |= {torch.int32: "*i32", torch.int64: "*i64"}
 FLOAT_TYPE = "fp32"
-LINE = "{kernel:24}{target:7}{dtype:5}{registers:5} registers{shared:7} shared{spills:3} spills  "
-# Instructions of tensor cores: of NVIDIA's GPUs from old to new, and of AMD's.
-TENSOR_CORES = r"mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma"
+LINE = "{kernel:24}{target:7}{dtype:5}{registers:5} registers{shared:7} shared{spills:3} spills"
+LINE += "{barriers:4} barriers{wide_loads:4} wide loads  "
+# Instructions of tensor cores: of NVIDIA's GPUs from old to new (Hopper's with the sizes of their
+# product), and of AMD's.
+TENSOR_CORES = r"mma\.sync|wgmma\.mma_async\.sync\.aligned\.m64n\d+k\d+|tcgen05\.mma|v_mfma"
+BARRIER = r"bar\.sync|s_barrier"
+WIDE_LOAD = r"ld\.global\S*\.v4\.b32|global_load_dwordx4"
 
 
 def argument_type(value: Any) -> str:
@@ -49,8 +53,13 @@ def argument_type(value: Any) -> str:
     return {int: "i32", float: FLOAT_TYPE}.get(type(value), "constexpr")
 
 
+def is_multiple_of_16(kind: str, value: Any) -> bool:
+    return kind.startswith("*") or (kind == "i32" and value % 16 == 0)
+
+
 def record_launches(dtype: torch.dtype, architecture: str) -> list[tuple]:
-    """(kernel, types of arguments, constants, compiler options) of each launch in a model.
+    """(kernel, types of arguments, constants, compiler options, indices of the arguments that are
+    multiples of 16, as Triton specializes them) of each launch in a model.
 
     The model trains and predicts, at the widths of all presets.
     """
@@ -64,8 +73,12 @@ def record_launches(dtype: torch.dtype, architecture: str) -> list[tuple]:
         }
         constants = {n: x for n, x in arguments.items() if types.get(n) == "constexpr"}
         options = {n: x for n, x in keywords.items() if n not in types}
-        key = f"{kernel.fn.__name__} {types} {constants} {options}"
-        launches[key] = (kernel, types, constants, options)
+        # torch aligns the memory of tensors
+        aligned = [
+            i for i, name in enumerate(types) if is_multiple_of_16(types[name], arguments[name])
+        ]
+        key = f"{kernel.fn.__name__} {types} {constants} {options} {aligned}"
+        launches[key] = (kernel, types, constants, options, aligned)
 
     flash_options = functools.partial(kernels.attention.flash_options, architecture=architecture)
     ids = torch.arange(64)
@@ -79,7 +92,7 @@ def record_launches(dtype: torch.dtype, architecture: str) -> list[tuple]:
     ):
         for name in PRESETS:
             # one layer that sees everything and one with a window; few words, to be made quickly
-            sizes = {"vocab_size": 1024, "n_layers": 2, "global_attn_every_n_layers": 2}
+            sizes = {"vocab_size": 4096, "n_layers": 2, "global_attn_every_n_layers": 2}
             model = MaskedLM(preset(name, **sizes))
             with torch.no_grad():
                 model(batch)
@@ -92,15 +105,15 @@ def compile_launch(launch: tuple, target: str, dtype_name: str) -> dict[str, Any
     """Compile a kernel for a target, and return its row of the report.
 
     "spills" are bytes that ptxas stores and loads, or registers that AMD's compiler lists;
-    "tensor_cores" counts instructions; "has_dot": the kernel multiplies matrices.
+    "tensor_cores", "barriers" and "wide_loads", of 16 bytes, count instructions; "has_dot": the
+    kernel multiplies matrices.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, types, constants, options = launch
-    pointers = [i for i, kind in enumerate(types.values()) if kind.startswith("*")]
-    aligned = {(i,): [["tt.divisibility", 16]] for i in pointers}  # as torch allocates memory
-    source = ASTSource(kernel, types, constants, aligned)
+    kernel, types, constants, options, aligned = launch
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    source = ASTSource(kernel, types, constants, attributes)
     gpu = GPUTarget(*TARGETS[target])
     with contextlib.redirect_stdout(io.StringIO()) as output:  # of ptxas
         compiled = kernels.dispatch.triton.compile(source, gpu, options)
@@ -121,6 +134,8 @@ def compile_launch(launch: tuple, target: str, dtype_name: str) -> dict[str, Any
         "spills": sum(map(int, spills)),
         "tensor_cores": dict(Counter(re.findall(TENSOR_CORES, assembly))),
         "has_dot": "tt.dot" in compiled.asm["ttir"],
+        "barriers": len(re.findall(BARRIER, assembly)),
+        "wide_loads": len(re.findall(WIDE_LOAD, assembly)),
     }
 
 

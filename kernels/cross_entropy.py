@@ -11,17 +11,21 @@ from __future__ import annotations  # without Triton, `tl.constexpr` must not be
 import torch
 from torch import Tensor
 
-from kernels.dispatch import jit, tl, use_triton
+from kernels.dispatch import jit, tl, triton, use_triton
 
 # ruff: noqa: E741 (m and l are the names of the online softmax in the papers)
 
 # Logits that exist at a time: enough rows for a fast matrix multiplication and, on a GPU, enough
-# work in a chunk to outlast the launches of its kernels.
+# work to outlast the launches of the kernels. There each chunk also reads and writes the gradient
+# of the weight once more, so there are only a few.
 CHUNK_LOGITS = 2**23
 GPU_CHUNK_LOGITS = 2**26
+GPU_CHUNKS = 4
 # Logits that go through the softmax at a time on a CPU, so that they stay in its caches.
 BLOCK_LOGITS = 2**18
-ROW_BLOCK = 1024  # logits of a row that a Triton program reads at a time
+ROW_BLOCK = (
+    8192  # logits of a row that a Triton program reads at a time; more would spill registers
+)
 
 
 def reference(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
@@ -61,8 +65,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_low = weight.to(low)
         bias_exact = bias.to(exact)
 
-        chunk_logits = GPU_CHUNK_LOGITS if hidden.is_cuda else CHUNK_LOGITS
-        n_chunk = max(1, chunk_logits // len(weight))
+        n_chunk = max(1, CHUNK_LOGITS // len(weight))  # rows
+        if hidden.is_cuda:
+            n_chunk = max(1, GPU_CHUNK_LOGITS // len(weight), -(-len(hidden) // GPU_CHUNKS))
         buffer = hidden_low.new_empty(min(len(hidden), n_chunk), len(weight))  # of every chunk
         softmax = _softmax_by_rows if use_triton(hidden) else _softmax_by_blocks
 
@@ -80,7 +85,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss += softmax(logits, bias_exact, targets[rows], d_bias)
             if needs_gradient:  # the logits have become their gradient
                 d_hidden[rows] = logits @ weight_low
-                d_weight += logits.T @ chunk
+                _add_product(d_weight, logits.T, chunk)
 
         if needs_gradient:
             ctx.save_for_backward(d_hidden, d_weight, d_bias)
@@ -91,6 +96,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, d_loss: Tensor):
         gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         return *((gradient * d_loss).to(dtype) for gradient, dtype in gradients), None, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b; a GPU adds in the precision of the total without rounding the product."""
+    if total.is_cuda and a.dtype != total.dtype:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
 
 
 # ------------------------------------------------------------------------------------------- CPU
@@ -127,7 +140,8 @@ def _softmax_by_rows(
     """The same as `_softmax_by_blocks`, with one Triton program for each row."""
     n_rows, vocab_size = logits.shape
     losses = logits.new_empty(n_rows, dtype=torch.float32)
-    options = {"NEEDS_GRADIENT": d_bias is not None, "BLOCK": ROW_BLOCK}
+    block = min(ROW_BLOCK, triton.next_power_of_2(vocab_size))
+    options = {"NEEDS_GRADIENT": d_bias is not None, "BLOCK": block, "num_warps": 8}
     _softmax_cross_entropy[(n_rows,)](logits, bias, targets, losses, vocab_size, **options)
     if d_bias is not None:
         d_bias += logits.sum(dim=0, dtype=torch.float32)

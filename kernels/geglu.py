@@ -71,16 +71,17 @@ def _grid(out: Tensor) -> tuple[int, int]:
 
 
 @jit
-def _tile(n_tokens, d_ff, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows and columns of a program's tile, and which of its elements exist."""
-    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+def _tile(i, j, n_tokens, d_ff, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows and columns of tile (i, j), and which of its elements exist."""
+    row = (i.to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    column = (j * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     return row, column, (row < n_tokens) & (column < d_ff)
 
 
 @jit
 def _geglu(x, out, n_tokens, d_ff, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    row, column, is_inside = _tile(n_tokens, d_ff, ROWS, COLUMNS)
+    i, j = tl.program_id(0), tl.program_id(1)
+    row, column, is_inside = _tile(i, j, n_tokens, d_ff, ROWS, COLUMNS)
     x += row * 2 * d_ff + column
     a = tl.load(x, mask=is_inside, other=0.0).to(tl.float32)
     b = tl.load(x + d_ff, mask=is_inside, other=0.0).to(tl.float32)
@@ -91,7 +92,8 @@ def _geglu(x, out, n_tokens, d_ff, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @jit
 def _geglu_backward(x, d_out, d_x, n_tokens, d_ff, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    row, column, is_inside = _tile(n_tokens, d_ff, ROWS, COLUMNS)
+    i, j = tl.program_id(0), tl.program_id(1)
+    row, column, is_inside = _tile(i, j, n_tokens, d_ff, ROWS, COLUMNS)
     x += row * 2 * d_ff + column
     d_x += row * 2 * d_ff + column
     a = tl.load(x, mask=is_inside, other=0.0).to(tl.float32)

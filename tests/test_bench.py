@@ -72,7 +72,12 @@ def test_kernels_compile_without_spills_to_tensor_cores(compile_kernels):
     for row in rows:
         assert row["registers"] > 0 and row["spills"] == 0, row
         if row["has_dot"] and row["dtype"] != "fp32":
-            assert row["tensor_cores"].get("wgmma.mma_async"), row
+            products = [re.search(r"wgmma.*m64n(\d+)k", name) for name in row["tensor_cores"]]
+            assert products and all(product and int(product[1]) >= 64 for product in products), row
+        if row["kernel"].startswith(("add_norm", "geglu")):
+            assert row["wide_loads"] > 0, row
+        if row["kernel"] == "add_norm_backward":
+            assert row["barriers"] == 0, row  # in the loop over its rows
     assert any(row["has_dot"] for row in rows)
 
 

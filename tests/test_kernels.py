@@ -246,6 +246,7 @@ class StorageOfShape(TorchDispatchMode):
 def test_cross_entropy_has_one_chunk_of_logits_at_a_time(monkeypatch):
     for limit, n_rows in (("CHUNK_LOGITS", 8), ("GPU_CHUNK_LOGITS", 8), ("BLOCK_LOGITS", 1)):
         monkeypatch.setattr(cross_entropy, limit, n_rows * 301)
+    monkeypatch.setattr(cross_entropy, "GPU_CHUNKS", 40)
     with StorageOfShape((8, 301)) as logits:
         loss_and_gradients(linear_cross_entropy, *head_inputs(40, 32, 301))
     assert len(logits.addresses) == 1

@@ -99,9 +99,8 @@ def test_attention_with_its_default_blocks(dtype, head_dim):
 def test_cross_entropy(monkeypatch, dtype):
     for name in ("CHUNK_LOGITS", "GPU_CHUNK_LOGITS"):
         monkeypatch.setattr(cross_entropy, name, 9 * 301)  # several chunks of rows
-    monkeypatch.setattr(
-        cross_entropy, "ROW_BLOCK", 128
-    )  # several blocks of a row, the last partial
+    monkeypatch.setattr(cross_entropy, "GPU_CHUNKS", 31)
+    monkeypatch.setattr(cross_entropy, "ROW_BLOCK", 128)  # several, the last partial
     parts, targets = head_inputs(31, 32, 301, dtype=dtype)
     exact = exact_loss_and_gradients(parts, targets)
     plain = loss_and_gradients(cross_entropy.reference, parts, targets)
