@@ -263,10 +263,11 @@ class Encoder(nn.Module):
         config = self.config
         if not config.is_modern:
             return {None: None}
+        n_positions = -(-max_seqlen // 64) * 64  # few different ones, whose tables are cached
         tables = {}
         for window in {layer.attn.window for layer in self.layers}:
             theta = config.global_rope_theta if window is None else config.local_rope_theta
-            tables[window] = rope_tables(max_seqlen, config.head_dim, theta, device)
+            tables[window] = rope_tables(n_positions, config.head_dim, theta, device)
         return tables
 
     def forward(

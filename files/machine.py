@@ -61,9 +61,10 @@ class Ranks(NamedTuple):
 
     def sum(self, values: dict[str, Any], device: torch.device) -> dict[str, float]:
         """Each value summed over the ranks."""
+        if self.n == 1:
+            return {name: float(value) for name, value in values.items()}
         sums = torch.stack([torch.as_tensor(v, device=device).float() for v in values.values()])
-        if self.n > 1:
-            dist.all_reduce(sums)
+        dist.all_reduce(sums)
         return dict(zip(values, sums.tolist(), strict=True))
 
     def wrap(self, model: nn.Module, batch: Any) -> nn.Module:

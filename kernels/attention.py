@@ -66,6 +66,7 @@ def rotate(x: Tensor, rope: Rope | None) -> Tensor:
     return out.to(x.dtype)
 
 
+@functools.lru_cache(64)  # building them takes ten launches
 def rope_tables(
     n_positions: int, head_dim: int, theta: float, device: torch.device | str = "cpu"
 ) -> Rope:
