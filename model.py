@@ -173,6 +173,11 @@ class Embeddings(nn.Module):
         return self.norm(x)
 
 
+def select(x: Tensor, rows: Tensor | None) -> Tensor:
+    """The rows of x; None means all."""
+    return x if rows is None else x.index_select(0, rows)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention within each sequence."""
 
@@ -184,10 +189,17 @@ class Attention(nn.Module):
         self.Wqkv = FusedLinear(config.d_model, config.d_model, n_maps=3, bias=has_bias)
         self.Wo = nn.Linear(config.d_model, config.d_model, bias=has_bias)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rope: Rope | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        rope: Rope | None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
         qkv = self.Wqkv(x).unflatten(-1, (3, self.n_heads, -1))  # (T, 3, H, D)
         heads = attention(qkv, cu_seqlens, max_seqlen, rope, self.window)  # (T, H, D)
-        return self.Wo(heads.flatten(1))  # (T, d_model)
+        return self.Wo(select(heads.flatten(1), rows))  # (N, d_model)
 
 
 class MLP(nn.Module):
@@ -231,19 +243,20 @@ class Block(nn.Module):
         max_seqlen: int,
         rope: Rope | None,
         dropout: nn.Module,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Take and return (x, residual), whose sum is the residual stream; None of layer 0 and of
-        post-norm stands for zero.
+        post-norm stands for zero. All tokens are attended to, but only `rows` are returned.
         """
         if not self.is_pre_norm:
-            attended = self.attn(x, cu_seqlens, max_seqlen, rope)
-            _, x = self.attn_norm.after_add(dropout(attended), x)
+            attended = self.attn(x, cu_seqlens, max_seqlen, rope, rows)
+            _, x = self.attn_norm.after_add(dropout(attended), select(x, rows))
             _, x = self.mlp_norm.after_add(dropout(self.mlp(x)), x)
             return x, None
 
         residual, normed = (x, x) if residual is None else self.attn_norm.after_add(x, residual)
-        attended = self.attn(normed, cu_seqlens, max_seqlen, rope)
-        residual, normed = self.mlp_norm.after_add(dropout(attended), residual)
+        attended = self.attn(normed, cu_seqlens, max_seqlen, rope, rows)
+        residual, normed = self.mlp_norm.after_add(dropout(attended), select(residual, rows))
         return dropout(self.mlp(normed)), residual
 
 
@@ -271,7 +284,12 @@ class Encoder(nn.Module):
         return tables
 
     def forward(
-        self, ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, token_types: Tensor | None = None
+        self,
+        ids: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        token_types: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """Compute the final states.
 
@@ -280,16 +298,19 @@ class Encoder(nn.Module):
             cu_seqlens: (S + 1,) int32, where each sequence starts; the last entry is T.
             max_seqlen: length of the longest sequence, or more.
             token_types: (T,) int64, 0 in the first text of a pair and 1 in the second; BERT only.
+            rows: (N,) int64, the tokens whose states are needed; None means all T. The last layer
+                leaves out what the others would cost it after its attention.
 
         Returns:
-            (T, d_model).
+            (N, d_model).
         """
         ropes = self.ropes(max_seqlen, ids.device)
         x = self.dropout(self.embeddings(ids, cu_seqlens, token_types))
         residual = None
         for layer in self.layers:
             rope = ropes[layer.attn.window]
-            x, residual = layer(x, residual, cu_seqlens, max_seqlen, rope, self.dropout)
+            needed = rows if layer is self.layers[-1] else None
+            x, residual = layer(x, residual, cu_seqlens, max_seqlen, rope, self.dropout, needed)
         return x if residual is None else self.final_norm.after_add(x, residual)[1]
 
 
@@ -374,14 +395,14 @@ class MaskedLM(nn.Module):
             {name: (sum, count)}. "masked_lm" is the cross-entropy of the masked tokens, in nats
             (Devlin et al. 2018, section 3.1).
         """
-        states = self.model(batch.ids, batch.cu_seqlens, batch.max_seqlen)
+        states = self.model(batch.ids, batch.cu_seqlens, batch.max_seqlen, rows=batch.masked)
         counts = self.loss_counts(batch)
         return {"masked_lm": (self.masked_lm_loss(states, batch), counts["masked_lm"])}
 
     def masked_lm_loss(self, states: Tensor, batch) -> Tensor:
-        """The sum of the cross-entropy over the N masked tokens."""
-        masked = self.head(states.index_select(0, batch.masked))  # (N, d_model)
-        return linear_cross_entropy(masked, self.decoder.weight, self.decoder.bias, batch.targets)
+        """The sum of the cross-entropy over the N masked tokens, of their states (N, d_model)."""
+        hidden = self.head(states)
+        return linear_cross_entropy(hidden, self.decoder.weight, self.decoder.bias, batch.targets)
 
 
 class Classifier(nn.Module):

@@ -103,7 +103,7 @@ def fill_masks(
     ids, cu_seqlens, *_ = inputs
     n_tokens = cu_seqlens[n_texts]  # of the texts; the rest is padding
     masks = (ids[:n_tokens] == special_ids(tokenizer)["mask"]).nonzero()[:, 0]  # (M,)
-    states = model.model(*inputs).index_select(0, masks)  # (M, d_model)
+    states = model.model(*inputs, rows=masks)  # (M, d_model)
     probabilities = model.decoder(model.head(states)).softmax(-1)  # (M, C)
     words = best(probabilities, "token", tokenizer.id_to_token, top)
     words_of_texts: list[list[list[dict]]] = [[] for _ in range(n_texts)]

@@ -370,7 +370,19 @@ def test_a_classifier_continues_as_a_masked_lm(pretrained, finetuned, tmp_path):
 # --------------------------------------------------------------------- several losses, many batches
 
 
-class TwoLosses(MaskedLM):
+class AllStates(MaskedLM):
+    """Computes the states of all tokens, as an objective on all of them needs."""
+
+    def forward(self, batch):
+        states = self.model(batch.ids, batch.cu_seqlens, batch.max_seqlen)
+        return self.losses(states, batch)
+
+    def losses(self, states, batch):
+        loss = self.masked_lm_loss(states.index_select(0, batch.masked), batch)
+        return {"masked_lm": (loss, len(batch.masked))}
+
+
+class TwoLosses(AllStates):
     """Each window's mean state also predicts a random number: a second objective, with a module
     that only pretraining needs and randomness from the batch."""
 
@@ -384,15 +396,11 @@ class TwoLosses(MaskedLM):
     def loss_counts(batch):
         return MaskedLM.loss_counts(batch) | {"guess": len(batch.cu_seqlens) - 1}
 
-    def forward(self, batch):
-        states = self.model(batch.ids, batch.cu_seqlens, batch.max_seqlen)
+    def losses(self, states, batch):
         guesses = self.guess(mean_pool(states, batch.cu_seqlens))
         numbers = torch.rand(guesses.shape, generator=batch.generator(guesses.device))
-        counts = self.loss_counts(batch)
-        return {
-            "masked_lm": (self.masked_lm_loss(states, batch), counts["masked_lm"]),
-            "guess": (((guesses - numbers) ** 2).sum(), counts["guess"]),
-        }
+        guess = ((guesses - numbers) ** 2).sum()
+        return super().losses(states, batch) | {"guess": (guess, len(batch.cu_seqlens) - 1)}
 
 
 def add_loss(monkeypatch, weight):
@@ -404,6 +412,7 @@ def test_a_second_loss_of_weight_zero_leaves_the_run_bit_identical(
     corpus_file, tmp_path, monkeypatch
 ):
     plain, extended = tmp_path / "plain", tmp_path / "extended"
+    monkeypatch.setattr(train, "MaskedLM", AllStates)
     train.main(run(corpus_file, plain, steps=3))
     add_loss(monkeypatch, 0.0)
     metrics = train.main(run(corpus_file, extended, steps=3))
