@@ -3,6 +3,7 @@
 Axes: S sequences (examples), T tokens of a batch.
 """
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -15,8 +16,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from files import streams
-from files.columns import Columns, Item, guess_task, read_examples, to_number
+from files.columns import Columns, Item, find_tests, guess_task, read_examples, to_number
 from files.disk import UserError
+from files.readers import class_names
 from files.reviews import load_reviews
 from files.sequences import reads_items
 from files.tokenizer import special_ids
@@ -40,12 +42,14 @@ class LabeledDataset:
         pairs: The second texts, or None.
         targets: (S,) int64 class numbers that index `names`, or (S,) float32 numbers to predict.
         names: The class names, or None for regression.
+        parts: (S,) The part of each example in a test set of several, which are measured apart too.
     """
 
     texts: list[str]
     pairs: list[str] | None
     targets: np.ndarray
     names: list[str] | None
+    parts: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -53,7 +57,8 @@ class LabeledDataset:
     def __getitem__(self, indices: np.ndarray) -> "LabeledDataset":
         texts = [self.texts[i] for i in indices]
         pairs = None if self.pairs is None else [self.pairs[i] for i in indices]
-        return replace(self, texts=texts, pairs=pairs, targets=self.targets[indices])
+        parts = None if self.parts is None else self.parts[indices]
+        return replace(self, texts=texts, pairs=pairs, targets=self.targets[indices], parts=parts)
 
     @property
     def strata(self) -> np.ndarray:
@@ -90,8 +95,9 @@ def load(
 
     Args:
         data: "mr" or "imdb"; not used if there is a `train` file.
-        train: A .csv, .tsv or .jsonl file, or .gz of one.
-        test: Another; without it, the last fifth of each class of `train` is held out.
+        train: A table, or a dataset of the hub (files/hub_datasets.py).
+        test: Another; without it, the test or validation split of a dataset of the hub, or else the
+            last fifth of each class of `train`, which is held out.
         columns: Those of the text, second text and label. None is guessed and printed.
         task: "classify", "regress", or None to guess it.
 
@@ -106,19 +112,29 @@ def load(
     items, chosen = read_examples(train, Columns(*columns))
     names = None
     if (task or guess_task(item.label for item in items)) == "classify":
-        names = _class_names(train, items)
+        names = _class_names(train, items, chosen.label)
     examples = _to_dataset(items, names)
     classes = "numbers (regression)"
     if names:
         classes = names if len(names) <= 10 else f"{len(names)} classes"
     print(f"{train}: {len(examples):,} examples; label {chosen.label!r}: {classes}")
-    if test is None:
+    tests = find_tests(train, test, chosen.label)
+    if not tests:
         return hold_out_last_fifth(examples)
-    return examples, _to_dataset(read_examples(test, chosen)[0], names)
+    test_items = [read_examples(path, chosen)[0] for path in tests]
+    test_examples = _to_dataset(list(itertools.chain(*test_items)), names)
+    if len(tests) > 1:
+        splits = [path.name.rpartition(":")[2] for path in tests]
+        parts = np.repeat(splits, list(map(len, test_items)))
+        test_examples = replace(test_examples, parts=parts)
+    return examples, test_examples
 
 
-def _class_names(path: Path, items: list[Item]) -> list[str]:
-    """The distinct labels: numbers by value, then names. Raises UserError if it is only one."""
+def _class_names(path: Path, items: list[Item], column: str) -> list[str]:
+    """The distinct labels: in the order of the file's metadata, or numbers by value, then names.
+
+    Raises UserError if it is only one.
+    """
     counts = Counter(item.label for item in items)
     if len(counts) < 2:
         raise UserError(f"{path}: the label column has one class only, {items[0].label!r}")
@@ -127,7 +143,12 @@ def _class_names(path: Path, items: list[Item]) -> list[str]:
         if len(single) == len(items):
             raise UserError(f"{path}: each label occurs once only, such as {names}")
         print(f"{single[0].source}: classes with one example only, for training: {names}")
-    return sorted(counts, key=lambda name: (np.nan_to_num(to_number(name), nan=np.inf), name))
+    order = {name: i for i, name in enumerate(class_names(path, column))}
+
+    def place(name: str) -> tuple[int, float, str]:
+        return order.get(name, len(order)), np.nan_to_num(to_number(name), nan=np.inf), name
+
+    return sorted(counts, key=place)
 
 
 def _to_dataset(items: list[Item], names: list[str] | None) -> LabeledDataset:
