@@ -3,7 +3,6 @@
 Axes: S sequences (examples), T tokens of a batch.
 """
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from files import streams
-from files.columns import Columns, Item, find_tests, guess_task, read_examples, to_number
+from files.columns import Columns, Item, guess_task, read_examples, read_tests, to_number
 from files.disk import UserError
 from files.readers import class_names
 from files.reviews import load_reviews
@@ -96,8 +95,7 @@ def load(
     Args:
         data: "mr" or "imdb"; not used if there is a `train` file.
         train: A table, or a dataset of the hub (files/hub_datasets.py).
-        test: Another; without it, the test or validation split of a dataset of the hub, or else the
-            last fifth of each class of `train`, which is held out.
+        test: Another; without it, splits of the hub's dataset, or the last fifth of each class.
         columns: Those of the text, second text and label. None is guessed and printed.
         task: "classify", "regress", or None to guess it.
 
@@ -118,23 +116,15 @@ def load(
     if names:
         classes = names if len(names) <= 10 else f"{len(names)} classes"
     print(f"{train}: {len(examples):,} examples; label {chosen.label!r}: {classes}")
-    tests = find_tests(train, test, chosen.label)
-    if not tests:
+    test_items, parts = read_tests(train, test, chosen)
+    if not test_items:
         return hold_out_last_fifth(examples)
-    test_items = [read_examples(path, chosen)[0] for path in tests]
-    test_examples = _to_dataset(list(itertools.chain(*test_items)), names)
-    if len(tests) > 1:
-        splits = [path.name.rpartition(":")[2] for path in tests]
-        parts = np.repeat(splits, list(map(len, test_items)))
-        test_examples = replace(test_examples, parts=parts)
-    return examples, test_examples
+    return examples, replace(_to_dataset(test_items, names), parts=parts)
 
 
 def _class_names(path: Path, items: list[Item], column: str) -> list[str]:
-    """The distinct labels: in the order of the file's metadata, or numbers by value, then names.
-
-    Raises UserError if it is only one.
-    """
+    """The distinct labels: as the file orders them, or else numbers by value, then names. Raises
+    UserError if it is only one."""
     counts = Counter(item.label for item in items)
     if len(counts) < 2:
         raise UserError(f"{path}: the label column has one class only, {items[0].label!r}")
@@ -143,12 +133,9 @@ def _class_names(path: Path, items: list[Item], column: str) -> list[str]:
         if len(single) == len(items):
             raise UserError(f"{path}: each label occurs once only, such as {names}")
         print(f"{single[0].source}: classes with one example only, for training: {names}")
-    order = {name: i for i, name in enumerate(class_names(path, column))}
-
-    def place(name: str) -> tuple[int, float, str]:
-        return order.get(name, len(order)), np.nan_to_num(to_number(name), nan=np.inf), name
-
-    return sorted(counts, key=place)
+    usual = sorted(counts, key=lambda name: (np.nan_to_num(to_number(name), nan=np.inf), name))
+    order = class_names(path, column)
+    return sorted(usual, key=lambda name: order.index(name) if name in order else len(order))
 
 
 def _to_dataset(items: list[Item], names: list[str] | None) -> LabeledDataset:

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from files.disk import UserError
 from files.hub_datasets import find_dataset, is_hub_name
 from files.readers import TABLE_SUFFIXES, Report, is_text, read_table, refuse, table_format
@@ -89,8 +91,7 @@ def choose_columns(path: Path, rows: list[Row], columns: Columns) -> Columns:
 def read_examples(path: Path, columns: Columns) -> tuple[list[Item], Columns]:
     """Read a table of labelled examples, and choose those of its columns that are not named.
 
-    Examples without a label are an error, but in a dataset of the hub, which nobody here can
-    correct, they are left out.
+    A row without a label is an error; of the hub, which the user cannot correct, it is left out.
 
     Raises:
         UserError: The file is no table, lacks a column, or has a row without a text or a label.
@@ -112,9 +113,20 @@ def read_examples(path: Path, columns: Columns) -> tuple[list[Item], Columns]:
     return items, columns
 
 
+def read_tests(
+    train: Path, test: Path | None, columns: Columns
+) -> tuple[list[Item], np.ndarray | None]:
+    """Read the examples of `find_tests`, and the split of each if there are several."""
+    tests = find_tests(train, test, columns.label)
+    items = [read_examples(path, columns)[0] for path in tests]
+    splits = [path.name.rpartition(":")[2] for path in tests]
+    parts = np.repeat(splits, list(map(len, items))) if len(tests) > 1 else None
+    return list(itertools.chain(*items)), parts
+
+
 def find_tests(train: Path, test: Path | None, *labels: str) -> list[Path]:
-    """The files, or splits of the hub, to test on: those named, or else the test splits, or where
-    their labels are hidden the validation splits. None are to be found beside a file.
+    """The file or the splits of the hub to test on: those named; without a name the test splits, or
+    the validation splits where the labels of those are hidden. Beside a file there are none.
     """
     name = test or train
     if not is_hub_name(name):

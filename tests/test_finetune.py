@@ -48,7 +48,7 @@ def test_three_methods_are_measured_on_the_test_set(finetuned):
     assert metrics == json.loads((out / "metrics.json").read_text())
     assert tuple(metrics["test"]) == METHODS
     for result in metrics["test"].values():
-        assert set(result) == {"accuracy", "macro_f1", "seconds"}
+        assert set(result) == {"accuracy", "macro_f1", "matthews_correlation", "seconds"}
     assert metrics["majority"]["accuracy"] == pytest.approx(1 / 3)
     assert metrics["test"]["ngrams"]["accuracy"] > 0.5
     assert metrics["names"] == ["2", "Birds & bees", "кошки"]

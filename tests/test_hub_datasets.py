@@ -26,7 +26,6 @@ from files.readers import find_files, read_documents, read_table
 from labels import load
 
 ROOT = Path(__file__).parents[1]
-NO_ARROW = "pyarrow is not installed"
 
 
 # ----------------------------------------------------------------------------------------- files
@@ -113,7 +112,7 @@ def test_a_damaged_parquet_file_is_refused_in_one_line(tmp_path):
 
 @pytest.mark.parametrize("row_group_size", [500, 10_000])
 def test_a_parquet_file_is_not_held_in_memory(tmp_path, row_group_size):
-    pa = pytest.importorskip("pyarrow", reason=NO_ARROW)
+    pa = pytest.importorskip("pyarrow")
     letters = np.random.default_rng(0).integers(97, 123, (10_000, 1000), np.uint8)  # 10 MB
     path = tmp_path / "a.parquet"
     texts = [row.tobytes().decode() for row in letters]
