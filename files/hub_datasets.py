@@ -108,7 +108,7 @@ def _fetch(repo: str, file: str) -> Path:
 
 
 def _explain(error: Exception) -> str:
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     if isinstance(error, errors.GatedRepoError):
         return "gated: accept its terms on its page of the hub, and set HF_TOKEN"
@@ -116,4 +116,4 @@ def _explain(error: Exception) -> str:
         return "no such dataset on the hub, or a private one, which needs HF_TOKEN"
     if isinstance(error, errors.RevisionNotFoundError):
         return "the hub has no parquet files of this dataset"
-    return f"cannot be fetched from the hub: {first_line(error)}"
+    return f"cannot be fetched from {constants.ENDPOINT}: {first_line(error)}"

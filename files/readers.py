@@ -97,11 +97,11 @@ def open_bytes(path: Path) -> Iterator[io.BufferedReader]:
                 file = stack.enter_context(open(path, "rb", 2**16))
             head = file.peek(4)
             if path.suffix == ".gz" or head.startswith(GZIP_START):
-                file = stack.enter_context(gzip.open(file))
+                file = stack.enter_context(gzip.GzipFile(fileobj=file))
             elif path.suffix == ".zst" or head.startswith(ZSTD_START):
                 if zstd is None:
                     raise UserError(f"{path}: .zst files need backports.zstd: pip install it")
-                file = stack.enter_context(zstd.open(file))
+                file = stack.enter_context(zstd.ZstdFile(file))
             yield file
     except (OSError, EOFError, zlib.error, *zstd_errors) as error:
         reason = getattr(error, "strerror", None) or error
@@ -287,6 +287,8 @@ def read_documents(path: Path, text_column: str | None = None) -> Iterator[str]:
 def _read_column(path: Path, column: str | None) -> Iterator[str]:
     for number, row in read_table(path, column=column):
         names = [name for name in row if name == column or (not column and name.lower() == "text")]
+        if names and row[names[0]] is None:
+            continue  # as an empty field of a .csv, this is no mistake
         if not names or not isinstance(row[names[0]], str):
             fields = ", ".join(map(repr, row)) or "none"
             problem = f"no text in field {column or 'text'!r}; the fields are {fields}"

@@ -94,6 +94,8 @@ def test_rows_of_a_parquet_file(tmp_path):
     assert list(read_documents(path)) == texts
     with pytest.raises(UserError, match=f"^{path}:1: no text in field 'nested'"):
         list(read_documents(path, "nested"))
+    path.write_bytes(to_parquet({"text": ["a", None, "b"]}))
+    assert list(read_documents(path)) == ["a", "b"]
 
 
 def test_a_damaged_parquet_file_is_refused_in_one_line(tmp_path):
@@ -375,9 +377,7 @@ def test_a_corpus_of_the_hub_is_downloaded_once_and_read_offline(hub, tmp_path, 
     assert find_files(["hf:a/corpus"]) == paths
     with pytest.raises(UserError, match=r"^hf:a/corpus: other/train/0000.parquet: cannot be"):
         find_files(["hf:a/corpus:other"])
-    with pytest.raises(
-        UserError, match=r"^hf:a/another: cannot be fetched from the hub: .*offline"
-    ):
+    with pytest.raises(UserError, match=r"^hf:a/another: cannot be fetched from http.*offline"):
         find_files(["hf:a/another"])
     blob = paths[1].resolve()
     blob.write_bytes(blob.read_bytes()[:-9])
@@ -391,8 +391,8 @@ def test_what_is_not_on_the_hub(hub, glue, monkeypatch):
     hub.datasets = {"nyu-mll/glue": glue, "a/raw": {}}
     messages = {
         "hf:a/missing": "hf:a/missing: no such dataset on the hub, or a private one",
-        "hf:a/b/c": "hf:a/b/c: cannot be fetched from the hub: Repo id must be",
-        "hf:": "hf:: cannot be fetched from the hub: ",
+        "hf:a/b/c": "hf:a/b/c: cannot be fetched from http",
+        "hf:": "hf:: cannot be fetched from http",
         "hf:a/raw": "hf:a/raw: the hub has no parquet files of this dataset",
         "hf:nyu-mll/glue": "hf:nyu-mll/glue: add one of the configurations to hf:nyu-mll/glue: "
         "cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb, wnli",
@@ -413,7 +413,7 @@ def test_what_is_not_on_the_hub(hub, glue, monkeypatch):
         find_files(["hf:a/raw"])
     hub.stop()
     forget()
-    with pytest.raises(UserError, match=r"^hf:a/raw: cannot be fetched from the hub: .*refused"):
+    with pytest.raises(UserError, match=r"^hf:a/raw: cannot be fetched from http.*refused"):
         find_files(["hf:a/raw"])
 
 
