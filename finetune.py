@@ -248,7 +248,7 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
                     args.out, rows, train, test_rows, of_network, args.seed
                 )
             if method in predictions:
-                results[method] = report(method, test.targets, predictions[method], start_time)
+                results[method] = report(method, test, predictions[method], start_time)
                 continue
 
             is_pretrained = method == "pretrained"
@@ -313,7 +313,7 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
             if is_pretrained:
                 save_with_names(args.out, model, tokenizer, train.names)
             predictions[method] = predict(model, test_rows, first_pieces, train.names, autocast)
-            results[method] = report(method, test.targets, predictions[method], start_time)
+            results[method] = report(method, test, predictions[method], start_time)
 
         return write_results(args.out, train, test, results, predictions, about, data is None)
 

@@ -15,8 +15,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from files import streams
-from files.columns import Columns, Item, guess_task, read_examples, to_number
+from files.columns import Columns, Item, guess_task, read_examples, read_tests, to_number
 from files.disk import UserError
+from files.readers import class_names
 from files.reviews import load_reviews
 from files.sequences import reads_items
 from files.tokenizer import special_ids
@@ -40,12 +41,14 @@ class LabeledDataset:
         pairs: The second texts, or None.
         targets: (S,) int64 class numbers that index `names`, or (S,) float32 numbers to predict.
         names: The class names, or None for regression.
+        parts: (S,) The part of each example in a test set of several, which are measured apart too.
     """
 
     texts: list[str]
     pairs: list[str] | None
     targets: np.ndarray
     names: list[str] | None
+    parts: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -53,7 +56,8 @@ class LabeledDataset:
     def __getitem__(self, indices: np.ndarray) -> "LabeledDataset":
         texts = [self.texts[i] for i in indices]
         pairs = None if self.pairs is None else [self.pairs[i] for i in indices]
-        return replace(self, texts=texts, pairs=pairs, targets=self.targets[indices])
+        parts = None if self.parts is None else self.parts[indices]
+        return replace(self, texts=texts, pairs=pairs, targets=self.targets[indices], parts=parts)
 
     @property
     def strata(self) -> np.ndarray:
@@ -90,8 +94,8 @@ def load(
 
     Args:
         data: "mr" or "imdb"; not used if there is a `train` file.
-        train: A .csv, .tsv or .jsonl file, or .gz of one.
-        test: Another; without it, the last fifth of each class of `train` is held out.
+        train: A table, or a dataset of the hub (files/hub_datasets.py).
+        test: Another; without it, splits of the hub's dataset, or the last fifth of each class.
         columns: Those of the text, second text and label. None is guessed and printed.
         task: "classify", "regress", or None to guess it.
 
@@ -106,19 +110,21 @@ def load(
     items, chosen = read_examples(train, Columns(*columns))
     names = None
     if (task or guess_task(item.label for item in items)) == "classify":
-        names = _class_names(train, items)
+        names = _class_names(train, items, chosen.label)
     examples = _to_dataset(items, names)
     classes = "numbers (regression)"
     if names:
         classes = names if len(names) <= 10 else f"{len(names)} classes"
     print(f"{train}: {len(examples):,} examples; label {chosen.label!r}: {classes}")
-    if test is None:
+    test_items, parts = read_tests(train, test, chosen)
+    if not test_items:
         return hold_out_last_fifth(examples)
-    return examples, _to_dataset(read_examples(test, chosen)[0], names)
+    return examples, replace(_to_dataset(test_items, names), parts=parts)
 
 
-def _class_names(path: Path, items: list[Item]) -> list[str]:
-    """The distinct labels: numbers by value, then names. Raises UserError if it is only one."""
+def _class_names(path: Path, items: list[Item], column: str) -> list[str]:
+    """The distinct labels: as the file orders them, or else numbers by value, then names. Raises
+    UserError if it is only one."""
     counts = Counter(item.label for item in items)
     if len(counts) < 2:
         raise UserError(f"{path}: the label column has one class only, {items[0].label!r}")
@@ -127,7 +133,9 @@ def _class_names(path: Path, items: list[Item]) -> list[str]:
         if len(single) == len(items):
             raise UserError(f"{path}: each label occurs once only, such as {names}")
         print(f"{single[0].source}: classes with one example only, for training: {names}")
-    return sorted(counts, key=lambda name: (np.nan_to_num(to_number(name), nan=np.inf), name))
+    usual = sorted(counts, key=lambda name: (np.nan_to_num(to_number(name), nan=np.inf), name))
+    order = class_names(path, column)
+    return sorted(usual, key=lambda name: order.index(name) if name in order else len(order))
 
 
 def _to_dataset(items: list[Item], names: list[str] | None) -> LabeledDataset:

@@ -40,7 +40,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add, positive = parser.add_argument, number(int, 1)
     add("texts", nargs="*", metavar="TEXT", help="a text; - alone reads lines of standard input")
     add("--model", type=Path, default=Path("runs/finetune"), help="folder of finetune or train.py")
-    add("--file", type=Path, help="lines of text, or a .csv, .tsv or .jsonl; .gz of each")
+    add("--file", type=Path, help="lines of text, a .csv, .tsv, .jsonl or .parquet, or hf:...")
     add("--text-column", help="column of the text; guessed by default")
     add("--pair-column", help="column of the second text of a pair; guessed by default")
     add("--top", type=positive, metavar="K", help="answers per text; by default 1 class or 5 words")

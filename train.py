@@ -46,7 +46,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
     positive = number(int, 1)
     rate = number(float, 0)
     parser.add_run(out="runs/pretrain")
-    texts = ".txt, .jsonl, .json, .csv, .tsv, .gz of each, folders of them, - for standard input"
+    texts = ".txt, .md, .jsonl, .csv, .tsv, .parquet, .gz or .zst of text, folders of them, "
+    texts += "hf:OWNER/NAME[:CONFIG][:SPLIT] of the hub, - for standard input"
     add("--corpus", nargs="+", default=[], metavar="PATH", help=f"{texts}; default: film reviews")
     add("--text-column", help="of tables; by default text; of interactions USER,ITEM,TIME")
     add("--min-count", type=positive, default=1, help="rarer items of sequences become [UNK]")

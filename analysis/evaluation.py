@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from scipy import stats
-from sklearn.metrics import f1_score
+from sklearn.metrics import f1_score, matthews_corrcoef
 from torch import nn
 
 from analysis import plots
@@ -91,22 +91,30 @@ def measure(targets: Any, predictions: Any) -> dict[str, float]:
     """The metrics of predictions.
 
     Returns:
-        "accuracy" and "macro_f1" of probabilities (examples, classes); of numbers (examples,)
-        "rmse", and the correlation coefficients "pearson" and "spearman"; "f1", "precision" and
-        "recall" of entities, if targets and predictions are lists of tags.
+        "accuracy", "macro_f1", "matthews_correlation" and, of two classes, the "f1" of the second,
+        of probabilities (examples, classes); of numbers (examples,) "rmse", and the correlation
+        coefficients "pearson" and "spearmanr"; "f1", "precision" and "recall" of entities, if
+        targets and predictions are lists of tags. GLUE and `evaluate` use these names.
     """
     if isinstance(predictions, list):
         return entities.entity_f1(targets, predictions)
     predictions = np.asarray(predictions)
     if predictions.ndim == 2:
         classes = predictions.argmax(1)
-        macro_f1 = f1_score(targets, classes, average="macro")
-        return {"accuracy": float(np.mean(targets == classes)), "macro_f1": float(macro_f1)}
+        varies = np.ptp(np.append(targets, classes)) > 0  # one class has no correlation
+        metrics = {
+            "accuracy": np.mean(targets == classes),
+            "macro_f1": f1_score(targets, classes, average="macro"),
+            "matthews_correlation": matthews_corrcoef(targets, classes) if varies else 0.0,
+        }
+        if predictions.shape[1] == 2:  # `labels`: perhaps neither has the second class
+            metrics["f1"] = f1_score(targets, classes, labels=[1], average="macro", zero_division=0)
+        return {name: float(value) for name, value in metrics.items()}
     rmse = float(np.sqrt(np.mean((targets.astype(float) - predictions) ** 2)))
     varies = np.ptp(predictions) > 0 and np.ptp(targets) > 0  # a constant has no correlation
     pearson = float(stats.pearsonr(targets, predictions).statistic) if varies else 0.0
     spearman = float(stats.spearmanr(targets, predictions).statistic) if varies else 0.0
-    return {"rmse": rmse, "pearson": pearson, "spearman": spearman}
+    return {"rmse": rmse, "pearson": pearson, "spearmanr": spearman}
 
 
 def print_summary(about: dict[str, Any], n_epochs: int, max_len: int) -> None:
@@ -117,16 +125,28 @@ def print_summary(about: dict[str, Any], n_epochs: int, max_len: int) -> None:
         print(f"{about['n_cut']:,} examples were cut to {max_len} tokens", flush=True)
 
 
-def report(method: str, targets: Any, predictions: Any, start_time: float) -> dict[str, float]:
-    """Measure the predictions of a method, print a line, and return the metrics and seconds."""
-    metrics = measure(targets, predictions)
+def report(method: str, test: Dataset, predictions: Any, start_time: float) -> dict[str, Any]:
+    """Measure the predictions of a method, print a line, and return the metrics and seconds.
+
+    Each part of the test set, where it has several, is measured too, under its name.
+    """
+    metrics = measure(test.targets, predictions)
     seconds = time.time() - start_time
     print(f"{method:<15} {to_line(metrics)}  {seconds:4.0f} s", flush=True)
+    parts = getattr(test, "parts", None)
+    for part in [] if parts is None else np.unique(parts).tolist():
+        in_part = parts == part
+        metrics[part] = measure(test.targets[in_part], np.asarray(predictions)[in_part])
+        print(f"  {part}: {to_line(metrics[part])}", flush=True)
     return metrics | {"seconds": seconds}
 
 
 def to_line(metrics: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+    """The metrics in one line; metrics.json has more of classes."""
+    in_file = ("matthews_correlation", "f1") if "macro_f1" in metrics else ()
+    return "  ".join(
+        f"{name} {value:.3f}" for name, value in metrics.items() if name not in in_file
+    )
 
 
 def write_results(

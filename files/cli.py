@@ -56,9 +56,9 @@ class Parser(argparse.ArgumentParser):
         """The flags that say where labelled examples come from, and what they are."""
         add = self.add_argument
         add("--data", choices=("mr", "imdb"), default="mr", help="built-in sentences or reviews")
-        files = "your labels: .csv, .tsv, .jsonl, or .gz of one"
+        files = "your labels: .csv, .tsv, .jsonl, .parquet or hf:OWNER/NAME[:CONFIG][:SPLIT]"
         add("--train", type=Path, metavar="FILE", help=files)
-        test = "by default the last fifth of each class of --train"
+        test = "default: the hub's test or validation split, or the last fifth of each class"
         add("--test", type=Path, metavar="FILE", help=test)
         for column in ("text", "pair", "label"):
             add(f"--{column}-column", help="guessed by default; a pair is a second text")

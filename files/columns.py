@@ -1,5 +1,6 @@
 """The examples of a table: their columns, guessed where the user names none, and their values."""
 
+import itertools
 import math
 import re
 import sys
@@ -8,7 +9,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from files.disk import UserError
+from files.hub_datasets import find_dataset, is_hub_name
 from files.readers import TABLE_SUFFIXES, Report, is_text, read_table, refuse, table_format
 
 # Usual column names, the most likely first. Without one of them the length of the values decides.
@@ -17,6 +21,7 @@ PAIR_NAMES = (
     *(("text", "text_pair"), ("text_a", "text_b"), ("text1", "text2")),
     *(("sentence1", "sentence2"), ("sentence_a", "sentence_b")),
     *(("question1", "question2"), ("premise", "hypothesis"), ("question", "answer")),
+    ("question", "sentence"),
 )
 LABEL_NAMES = ("label", "class", "category", "target", "sentiment", "stars", "rating", "score", "y")
 N_GUESS_ROWS = 200  # rows of which the length of the values is compared
@@ -60,7 +65,10 @@ def choose_columns(path: Path, rows: list[Row], columns: Columns) -> Columns:
             raise UserError(f"{path}: --{kind}-column {name}: {problem}")
 
     def text_length(name: str) -> int:
-        return sum(len(str(row.get(name))) for _, row in rows[:N_GUESS_ROWS])
+        values = [row.get(name) for _, row in rows[:N_GUESS_ROWS]]
+        return sum(
+            len(value) for value in values if is_text(value) and math.isnan(to_number(value))
+        )
 
     text, pair, label = columns
     usual = {name.lower(): name for name in names if name not in columns}
@@ -83,18 +91,64 @@ def choose_columns(path: Path, rows: list[Row], columns: Columns) -> Columns:
 def read_examples(path: Path, columns: Columns) -> tuple[list[Item], Columns]:
     """Read a table of labelled examples, and choose those of its columns that are not named.
 
+    A row without a label is an error; of the hub, which the user cannot correct, it is left out.
+
     Raises:
         UserError: The file is no table, lacks a column, or has a row without a text or a label.
     """
     if table_format(path) is None:
         suffixes = ", ".join(TABLE_SUFFIXES)
-        raise UserError(f"{path}: labelled examples come as {suffixes} (or .gz of one)")
+        raise UserError(f"{path}: labelled examples come as {suffixes} (or .gz or .zst of one)")
     rows = list(read_table(path, column=columns.text))
     columns = choose_columns(path, rows, columns)
     if columns.label is None:
         names = ", ".join(map(repr, rows[0][1]))
         raise UserError(f"{path}: no label column among {names}; name it with --label-column")
-    return list(to_items(path, rows, columns)), columns
+    errors: list[UserError] = []
+    items = list(to_items(path, rows, columns, errors.append if is_hub_name(path) else refuse))
+    if errors and not items:
+        raise errors[0]
+    if errors:
+        print(f"{errors[0]}; {len(errors):,} such examples are left out")
+    return items, columns
+
+
+def read_tests(
+    train: Path, test: Path | None, columns: Columns
+) -> tuple[list[Item], np.ndarray | None]:
+    """Read the examples of `find_tests`, and the split of each if there are several."""
+    tests = find_tests(train, test, columns.label)
+    items = [read_examples(path, columns)[0] for path in tests]
+    splits = [path.name.rpartition(":")[2] for path in tests]
+    parts = np.repeat(splits, list(map(len, items))) if len(tests) > 1 else None
+    return list(itertools.chain(*items)), parts
+
+
+def find_tests(train: Path, test: Path | None, *labels: str) -> list[Path]:
+    """The file or the splits of the hub to test on: those named; without a name the test splits, or
+    the validation splits where the labels of those are hidden. Beside a file there are none.
+    """
+    name = test or train
+    if not is_hub_name(name):
+        return [test] if test else []
+    dataset = find_dataset(name)
+    if test and dataset.split:
+        return [test]
+    others = [split for split in dataset.splits if split != (dataset.split or "train")]
+    for kind in ("test", "validation|valid|val|dev"):
+        tests = [Path(f"{dataset.name}:{s}") for s in others if re.match(f"({kind})(_|$)", s)]
+        if tests := [test for test in tests if _has_labels(test, labels)]:
+            print(f"the test set: {', '.join(map(str, tests))}")
+            return tests
+    if test:
+        raise UserError(f"{test}: no split to test on; its splits are {', '.join(dataset.splits)}")
+    return []
+
+
+def _has_labels(path: Path, labels: tuple[str, ...]) -> bool:
+    """Whether one of the columns has labels: benchmarks replace hidden ones by -1."""
+    rows = [row for _, row in itertools.islice(read_table(path), N_GUESS_ROWS)]
+    return any(row.get(label) not in (None, -1) for label in labels for row in rows)
 
 
 def to_items(

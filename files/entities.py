@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from files.columns import Item
+from files.columns import Item, find_tests
 from files.disk import UserError
 from files.readers import read_lines, read_table, table_format
 from files.tokenizer import NO_SPACES, special_ids
@@ -83,9 +83,11 @@ def load(train: Path, test: Path | None) -> tuple[TaggedDataset, TaggedDataset]:
     names = [OUTSIDE, *(f"{letter}-{kind}" for letter in "BI" for kind in types)]
     print(f"{train}: {len(sentences):,} sentences; entities of {', '.join(types)}")
     dataset = _to_dataset(sentences, names)
-    if test is None:
+    tests = find_tests(train, test, "tags", "ner_tags")
+    if not tests:
         return hold_out_last_fifth(dataset)
-    return dataset, _to_dataset(read_sentences(test), names)
+    test_sentences = [sentence for path in tests for sentence in read_sentences(path)]
+    return dataset, _to_dataset(test_sentences, names)
 
 
 def _to_dataset(sentences: list[Sentence], names: list[str]) -> TaggedDataset:
@@ -100,13 +102,13 @@ def _to_dataset(sentences: list[Sentence], names: list[str]) -> TaggedDataset:
 
 
 def read_sentences(path: Path) -> list[Sentence]:
-    """Read JSON with lists of words and tags, or CoNLL's columns; the tags become IOB2.
+    """Read JSON or parquet with lists of words and tags, or CoNLL's columns; the tags become IOB2.
 
     A line of columns has the word first and the tag last; a blank line ends a sentence. Raises
     UserError if a line is not like this or has another tag; the message names the line.
     """
-    is_json = (table_format(path) or "").startswith("json")
-    read = _read_json if is_json else _read_columns
+    has_lists = (table_format(path) or "").startswith(("json", "parquet"))
+    read = _read_json if has_lists else _read_columns
     sentences = [sentence for sentence in read(path) if sentence]
     if not sentences:
         raise UserError(f"{path}: no sentences in it")

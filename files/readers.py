@@ -19,10 +19,23 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from files import parquet
 from files.disk import UserError
+from files.hub_datasets import is_hub_name, parquet_files
 from files.sequences import SEPARATOR, as_sequences, is_interactions
 
-TABLE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".inter")
+try:
+    from compression import zstd  # of Python 3.14
+except ImportError:
+    try:
+        from backports import zstd
+    except ImportError:
+        zstd = None  # which a file that needs it says
+
+TABLE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".inter", ".parquet")
+GZIP_START = b"\x1f\x8b"
+ZSTD_START = b"\x28\xb5\x2f\xfd"
+COMPRESSED = re.compile(r"\.(gz|zst)$")
 LONGEST_DOCUMENT = 2**20  # characters; a longer document is cut into several
 LONGEST_LINE = 2**24  # characters; a longer line or field of a table is refused
 LONGEST_PARAGRAPH = 50  # mean number of lines; above it blank lines are strays between documents
@@ -47,7 +60,7 @@ def read_lines(
     """Read (line number from 1, line with its line break) of a text file.
 
     Args:
-        path: A file, perhaps compressed (.gz); "-" is standard input.
+        path: A file, perhaps compressed (.gz, .zst); "-" is standard input.
         report: Called for each line that is not UTF-8. Such a line comes as an empty one.
         in_pieces: Give a line of more than LONGEST_LINE characters in pieces with the same number.
 
@@ -76,20 +89,28 @@ def read_lines(
 @contextlib.contextmanager
 def open_bytes(path: Path) -> Iterator[io.BufferedReader]:
     """Open the bytes of a file, or of standard input. Raises UserError if they cannot be read."""
+    zstd_errors = (zstd.ZstdError,) if zstd else ()
     try:
-        if str(path) == "-":
-            yield sys.stdin.buffer
-        else:
-            with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb", 2**16) as file:
-                yield file
-    except (OSError, EOFError, zlib.error) as error:
+        with contextlib.ExitStack() as stack:
+            file = sys.stdin.buffer
+            if str(path) != "-":
+                file = stack.enter_context(open(path, "rb", 2**16))
+            head = file.peek(4)
+            if path.suffix == ".gz" or head.startswith(GZIP_START):
+                file = stack.enter_context(gzip.GzipFile(fileobj=file))
+            elif path.suffix == ".zst" or head.startswith(ZSTD_START):
+                if zstd is None:
+                    raise UserError(f"{path}: .zst files need backports.zstd: pip install it")
+                file = stack.enter_context(zstd.ZstdFile(file))
+            yield file
+    except (OSError, EOFError, zlib.error, *zstd_errors) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be read: {reason}") from None
 
 
 def text_suffix(path: Path) -> str:
     """The suffix without compression: ".jsonl" of reviews.jsonl and of reviews.jsonl.gz."""
-    return Path(path.name.removesuffix(".gz")).suffix.lower()
+    return Path(COMPRESSED.sub("", path.name)).suffix.lower()
 
 
 def is_text(value: Any) -> bool:
@@ -98,12 +119,18 @@ def is_text(value: Any) -> bool:
 
 
 def table_format(path: Path) -> str | None:
-    """Which table a file holds: "json lines", "json array", "csv", "tsv", or None for plain text.
+    """Which table a file holds: "json lines", "json array", "csv", "tsv", "parquet", or None for
+    plain text.
 
-    JSON and interactions are recognized by how the file begins, whatever its name.
+    All but the last two of these are recognized by how the file begins, whatever its name.
     """
+    if is_hub_name(path):
+        return "parquet"
     with open_bytes(path) as file:
-        head = file.peek(1).decode("utf-8-sig", "replace")
+        content = file.peek(1)
+    if content.startswith(parquet.PARQUET_START):
+        return "parquet"
+    head = content.decode("utf-8-sig", "replace")
     suffix = text_suffix(path)
     if not JSON_START.match(head) and (suffix == ".inter" or is_interactions(head)):
         return "csv"
@@ -123,11 +150,20 @@ def read_table(
     Sequences become texts, see `as_sequences`.
     """
     kind = table_format(path)
-    if kind == "json array":
+    if kind == "parquet":
+        files = parquet_files(path)
+        rows = enumerate(itertools.chain.from_iterable(map(parquet.read_rows, files)), 1)
+    elif kind == "json array":
         rows = _read_json_array(path)
     else:
         rows = _read_jsonl(path, report) if kind == "json lines" else _read_csv(path, report)
     return as_sequences(path, rows, column, report, may_mask)
+
+
+def class_names(path: Path, column: str) -> list[str]:
+    """The classes of a column in their own order, where a parquet file names them; else none."""
+    is_parquet = table_format(path) == "parquet"
+    return parquet.class_names(parquet_files(path)[0]).get(column, []) if is_parquet else []
 
 
 def _read_jsonl(path: Path, report: Report) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -251,6 +287,8 @@ def read_documents(path: Path, text_column: str | None = None) -> Iterator[str]:
 def _read_column(path: Path, column: str | None) -> Iterator[str]:
     for number, row in read_table(path, column=column):
         names = [name for name in row if name == column or (not column and name.lower() == "text")]
+        if names and row[names[0]] is None:
+            continue  # as an empty field of a .csv, this is no mistake
         if not names or not isinstance(row[names[0]], str):
             fields = ", ".join(map(repr, row)) or "none"
             problem = f"no text in field {column or 'text'!r}; the fields are {fields}"
@@ -286,16 +324,20 @@ def _paragraphs(path: Path) -> Iterator[Iterator[str]]:
 
 
 def find_files(paths: Iterable[str]) -> list[Path]:
-    """List the files among `paths`, and the .txt files and tables in the folders among them.
+    """List the files among `paths`, those of the datasets of the hub, and the text files and tables
+    in the folders among them.
 
     In a folder, hidden files and what macOS adds to archives are left out.
 
     Raises:
         UserError: A path does not exist, is no regular file, or is a folder without text files.
     """
-    suffixes = (".txt", *TABLE_SUFFIXES)
+    suffixes = (".txt", ".md", *TABLE_SUFFIXES)
     files: list[Path] = []
     for path in map(Path, paths):
+        if is_hub_name(path):
+            files += parquet_files(path)
+            continue
         if not os.path.exists(path):
             raise UserError(f"{path}: no such file or folder")
         inside = [path]
@@ -306,6 +348,8 @@ def find_files(paths: Iterable[str]) -> list[Path]:
             inside = [p for p in inside if not HIDDEN.search(f"/{p.relative_to(path).as_posix()}")]
         if not inside:
             names = ", ".join(suffixes)
-            raise UserError(f"{path}: no regular file, and no folder of {names} (or .gz of one)")
+            raise UserError(
+                f"{path}: no regular file, and no folder of {names} (or .gz or .zst of one)"
+            )
         files += inside
     return files

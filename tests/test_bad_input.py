@@ -38,7 +38,7 @@ FILES = {
     "fields.csv": b"text,n\na,1\na,b,2\n",
     "good.csv": GOOD_LABELS.encode(),
     "one_class.csv": b"text,label\na,x\nb,x\n",
-    "folder/notes.md": b"no text file",
+    "folder/notes.rst": b"no text file",
     "model/config.json": b"{",
 }
 

@@ -389,10 +389,11 @@ def test_folders_are_read_in_order_without_other_files(tmp_path):
     write(tmp_path, "b.txt", "one\ntwo\n")
     write(tmp_path, "a.JSONL", '{"text": "zero"}')
     write(tmp_path / "sub", "c.csv", "text\nthree\n", gz=True)
-    write(tmp_path, "notes.md", b"\xff")
+    write(tmp_path, "notes.rst", b"\xff")
+    write(tmp_path, "notes.md", "# Notes\n")
     write(tmp_path, "z.tsv", "text\nfour\n")
     documents = [d.strip() for file in find_files([str(tmp_path)]) for d in read_documents(file)]
-    assert documents == ["zero", "one", "two", "three", "four"]
+    assert documents == ["zero", "one", "two", "# Notes", "three", "four"]
 
 
 @pytest.mark.parametrize("name", ["missing.txt", "empty", "x" * 300])
