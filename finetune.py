@@ -34,6 +34,7 @@ from files.cli import Parser, choose_hardware, flags_to_json, number, run_script
 from files.disk import UserError
 from files.entities import NOT_SCORED, TaggedDataset
 from files.machine import Ranks
+from files.model_card import describe
 from files.model_folder import choose_max_len, choose_pooling, load_model, load_weights, save_model
 from files.step_monitor import StepMonitor
 from labels import LabeledDataset, batches, encode, load, subsample
@@ -315,7 +316,9 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
             predictions[method] = predict(model, test_rows, first_pieces, train.names, autocast)
             results[method] = report(method, test.targets, predictions[method], start_time)
 
-        return write_results(args.out, train, test, results, predictions, about, data is None)
+        metrics = write_results(args.out, train, test, results, predictions, about, data is None)
+        describe(args.out, args.out, [] if args.train or data else [args.data])
+        return metrics
 
 
 if __name__ == "__main__":

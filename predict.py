@@ -2,6 +2,7 @@
 
 A model of finetune.py answers with a class, a number or entities, a model of train.py with a word
 for each [MASK]: one line per text, in order. Memory does not grow with the number of texts.
+--embeddings writes a vector per text instead, the mean of the final states of its tokens.
 
 Axes: T tokens of a batch, S texts of a batch, M masks of a batch, C classes or words.
 """
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from files.cli import Parser, choose_hardware, number, run_script
 from files.columns import Item
 from files.disk import UserError
+from files.embeddings import npy_rows, open_encoder
 from files.entities import predict_entities
 from files.model_folder import open_model
 from files.sequences import is_sequence, split_items
@@ -29,7 +31,7 @@ from files.texts import read_items
 from files.tokenizer import special_ids, special_tokens
 from files.two_threads import answer_in_order
 from labels import LabeledDataset, batches, encode
-from model import Classifier, MaskedLM, Tagger
+from model import Classifier, Encoder, MaskedLM, Tagger, mean_pool
 
 Answer = dict[str, Any]  # one field of the JSON output: "answers", "value", "entities" or "masks"
 Answers = tuple[list[Answer], int]  # of a batch, and how many of its texts were cut
@@ -45,12 +47,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--pair-column", help="column of the second text of a pair; guessed by default")
     add("--top", type=positive, metavar="K", help="answers per text; by default 1 class or 5 words")
     add("--json", action="store_true", help="one JSON object per text, by default with all classes")
+    vectors = "write no answers but a float32 vector per text, in order: the mean of its states"
+    add("--embeddings", type=Path, metavar="OUT.npy", help=vectors)
     add("--batch-size", type=positive, default=64, help="texts per batch; 1 answers each at once")
     parser.add_device()
     parser.add_dtype()
     args = parser.parse_args(argv)
     if bool(args.texts) == bool(args.file):
         parser.error("give texts, or --file FILE, or - for standard input")
+    if args.embeddings and (args.json or args.top):
+        parser.error("--embeddings takes no --json and no --top")
     if not all(text.strip() for text in args.texts):
         parser.error("a TEXT is blank")
     if "-" in args.texts:
@@ -63,20 +69,26 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 # -------------------------------------------------------------------------------------- answers
 
 
+def to_batch(items: list[Item], tokenizer: Tokenizer, model: nn.Module) -> tuple[tuple, int]:
+    """The inputs of a model for a batch of texts (see `labels.batches`), and how many were cut."""
+    pairs = None if items[0].pair is None else [item.pair for item in items]
+    dataset = LabeledDataset([item.text for item in items], pairs, np.zeros(len(items)), None)
+    rows, n_cut = encode(dataset, tokenizer, model.config.max_len)
+    device = next(model.parameters()).device
+    _, inputs = next(batches(rows, np.arange(len(rows)), len(rows), device))
+    return inputs, n_cut
+
+
 def answer_batch(
     model: nn.Module, tokenizer: Tokenizer, names: list[str] | None, top: int, items: list[Item]
 ) -> Answers:
     """Answer a batch of texts with any kind of model."""
-    texts = [item.text for item in items]
     if isinstance(model, Tagger):
+        texts = [item.text for item in items]
         entities, n_cut = predict_entities(model, tokenizer, names, texts)
         return [{"entities": entities_of_text} for entities_of_text in entities], n_cut
 
-    pairs = None if items[0].pair is None else [item.pair for item in items]
-    dataset = LabeledDataset(texts, pairs, np.zeros(len(items)), None)
-    rows, n_cut = encode(dataset, tokenizer, model.config.max_len)
-    device = next(model.parameters()).device
-    _, inputs = next(batches(rows, np.arange(len(rows)), len(rows), device))
+    inputs, n_cut = to_batch(items, tokenizer, model)
     if isinstance(model, MaskedLM):
         masks = fill_masks(model, tokenizer, top, inputs, len(items))
         return [{"masks": masks_of_text} for masks_of_text in masks], n_cut
@@ -138,6 +150,23 @@ def make_answer(
     return answer
 
 
+def make_embedder(
+    encoder: Encoder, tokenizer: Tokenizer, dtype: torch.dtype
+) -> Callable[[list[Item]], tuple[np.ndarray, int]]:
+    """The function that embeds a batch of texts: (S, d_model), and how many texts were cut."""
+    device = next(encoder.parameters()).device
+
+    @torch.no_grad()
+    def embed(items: list[Item]) -> tuple[np.ndarray, int]:
+        inputs, n_cut = to_batch(items, tokenizer, encoder)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            states = encoder(*inputs)  # (T, d_model)
+        vectors = mean_pool(states, inputs[1])[: len(items)]  # without the padding
+        return vectors.cpu().numpy(), n_cut
+
+    return embed
+
+
 def predict_texts(folder: str | Path, texts: list[str]) -> list[tuple[str, float]]:
     """Classify texts from Python.
 
@@ -188,9 +217,13 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     """Print the answers; returns how many texts were answered, broken, and cut."""
     args = parse_args(argv)
     device, dtype = choose_hardware(args.device, args.dtype)
-    model, tokenizer, names = open_model(args.model, device)
-    default_top = 5 if isinstance(model, MaskedLM) else len(names or []) if args.json else 1
-    answer = make_answer(model, tokenizer, names, args.top or default_top, dtype)
+    if args.embeddings:
+        model, tokenizer = open_encoder(args.model, device)
+        answer = make_embedder(model, tokenizer, dtype)
+    else:
+        model, tokenizer, names = open_model(args.model, device)
+        default_top = 5 if isinstance(model, MaskedLM) else len(names or []) if args.json else 1
+        answer = make_answer(model, tokenizer, names, args.top or default_top, dtype)
     mask = special_tokens(tokenizer)["mask"]
     counts = {"answered": 0, "broken": 0, "cut": 0}
     lock = threading.Lock()  # a text may turn out to be broken on each of the threads
@@ -210,7 +243,18 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
         sys.stdout.flush()
         counts["cut"] += answers[1]
 
-    answer_in_order(read_items(args, report), answer, write, args.batch_size)
+    def save(append: Callable[[np.ndarray], None], vectors: np.ndarray, n_cut: int) -> None:
+        append(vectors)
+        counts["answered"] += len(vectors)
+        counts["cut"] += n_cut
+
+    texts = read_items(args, report)
+    if args.embeddings:
+        with npy_rows(args.embeddings, model.config.d_model) as append:
+            answer_in_order(texts, answer, lambda _, result: save(append, *result), args.batch_size)
+        print(f"{args.embeddings}: {counts['answered']:,} vectors", file=sys.stderr)
+    else:
+        answer_in_order(texts, answer, write, args.batch_size)
     if counts["cut"]:
         print(f"{counts['cut']:,} texts cut to {model.config.max_len} tokens", file=sys.stderr)
     return counts

@@ -21,6 +21,7 @@ from files import hub_names, machine, model_folder, run_folder
 from files.cli import Parser, choose_hardware, flags_to_json, number, run_script
 from files.disk import UserError, to_json, write_file
 from files.machine import MICRO_BATCH_TOKENS, STEPS, Ranks
+from files.model_card import REVIEWS, describe
 from files.model_folder import SavedModel, choose_max_len
 from files.step_monitor import StepMonitor
 from files.token_cache import prepare
@@ -213,6 +214,7 @@ def main(argv: list[str] | None = None, data: Corpus | None = None) -> dict[str,
             ranks.log(f"resuming after step {state['step']}")
         start_time -= state["seconds"]
         points = state.setdefault("points", [])
+        built_in = [] if args.corpus or data else list(REVIEWS)
         if args.compile:
             machine.compile_blocks(model.model.layers, device, ranks.log)
         parallel_model = ranks.wrap(model, corpus.batch(0, ranks.rank, ranks.n, args.mask_rate))
@@ -284,6 +286,7 @@ def main(argv: list[str] | None = None, data: Corpus | None = None) -> dict[str,
             if ranks.is_first and is_snapshot:
                 snapshot = args.out / "snapshots" / f"step-{done}"
                 model_folder.save_model(snapshot, model, corpus.tokenizer)
+                describe(snapshot, args.out, built_in)
             if monitor.gave_up:
                 advice = "start again with lower rates, or --resume after the last checkpoint"
                 ranks.log(f"stopped: {monitor.patience} skipped steps in a row; {advice}")
@@ -308,6 +311,7 @@ def main(argv: list[str] | None = None, data: Corpus | None = None) -> dict[str,
             model_folder.save_model(args.out, model, corpus.tokenizer)
             write_file(args.out / "metrics.json", to_json(metrics))
             plots.loss_curve(points, args.out / "curve.png")
+            describe(args.out, args.out, built_in)
         result = f"validation loss {metrics['validation_loss']:.3f} after {seconds:.0f} s"
         ranks.log(f"{args.out}: {result}")
     return metrics

@@ -48,11 +48,11 @@ def save_model(
     """
     config = hub_names.config_to_json(model.config, model.task, special_ids(tokenizer))
     pooling = getattr(model, "pooling", None)
-    if model.config.is_modern:  # for which the default of `transformers` is "cls"
-        config["classifier_pooling"] = pooling or "mean"
-    elif pooling not in (None, "pooler"):
+    # the default of `transformers` for a ModernBERT is "cls"
+    config["classifier_pooling"] = pooling or model.config.poolings[0]
+    if not model.config.is_modern and pooling not in (None, "pooler"):
         # `transformers`, which lacks it, must refuse this model and not add a random pooler
-        config |= {"classifier_pooling": pooling, "model_type": f"{config['model_type']}-{pooling}"}
+        config["model_type"] += f"-{pooling}"
     tokenizer_config = {f"{role}_token": token for role, token in special_tokens(tokenizer).items()}
     tokenizer_config["tokenizer_class"] = "PreTrainedTokenizerFast"
     tokenizer_config["model_max_length"] = model.config.max_len
@@ -227,11 +227,12 @@ def choose_pooling(
         raise UserError(f"--pooling {pooling}: {name} is a {config.family} model")
     if pooling or config.is_modern:
         return pooling
+    if raw.get("classifier_pooling") in config.poolings:
+        return raw["classifier_pooling"]
     if any(key.startswith("pooling_mode") for key in raw):  # its pooler was never trained
         is_cls = raw.get("pooling_mode_cls_token") or raw.get("pooling_mode") == "cls"
         return "cls" if is_cls else "mean"
-    ours = raw.get("classifier_pooling")
-    return ours if ours in config.poolings else None
+    return None
 
 
 def open_model(folder: Path, device: torch.device) -> tuple[nn.Module, Tokenizer, list[str] | None]:
