@@ -5,7 +5,7 @@ Axes: S sequences (examples), T tokens of a batch.
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from files import streams
 from files.columns import Columns, Item, guess_task, read_examples, to_number
 from files.disk import UserError
+from files.multilabel import count_labels, to_targets
 from files.reviews import load_reviews
 from files.sequences import reads_items
 from files.tokenizer import special_ids
@@ -38,7 +39,8 @@ class LabeledDataset:
     Args:
         texts: The texts, or the first texts of pairs.
         pairs: The second texts, or None.
-        targets: (S,) int64 class numbers that index `names`, or (S,) float32 numbers to predict.
+        targets: (S,) int64 class numbers that index `names`, or (S,) float32 numbers to predict,
+            or (S, names) float32, 1 where an example has a label and 0 elsewhere.
         names: The class names, or None for regression.
     """
 
@@ -56,9 +58,14 @@ class LabeledDataset:
         return replace(self, texts=texts, pairs=pairs, targets=self.targets[indices])
 
     @property
+    def is_multilabel(self) -> bool:
+        return self.targets.ndim == 2
+
+    @property
     def strata(self) -> np.ndarray:
         """(S,) The group of each example that a sample must represent: its class, or 0."""
-        return self.targets if self.names else np.zeros(len(self), dtype=int)
+        has_one_class = self.names and not self.is_multilabel
+        return self.targets if has_one_class else np.zeros(len(self), dtype=int)
 
     def joined_texts(self) -> list[str]:
         """Each pair as one text, for methods that count words."""
@@ -67,10 +74,12 @@ class LabeledDataset:
         return [f"{text} {pair}" for text, pair in zip(self.texts, self.pairs, strict=True)]
 
 
-def from_lists(
-    texts: list[str], labels: list[str], names: list[str] | None = None
-) -> LabeledDataset:
-    """Examples from Python lists; `names` are the classes, by default those that occur."""
+def from_lists(texts: list[str], labels: list, names: list[str] | None = None) -> LabeledDataset:
+    """Examples from Python lists; `names` are the classes, by default those that occur. A label may
+    be a list, of as many classes as the text has."""
+    if isinstance(labels[0], (list, tuple, set)):
+        names = names or sorted(set().union(*labels))
+        return LabeledDataset(texts, None, to_targets(labels, names), names)
     names = names or sorted(set(labels))
     targets = np.array([names.index(label) for label in labels])
     return LabeledDataset(texts, None, targets, names)
@@ -93,7 +102,7 @@ def load(
         train: A .csv, .tsv or .jsonl file, or .gz of one.
         test: Another; without it, the last fifth of each class of `train` is held out.
         columns: Those of the text, second text and label. None is guessed and printed.
-        task: "classify", "regress", or None to guess it.
+        task: "classify", "multilabel", "regress", or None to guess it.
 
     Raises:
         UserError: A file cannot be used; the message names it and the line.
@@ -103,18 +112,22 @@ def load(
         train_part, test_part = (zip(*parts[name], strict=True) for name in ("train", "test"))
         return from_lists(*map(list, train_part)), from_lists(*map(list, test_part))
 
-    items, chosen = read_examples(train, Columns(*columns))
+    items, chosen = read_examples(train, Columns(*columns), task)
     names = None
-    if (task or guess_task(item.label for item in items)) == "classify":
+    if isinstance(items[0].label, tuple):
+        task = "multilabel"
+        names = _sort_names(count_labels(train, (item.label for item in items)))
+    elif (task or guess_task(item.label for item in items)) == "classify":
         names = _class_names(train, items)
     examples = _to_dataset(items, names)
     classes = "numbers (regression)"
     if names:
         classes = names if len(names) <= 10 else f"{len(names)} classes"
-    print(f"{train}: {len(examples):,} examples; label {chosen.label!r}: {classes}")
+    kind = "any of " if examples.is_multilabel else ""
+    print(f"{train}: {len(examples):,} examples; label {chosen.label!r}: {kind}{classes}")
     if test is None:
         return hold_out_last_fifth(examples)
-    return examples, _to_dataset(read_examples(test, chosen)[0], names)
+    return examples, _to_dataset(read_examples(test, chosen, task)[0], names)
 
 
 def _class_names(path: Path, items: list[Item]) -> list[str]:
@@ -127,12 +140,19 @@ def _class_names(path: Path, items: list[Item]) -> list[str]:
         if len(single) == len(items):
             raise UserError(f"{path}: each label occurs once only, such as {names}")
         print(f"{single[0].source}: classes with one example only, for training: {names}")
-    return sorted(counts, key=lambda name: (np.nan_to_num(to_number(name), nan=np.inf), name))
+    return _sort_names(counts)
+
+
+def _sort_names(names: Iterable[str]) -> list[str]:
+    return sorted(names, key=lambda name: (np.nan_to_num(to_number(name), nan=np.inf), name))
 
 
 def _to_dataset(items: list[Item], names: list[str] | None) -> LabeledDataset:
     """Examples of classes, or of numbers if `names` is None. Raises UserError for another label."""
-    if names is None:
+    if isinstance(items[0].label, tuple):
+        targets = [0 if set(item.label) <= set(names) else math.nan for item in items]
+        problem = f"has one that is none of the training labels {', '.join(map(repr, names[:20]))}"
+    elif names is None:
         targets = [to_number(item.label) for item in items]
         problem = "is no number, which --task regress needs"
     else:
@@ -144,6 +164,8 @@ def _to_dataset(items: list[Item], names: list[str] | None) -> LabeledDataset:
             raise UserError(f"{item.source}: label {item.label!r} {problem}")
     texts = [item.text for item in items]
     pairs = None if items[0].pair is None else [item.pair for item in items]
+    if isinstance(items[0].label, tuple):
+        return LabeledDataset(texts, pairs, to_targets([i.label for i in items], names), names)
     dtype = np.float32 if names is None else np.int64
     return LabeledDataset(texts, pairs, np.array(targets, dtype), names)
 

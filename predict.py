@@ -45,7 +45,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--file", type=Path, help="lines of text, or a .csv, .tsv or .jsonl; .gz of each")
     add("--text-column", help="column of the text; guessed by default")
     add("--pair-column", help="column of the second text of a pair; guessed by default")
-    add("--top", type=positive, metavar="K", help="answers per text; by default 1 class or 5 words")
+    add(
+        "--top",
+        type=positive,
+        metavar="K",
+        help="answers per text; by default 1 class or 5 words, "
+        "of several labels those above the threshold",
+    )
     add("--json", action="store_true", help="one JSON object per text, by default with all classes")
     vectors = "write no answers but a float32 vector per text, in order: the mean of its states"
     add("--embeddings", type=Path, metavar="OUT.npy", help=vectors)
@@ -95,8 +101,12 @@ def answer_batch(
     outputs = model(*inputs)[: len(items)]  # (S, C), without the padding
     if names is None:
         return [{"value": value} for value in outputs[:, 0].tolist()], n_cut
-    classes = best(outputs.softmax(-1), "label", names.__getitem__, top)
-    return [{"answers": classes_of_text} for classes_of_text in classes], n_cut
+    classes = best(model.probabilities(outputs), "label", names.__getitem__, top or len(names))
+    threshold = 0 if top else model.threshold  # only labels that do not exclude each other have it
+    return [
+        {"answers": [choice for choice in classes_of_text if choice["probability"] >= threshold]}
+        for classes_of_text in classes
+    ], n_cut
 
 
 def best(probabilities: Tensor, key: str, name_of: Callable, top: int) -> list[list[dict]]:
@@ -208,7 +218,7 @@ def to_line(item: Item, answer: Answer) -> str:
         columns = []
         for choices in value if kind == "masks" else [value]:
             columns += ["/"] if columns else []  # between two masks
-            columns += [f"{name} {p:.3f}" for name, p in map(dict.values, choices)]
+            columns += [f"{name} {p:.3f}" for name, p in map(dict.values, choices)] or ["-"]
     columns += [" ".join(text.split()) for text in (item.text, item.pair) if text is not None]
     return "\t".join(columns)
 
@@ -223,6 +233,8 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     else:
         model, tokenizer, names = open_model(args.model, device)
         default_top = 5 if isinstance(model, MaskedLM) else len(names or []) if args.json else 1
+        if getattr(model, "threshold", None) is not None:
+            default_top = 0  # those above the threshold, however many
         answer = make_answer(model, tokenizer, names, args.top or default_top, dtype)
     mask = special_tokens(tokenizer)["mask"]
     counts = {"answered": 0, "broken": 0, "cut": 0}

@@ -15,7 +15,7 @@ from scipy import stats
 from sklearn.metrics import f1_score
 from torch import nn
 
-from analysis import plots
+from analysis import multilabel, plots
 from analysis.baselines import constant_scores
 from files import entities
 from files.disk import to_json, write_file
@@ -84,20 +84,27 @@ def predict(
     features = forward_all(model, rows, everything, autocast, model.features)
     states = torch.from_numpy(features).to(model.classifier.weight.device)
     logits = model.classifier(states).cpu()
-    return logits[:, 0] if names is None else logits.softmax(dim=1)
+    return logits[:, 0] if names is None else model.probabilities(logits)
 
 
-def measure(targets: Any, predictions: Any) -> dict[str, float]:
+def measure(targets: Any, predictions: Any, n_held_out: int = 0) -> dict[str, float]:
     """The metrics of predictions.
+
+    Args:
+        n_held_out: The first examples, of several labels, on which their threshold is chosen.
 
     Returns:
         "accuracy" and "macro_f1" of probabilities (examples, classes); of numbers (examples,)
         "rmse", and the correlation coefficients "pearson" and "spearman"; "f1", "precision" and
-        "recall" of entities, if targets and predictions are lists of tags.
+        "recall" of entities, if targets and predictions are lists of tags; of several labels see
+        analysis/multilabel.py.
     """
     if isinstance(predictions, list):
         return entities.entity_f1(targets, predictions)
     predictions = np.asarray(predictions)
+    if targets.ndim == 2:
+        threshold = multilabel.choose_threshold(targets[:n_held_out], predictions[:n_held_out])
+        return multilabel.measure(targets[n_held_out:], predictions[n_held_out:], threshold)
     if predictions.ndim == 2:
         classes = predictions.argmax(1)
         macro_f1 = f1_score(targets, classes, average="macro")
@@ -117,9 +124,11 @@ def print_summary(about: dict[str, Any], n_epochs: int, max_len: int) -> None:
         print(f"{about['n_cut']:,} examples were cut to {max_len} tokens", flush=True)
 
 
-def report(method: str, targets: Any, predictions: Any, start_time: float) -> dict[str, float]:
+def report(
+    method: str, targets: Any, predictions: Any, start_time: float, n_held_out: int = 0
+) -> dict[str, float]:
     """Measure the predictions of a method, print a line, and return the metrics and seconds."""
-    metrics = measure(targets, predictions)
+    metrics = measure(targets, predictions, n_held_out)
     seconds = time.time() - start_time
     print(f"{method:<15} {to_line(metrics)}  {seconds:4.0f} s", flush=True)
     return metrics | {"seconds": seconds}
@@ -164,6 +173,6 @@ def write_results(
     write_file(out / "predictions.npz", content.getbuffer())
     write_file(out / "metrics.json", to_json(metrics))
     pretrained = arrays.get("pretrained", np.empty(0))
-    if draws and pretrained.ndim == 2:
+    if draws and pretrained.ndim > arrays["targets"].ndim:
         plots.confusion(test.targets, pretrained.argmax(1), test.names, out / "confusion.png")
     return metrics

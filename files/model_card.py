@@ -20,6 +20,7 @@ PIPELINE_TAGS = {  # the hub's names of our tasks
 # The built-in reviews on the hub.
 REVIEWS = {"mr": "cornell-movie-review-data/rotten_tomatoes", "imdb": "stanfordnlp/imdb"}
 SENTENCE_TRANSFORMERS = {"": "Transformer", "1_Pooling": "Pooling"}  # its modules, by folder
+NO_METRICS = ("seconds", "threshold")  # of what metrics.json says of a method
 LIMITS = """The figures are of one run with one seed, on the test examples or the held-out text of
 these data. Nothing else was measured: no other domain or language, no bias, no harm."""
 
@@ -74,7 +75,7 @@ def make_card(folder: Path, run: Path, task: str, built_in: list[str]) -> str:
     metrics = read_json(folder / "metrics.json")
     methods = metrics.get("test") or {"validation": {"loss": metrics.get("validation_loss")}}
     figures = methods.get("pretrained", methods.get("validation", {}))
-    figures = {n: v for n, v in figures.items() if v is not None and n != "seconds"}
+    figures = {n: v for n, v in figures.items() if v is not None and n not in NO_METRICS}
     files = flags.get("corpus") or [flags.get("train")]
     on_hub = [f.removeprefix("hf:").split(":")[0] for f in files if f and f.startswith("hf:")]
     source = ", ".join(built_in + on_hub) or "its author's own"
@@ -100,7 +101,7 @@ def make_card(folder: Path, run: Path, task: str, built_in: list[str]) -> str:
     facts |= read_json(run / "environment.json")
     lines = [f"| {name} | {value} |" for name, value in facts.items() if value is not None]
     for method, scores in methods.items():
-        cells = [f"{n} {v:.3f}" for n, v in scores.items() if v is not None and n != "seconds"]
+        cells = [f"{n} {v:.3f}" for n, v in scores.items() if v is not None and n not in NO_METRICS]
         lines += [f"| {method} | {', '.join(cells)} |"] if cells else []
     return f"""---
 {header.to_yaml().strip()}

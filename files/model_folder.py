@@ -36,6 +36,7 @@ HUB_FILES += ("*.index.json", "tokenizer*.json", "vocab.txt", "vocab.json", "mer
 # The files of weights, one of which a folder has; an index names the files of the shards.
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 WEIGHT_FILES += ("pytorch_model.bin", "pytorch_model.bin.index.json")
+MULTILABEL = "multi_label_classification"  # the problem_type of several labels per text
 MOST_PADDING = 128  # rows that others add to the embedding, up to a multiple of 8, 64 or 128
 
 
@@ -249,7 +250,7 @@ def open_model(folder: Path, device: torch.device) -> tuple[nn.Module, Tokenizer
         id2label = raw.get("id2label") or {}
         names = [str(id2label.get(str(i), f"LABEL_{i}")) for i in range(n_labels)]
         # one output is a number, whatever its problem_type: its softmax would always be 1
-        if n_labels > 1 and problem_type not in (None, "single_label_classification"):
+        if n_labels > 1 and problem_type not in (None, "single_label_classification", MULTILABEL):
             raise ValueError(f"problem_type {problem_type!r} with {n_labels} outputs is unknown")
         if _task(raw) == Tagger.task:
             model = Tagger(config, n_labels)
@@ -257,6 +258,8 @@ def open_model(folder: Path, device: torch.device) -> tuple[nn.Module, Tokenizer
             default = "cls" if config.is_modern else "pooler"  # as in `transformers`
             model = Classifier(config, n_labels, raw.get("classifier_pooling") or default)
             model.ngrams = load_ngrams(folder, n_labels)
+            if problem_type == MULTILABEL and n_labels > 1:
+                model.threshold = float(raw.get("threshold", 0.5))
         elif _task(raw) == MaskedLM.task or "decoder.bias" in weights:
             model = MaskedLM(config)
         else:

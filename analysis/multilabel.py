@@ -1,0 +1,53 @@
+"""Examples with several labels each: the threshold, the metrics, and a linear layer.
+
+Axes: S examples, L labels.
+"""
+
+import numpy as np
+import torch
+from sklearn.metrics import average_precision_score, f1_score, precision_recall_curve
+from torch import nn
+
+from analysis.baselines import HEAD_C, linear_model
+from labels import HOLD_OUT, LabeledDataset, cross_validation_splits
+
+DEFAULT_THRESHOLD = 0.5
+
+
+def hold_out(train: LabeledDataset) -> tuple[LabeledDataset, LabeledDataset]:
+    """The training examples, and the last tenth of them, on which the threshold is chosen."""
+    [(train_idx, held_out_idx)] = cross_validation_splits(train, 1, HOLD_OUT)
+    return train[train_idx], train[held_out_idx]
+
+
+def choose_threshold(targets: np.ndarray, probabilities: np.ndarray) -> float:
+    """The probability from which on a label is predicted: that of the best micro F1."""
+    if not targets.any():
+        return DEFAULT_THRESHOLD
+    precision, recall, thresholds = precision_recall_curve(targets.ravel(), probabilities.ravel())
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+    return float(thresholds[f1[:-1].argmax()])
+
+
+def measure(targets: np.ndarray, probabilities: np.ndarray, threshold: float) -> dict[str, float]:
+    """F1 over all decisions and as a mean over the labels, and the mean over the labels that occur
+    of the average precision, which needs no threshold. All are (S, L)."""
+    decisions = probabilities >= threshold
+    occurs = targets.any(axis=0)
+    scores = {
+        n: f1_score(targets, decisions, average=n, zero_division=0) for n in ("micro", "macro")
+    }
+    metrics = {f"{name}_f1": float(score) for name, score in scores.items()}
+    precision = average_precision_score(targets[:, occurs], probabilities[:, occurs])
+    return metrics | {"mean_average_precision": float(precision), "threshold": threshold}
+
+
+def fit_layer(layer: nn.Linear, features: np.ndarray, targets: np.ndarray) -> None:
+    """Set a linear layer to one logistic regression per label on features (S, d_model)."""
+    layer.weight.data.zero_()
+    for label, is_label in enumerate(targets.T):
+        layer.bias.data[label] = 10.0 if is_label.all() else -10.0
+        if 0 < is_label.mean() < 1:
+            fitted = linear_model(True, HEAD_C).fit(features, is_label)
+            layer.weight.data[label] = torch.from_numpy(fitted.coef_[0]).to(layer.weight)
+            layer.bias.data[label] = float(fitted.intercept_[0])
