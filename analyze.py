@@ -97,7 +97,9 @@ def flags_of_step_0(flags: dict[str, Any], out: Path) -> list[str]:
     argv = ["--steps", "0", "--dtype", "float32", "--out", str(out)]
     for name in flags.keys() - NOT_OF_THE_START:
         value = flags[name]
-        if value not in (None, []):
+        if isinstance(value, bool):
+            argv += [f"--{name.replace('_', '-')}"] * value
+        elif value not in (None, []):
             values = value if isinstance(value, list) else [value]
             argv += [f"--{name.replace('_', '-')}", *map(str, values)]
     return argv

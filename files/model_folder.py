@@ -33,6 +33,8 @@ BROKEN += (safetensors.SafetensorError,)
 HUB_FILES = ("config.json", "1_Pooling/config.json", "*.safetensors", "pytorch_model*.bin")
 HUB_FILES += ("*.index.json", "tokenizer*.json", "vocab.txt", "vocab.json", "merges.txt")
 
+# train.py leaves its folders in runs/; one that does not exist is not looked up on the hub
+HUB_NAME = re.compile(r"(?!runs/)[\w-][\w.-]*(/[\w.-]+)?")
 # The files of weights, one of which a folder has; an index names the files of the shards.
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 WEIGHT_FILES += ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -89,15 +91,17 @@ def find_model(name: Path) -> Path:
     """The folder of a model: `name` itself, or that of the Hugging Face hub in the hub's cache."""
     if (name / "config.json").is_file():
         return name
-    # train.py leaves its folders in runs/; one that does not exist is not looked up on the hub
-    is_hub_name = re.fullmatch(r"(?!runs/)[\w-][\w.-]*(/[\w.-]+)?", name.as_posix())
-    if name.exists() or not is_hub_name:
+    if name.exists() or not HUB_NAME.fullmatch(name.as_posix()):
         raise UserError(f"{name}: no checkpoint: it has no config.json; train.py makes one")
+    return download(name, HUB_FILES)
 
+
+def download(name: Path, patterns: tuple[str, ...]) -> Path:
+    """The folder of the hub's cache that has these files of a model of the hub."""
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(name.as_posix(), allow_patterns=HUB_FILES))
+        return Path(huggingface_hub.snapshot_download(name.as_posix(), allow_patterns=patterns))
     except Exception as error:  # the network, the hub and its cache each have errors of their own
         raise UserError(f"{name}: no such folder; from the hub: {first_line(error)}") from None
 
@@ -162,16 +166,27 @@ def _task(raw: dict[str, Any]) -> str:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Read tokenizer.json, or else what is older: BERT's vocab.txt, RoBERTa's vocab.json."""
-    paths = [folder / name for name in ("tokenizer.json", "vocab.txt", "vocab.json")]
-    path = next(filter(Path.is_file, paths), paths[0])
+    """Read the tokenizer of a model, with all special tokens."""
+    path = tokenizer_file(folder)
     try:
-        read = Tokenizer.from_file if path.name == "tokenizer.json" else read_vocabulary
-        tokenizer = read(str(path))
+        tokenizer = read_tokenizer(path)
         special_ids(tokenizer)  # raises an error if one is missing
-        tokenizer.encode("\N{CUNEIFORM SIGN A}")  # and this if there is no token for the unknown
     except Exception as error:  # tokenizers has no errors of its own
         raise UserError(f"{path}: {first_line(error)}") from None
+    return tokenizer
+
+
+def tokenizer_file(folder: Path) -> Path:
+    """tokenizer.json, or else what is older: BERT's vocab.txt, RoBERTa's vocab.json."""
+    paths = [folder / name for name in ("tokenizer.json", "vocab.txt", "vocab.json")]
+    return next(filter(Path.is_file, paths), paths[0])
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """Read a file of `tokenizer_file`, whatever error its library raises."""
+    is_old = path.suffix == ".txt" or path.name == "vocab.json"
+    tokenizer = (read_vocabulary if is_old else Tokenizer.from_file)(str(path))
+    tokenizer.encode("\N{CUNEIFORM SIGN A}")  # an error if there is no token for the unknown
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

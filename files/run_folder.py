@@ -44,6 +44,7 @@ LEFT_BEHIND = (
 )
 # Flags that a resumed run need not share with its first part: of files the content counts.
 MAY_CHANGE = {"resume", "device", "out", "keep", "keep_best", "model", "corpus", "train", "test"}
+MAY_CHANGE |= {"tokenizer"}
 
 # The code whose change changes results, although no flag and no Config says so.
 ARITHMETIC = ("model.py", "kernels/*.py")
