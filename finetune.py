@@ -3,8 +3,7 @@
 The model learns a class, several labels or a number per example, or a tag per word (--task
 tokens). These methods are measured on the same test set, which is not used for any choice:
 
-    ngrams             a linear model of unigrams and bigrams (analysis/baselines.py); of several
-                       labels, one for each
+    ngrams             a linear model of unigrams and bigrams (analysis/baselines.py)
     most_frequent      of tagged words instead: the most frequent tag of each word
     random_weights     the model, trained from random weights
     pretrained         the model, trained from the weights of --model and a fitted linear layer; it
@@ -27,24 +26,17 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from analysis.baselines import BASELINES, concatenate, fit_baseline, fit_head
+from analysis.baselines import BASELINES, fit_baseline, fit_head
 from analysis.evaluation import forward_all, predict, print_summary, report, write_results
 from analysis.fit_ngrams import add_ngrams
-from analysis.multilabel import DEFAULT_THRESHOLD, fit_layer, hold_out
+from analysis.multilabel import fit_layer, hold_out
 from files import entities, run_folder, streams
 from files.cli import Parser, choose_hardware, flags_to_json, number, run_script
 from files.disk import UserError
 from files.entities import NOT_SCORED, TaggedDataset
 from files.machine import Ranks
 from files.model_card import describe
-from files.model_folder import (
-    MULTILABEL,
-    choose_max_len,
-    choose_pooling,
-    load_model,
-    load_weights,
-    save_model,
-)
+from files.model_folder import choose_max_len, choose_pooling, load_model, load_weights, save_model
 from files.step_monitor import StepMonitor
 from labels import LabeledDataset, batches, encode, load, subsample
 from model import Classifier, Config, Tagger
@@ -110,8 +102,8 @@ def set_defaults(
     """Set the flags whose defaults depend on the task, and check those that depend on the model."""
     is_tagged = isinstance(train, TaggedDataset)
     methods = ["most_frequent" if is_tagged else "ngrams", "random_weights", "pretrained"]
-    is_multilabel = not is_tagged and train.is_multilabel
-    if train.names and not is_tagged and not is_multilabel:
+    has_one_class = bool(train.names) and not is_tagged and not train.is_multilabel
+    if has_one_class:
         methods.append(WITH_NGRAMS)
     args.methods = args.methods.split(",") if args.methods else methods
     for method in args.methods:
@@ -121,8 +113,8 @@ def set_defaults(
             raise UserError(f"--methods {WITH_NGRAMS}: it needs pretrained before it")
     if is_tagged and (args.pooling or args.lr == 0):
         raise UserError("--task tokens takes no --pooling and no --lr 0")
-    if args.class_weights and (is_tagged or train.names is None or args.lr == 0):
-        raise UserError("--class-weights: of classes or labels, and not with --lr 0")
+    if args.class_weights and (not has_one_class or args.lr == 0):
+        raise UserError("--class-weights needs examples of one class each, and a --lr above 0")
     args.pooling = choose_pooling(config, raw, args.pooling, args.model)
     if args.epochs is None:  # fewer for more examples per class
         n_classes = len(train.names) if train.names else 2
@@ -154,7 +146,7 @@ def build_model(
         model = Tagger(config, len(train.names))
     else:
         model = Classifier(config, len(train.names or [""]), args.pooling)
-        model.threshold = DEFAULT_THRESHOLD if train.is_multilabel else None
+        model.threshold = 0.5 if train.is_multilabel else None
     model.dropout.p = args.dropout
     if weights is not None:
         new_layers = ("classifier", "head" if isinstance(model, Tagger) else "pooler")
@@ -203,24 +195,16 @@ def fit_linear_layer(
     fit_head(model, features, expected, np.issubdtype(expected.dtype, np.integer))
 
 
-def class_weights(train: Dataset, device: torch.device) -> Tensor:
-    """(C,) The weight of each class, or of the examples that have a label, by which all classes, or
-    both answers to a label, have the same sum of weights."""
-    if train.is_multilabel:
-        counts = train.targets.sum(0)
-        weights = (len(train) - counts) / counts.clip(1)
-    else:
-        counts = np.bincount(train.targets, minlength=len(train.names))
-        weights = len(train) / (len(train.names) * counts.clip(1))
-    return torch.tensor(weights, dtype=torch.float32, device=device)
+def balanced_weights(train: LabeledDataset) -> Tensor:
+    """(C,) Weights of the classes with which they all contribute alike to the loss."""
+    counts = np.bincount(train.targets, minlength=len(train.names))
+    return torch.tensor(len(train) / len(counts) / counts.clip(1), dtype=torch.float32)
 
 
 def loss_sum(logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
     """Squared errors of numbers, or cross-entropies of classes, labels or tags."""
     if targets.dim() == 2:
-        return F.binary_cross_entropy_with_logits(
-            logits, targets, reduction="sum", pos_weight=weights
-        )
+        return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
     if targets.is_floating_point():
         return F.mse_loss(logits[:, 0], targets, reduction="sum")
     return F.cross_entropy(logits, targets, weights, ignore_index=NOT_SCORED, reduction="sum")
@@ -239,7 +223,8 @@ def save_with_names(out: Path, model: nn.Module, tokenizer: Tokenizer, names: li
     if isinstance(model, Classifier):
         extra["problem_type"] = "single_label_classification" if names else "regression"
         if model.threshold is not None:
-            extra |= {"problem_type": MULTILABEL, "threshold": model.threshold}
+            extra["problem_type"] = "multi_label_classification"
+            extra["threshold"] = model.threshold
     save_model(out, model, tokenizer, extra)
 
 
@@ -259,11 +244,7 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
         config, max_len = choose_max_len(config, args.max_len, MAX_LEN, args.model)
         train, test = data or load_examples(args)
         set_defaults(args, train, config, raw)
-        n_held_out = 0
-        if isinstance(train, LabeledDataset) and train.is_multilabel:
-            train, held_out = hold_out(train)
-            n_held_out = len(held_out)
-            test = concatenate(held_out, test)  # predicted too, to choose the threshold
+        train, test, n_held_out = hold_out(train, test)
         rows, targets, _, n_cut = encode_examples(train, tokenizer, max_len)
         test_rows, test_targets, first_pieces, n_more = encode_examples(test, tokenizer, max_len)
         content = [*rows, *targets, *test_rows, *test_targets, *weights.values()]
@@ -275,7 +256,7 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
         about["dtype"] = str(dtype).removeprefix("torch.")
         print_summary(about, args.epochs, max_len)
         targets, mean, scale = standardize(targets, train)
-        weights_of_classes = class_weights(train, device) if args.class_weights else None
+        class_weights = balanced_weights(train).to(device) if args.class_weights else None
         steps_per_epoch = math.ceil(len(train) / args.batch_size)
 
         for method in args.methods:
@@ -290,9 +271,7 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
                     args.out, rows, train, test_rows, of_network, args.seed
                 )
             if method in predictions:
-                results[method] = report(
-                    method, test.targets, predictions[method], start_time, n_held_out
-                )
+                results[method] = report(method, test, predictions[method], start_time, n_held_out)
                 continue
 
             is_pretrained = method == "pretrained"
@@ -327,8 +306,8 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
                         with autocast:
                             # `batches` appends filler sequences, whose outputs are dropped
                             logits = model(*inputs)[: len(expected)].float()
-                        micro_sum = loss_sum(logits, expected.to(device), weights_of_classes)
-                        micro_loss = micro_sum / max(1, n_targets)
+                        micro_loss = loss_sum(logits, expected.to(device), class_weights)
+                        micro_loss /= max(1, n_targets)
                         scaler.scale(micro_loss).backward()
                         loss += float(micro_loss.detach())
 
@@ -356,16 +335,13 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
             if train.names is None:
                 restore_unit(model, mean, scale)
             predictions[method] = predict(model, test_rows, first_pieces, train.names, autocast)
-            results[method] = report(
-                method, test.targets, predictions[method], start_time, n_held_out
-            )
+            results[method] = report(method, test, predictions[method], start_time, n_held_out)
             if is_pretrained:
                 model.threshold = results[method].get("threshold")
                 save_with_names(args.out, model, tokenizer, train.names)
 
-        if n_held_out:
-            test = test[np.arange(n_held_out, len(test))]
-            predictions = {name: values[n_held_out:] for name, values in predictions.items()}
+        test = test[np.arange(n_held_out, len(test))]
+        predictions = {name: values[n_held_out:] for name, values in predictions.items()}
         metrics = write_results(args.out, train, test, results, predictions, about, data is None)
         describe(args.out, args.out, [] if args.train or data else [args.data])
         return metrics

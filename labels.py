@@ -5,7 +5,7 @@ Axes: S sequences (examples), T tokens of a batch.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from files import streams
 from files.columns import Columns, Item, guess_task, read_examples, to_number
 from files.disk import UserError
-from files.multilabel import count_labels, to_targets
+from files.multilabel import distinct_labels, to_targets
 from files.reviews import load_reviews
 from files.sequences import reads_items
 from files.tokenizer import special_ids
@@ -79,6 +79,8 @@ def from_lists(texts: list[str], labels: list, names: list[str] | None = None) -
     be a list, of as many classes as the text has."""
     if isinstance(labels[0], (list, tuple, set)):
         names = names or sorted(set().union(*labels))
+        if unknown := set().union(*labels) - set(names):
+            raise ValueError(f"label {unknown.pop()!r} is none of {names}")
         return LabeledDataset(texts, None, to_targets(labels, names), names)
     names = names or sorted(set(labels))
     targets = np.array([names.index(label) for label in labels])
@@ -116,7 +118,7 @@ def load(
     names = None
     if isinstance(items[0].label, tuple):
         task = "multilabel"
-        names = _sort_names(count_labels(train, (item.label for item in items)))
+        names = distinct_labels(train, [item.label for item in items])
     elif (task or guess_task(item.label for item in items)) == "classify":
         names = _class_names(train, items)
     examples = _to_dataset(items, names)
@@ -140,17 +142,14 @@ def _class_names(path: Path, items: list[Item]) -> list[str]:
         if len(single) == len(items):
             raise UserError(f"{path}: each label occurs once only, such as {names}")
         print(f"{single[0].source}: classes with one example only, for training: {names}")
-    return _sort_names(counts)
-
-
-def _sort_names(names: Iterable[str]) -> list[str]:
-    return sorted(names, key=lambda name: (np.nan_to_num(to_number(name), nan=np.inf), name))
+    return sorted(counts, key=lambda name: (np.nan_to_num(to_number(name), nan=np.inf), name))
 
 
 def _to_dataset(items: list[Item], names: list[str] | None) -> LabeledDataset:
     """Examples of classes, or of numbers if `names` is None. Raises UserError for another label."""
-    if isinstance(items[0].label, tuple):
-        targets = [0 if set(item.label) <= set(names) else math.nan for item in items]
+    is_multilabel = isinstance(items[0].label, tuple)
+    if is_multilabel:
+        targets = to_targets([item.label for item in items], names)
         problem = f"has one that is none of the training labels {', '.join(map(repr, names[:20]))}"
     elif names is None:
         targets = [to_number(item.label) for item in items]
@@ -160,13 +159,11 @@ def _to_dataset(items: list[Item], names: list[str] | None) -> LabeledDataset:
         targets = [class_numbers.get(item.label, math.nan) for item in items]
         problem = f"is none of the training labels {', '.join(map(repr, names[:20]))}"
     for item, target in zip(items, targets, strict=True):
-        if math.isnan(target):
+        if np.isnan(target).any():
             raise UserError(f"{item.source}: label {item.label!r} {problem}")
     texts = [item.text for item in items]
     pairs = None if items[0].pair is None else [item.pair for item in items]
-    if isinstance(items[0].label, tuple):
-        return LabeledDataset(texts, pairs, to_targets([i.label for i in items], names), names)
-    dtype = np.float32 if names is None else np.int64
+    dtype = np.float32 if names is None or is_multilabel else np.int64
     return LabeledDataset(texts, pairs, np.array(targets, dtype), names)
 
 

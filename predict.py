@@ -8,6 +8,7 @@ Axes: T tokens of a batch, S texts of a batch, M masks of a batch, C classes or 
 """
 
 import argparse
+import contextlib
 import json
 import sys
 import threading
@@ -45,13 +46,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--file", type=Path, help="lines of text, or a .csv, .tsv or .jsonl; .gz of each")
     add("--text-column", help="column of the text; guessed by default")
     add("--pair-column", help="column of the second text of a pair; guessed by default")
-    add(
-        "--top",
-        type=positive,
-        metavar="K",
-        help="answers per text; by default 1 class or 5 words, "
-        "of several labels those above the threshold",
-    )
+    tops = "answers per text; by default 1 class, 5 words, or the labels above their threshold"
+    add("--top", type=positive, metavar="K", help=tops)
     add("--json", action="store_true", help="one JSON object per text, by default with all classes")
     vectors = "write no answers but a float32 vector per text, in order: the mean of its states"
     add("--embeddings", type=Path, metavar="OUT.npy", help=vectors)
@@ -75,26 +71,22 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 # -------------------------------------------------------------------------------------- answers
 
 
-def to_batch(items: list[Item], tokenizer: Tokenizer, model: nn.Module) -> tuple[tuple, int]:
-    """The inputs of a model for a batch of texts (see `labels.batches`), and how many were cut."""
-    pairs = None if items[0].pair is None else [item.pair for item in items]
-    dataset = LabeledDataset([item.text for item in items], pairs, np.zeros(len(items)), None)
-    rows, n_cut = encode(dataset, tokenizer, model.config.max_len)
-    device = next(model.parameters()).device
-    _, inputs = next(batches(rows, np.arange(len(rows)), len(rows), device))
-    return inputs, n_cut
-
-
 def answer_batch(
     model: nn.Module, tokenizer: Tokenizer, names: list[str] | None, top: int, items: list[Item]
 ) -> Answers:
     """Answer a batch of texts with any kind of model."""
+    texts = [item.text for item in items]
     if isinstance(model, Tagger):
-        texts = [item.text for item in items]
         entities, n_cut = predict_entities(model, tokenizer, names, texts)
         return [{"entities": entities_of_text} for entities_of_text in entities], n_cut
 
-    inputs, n_cut = to_batch(items, tokenizer, model)
+    pairs = None if items[0].pair is None else [item.pair for item in items]
+    dataset = LabeledDataset(texts, pairs, np.zeros(len(items)), None)
+    rows, n_cut = encode(dataset, tokenizer, model.config.max_len)
+    device = next(model.parameters()).device
+    _, inputs = next(batches(rows, np.arange(len(rows)), len(rows), device))
+    if isinstance(model, Encoder):
+        return list(mean_pool(model(*inputs), inputs[1])[: len(items)].cpu().numpy()), n_cut
     if isinstance(model, MaskedLM):
         masks = fill_masks(model, tokenizer, top, inputs, len(items))
         return [{"masks": masks_of_text} for masks_of_text in masks], n_cut
@@ -102,11 +94,8 @@ def answer_batch(
     if names is None:
         return [{"value": value} for value in outputs[:, 0].tolist()], n_cut
     classes = best(model.probabilities(outputs), "label", names.__getitem__, top or len(names))
-    threshold = 0 if top else model.threshold  # only labels that do not exclude each other have it
-    return [
-        {"answers": [choice for choice in classes_of_text if choice["probability"] >= threshold]}
-        for classes_of_text in classes
-    ], n_cut
+    least = 0 if top else model.threshold
+    return [{"answers": [c for c in row if c["probability"] >= least]} for row in classes], n_cut
 
 
 def best(probabilities: Tensor, key: str, name_of: Callable, top: int) -> list[list[dict]]:
@@ -143,7 +132,7 @@ def make_answer(
     The last layer computes in float32: in bfloat16 different words get equal probabilities.
     """
     device = next(model.parameters()).device
-    last_layer = model.decoder if isinstance(model, MaskedLM) else model.classifier
+    last_layer = getattr(model, "decoder", None) or getattr(model, "classifier", nn.Identity())
     forward = last_layer.forward
 
     def forward_in_float32(x: Tensor) -> Tensor:
@@ -158,23 +147,6 @@ def make_answer(
             return answer_batch(model, tokenizer, names, top, items)
 
     return answer
-
-
-def make_embedder(
-    encoder: Encoder, tokenizer: Tokenizer, dtype: torch.dtype
-) -> Callable[[list[Item]], tuple[np.ndarray, int]]:
-    """The function that embeds a batch of texts: (S, d_model), and how many texts were cut."""
-    device = next(encoder.parameters()).device
-
-    @torch.no_grad()
-    def embed(items: list[Item]) -> tuple[np.ndarray, int]:
-        inputs, n_cut = to_batch(items, tokenizer, encoder)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            states = encoder(*inputs)  # (T, d_model)
-        vectors = mean_pool(states, inputs[1])[: len(items)]  # without the padding
-        return vectors.cpu().numpy(), n_cut
-
-    return embed
 
 
 def predict_texts(folder: str | Path, texts: list[str]) -> list[tuple[str, float]]:
@@ -227,15 +199,12 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     """Print the answers; returns how many texts were answered, broken, and cut."""
     args = parse_args(argv)
     device, dtype = choose_hardware(args.device, args.dtype)
-    if args.embeddings:
-        model, tokenizer = open_encoder(args.model, device)
-        answer = make_embedder(model, tokenizer, dtype)
-    else:
-        model, tokenizer, names = open_model(args.model, device)
-        default_top = 5 if isinstance(model, MaskedLM) else len(names or []) if args.json else 1
-        if getattr(model, "threshold", None) is not None:
-            default_top = 0  # those above the threshold, however many
-        answer = make_answer(model, tokenizer, names, args.top or default_top, dtype)
+    open_any = open_encoder if args.embeddings else open_model
+    model, tokenizer, names = open_any(args.model, device)
+    default_top = 5 if isinstance(model, MaskedLM) else len(names or []) if args.json else 1
+    if getattr(model, "threshold", None) is not None:
+        default_top = 0  # those above the threshold
+    answer = make_answer(model, tokenizer, names, args.top or default_top, dtype)
     mask = special_tokens(tokenizer)["mask"]
     counts = {"answered": 0, "broken": 0, "cut": 0}
     lock = threading.Lock()  # a text may turn out to be broken on each of the threads
@@ -247,26 +216,22 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
 
     def write(items: list[Item], answers: Answers) -> None:
         for item, answer in zip(items, answers[0], strict=True):
-            if answer.get("masks") == []:
+            if args.embeddings:
+                append(answer)
+            elif answer.get("masks") == []:
                 report(UserError(f"{item.source}: no {mask} among the tokens that are read"))
                 continue
-            print(to_json(item, answer) if args.json else to_line(item, answer))
+            else:
+                print(to_json(item, answer) if args.json else to_line(item, answer))
             counts["answered"] += 1
         sys.stdout.flush()
         counts["cut"] += answers[1]
 
-    def save(append: Callable[[np.ndarray], None], vectors: np.ndarray, n_cut: int) -> None:
-        append(vectors)
-        counts["answered"] += len(vectors)
-        counts["cut"] += n_cut
-
-    texts = read_items(args, report)
+    vectors = contextlib.nullcontext()
     if args.embeddings:
-        with npy_rows(args.embeddings, model.config.d_model) as append:
-            answer_in_order(texts, answer, lambda _, result: save(append, *result), args.batch_size)
-        print(f"{args.embeddings}: {counts['answered']:,} vectors", file=sys.stderr)
-    else:
-        answer_in_order(texts, answer, write, args.batch_size)
+        vectors = npy_rows(args.embeddings, model.config.d_model)
+    with vectors as append:
+        answer_in_order(read_items(args, report), answer, write, args.batch_size)
     if counts["cut"]:
         print(f"{counts['cut']:,} texts cut to {model.config.max_len} tokens", file=sys.stderr)
     return counts

@@ -125,10 +125,10 @@ def print_summary(about: dict[str, Any], n_epochs: int, max_len: int) -> None:
 
 
 def report(
-    method: str, targets: Any, predictions: Any, start_time: float, n_held_out: int = 0
+    method: str, test: Dataset, predictions: Any, start_time: float, n_held_out: int
 ) -> dict[str, float]:
     """Measure the predictions of a method, print a line, and return the metrics and seconds."""
-    metrics = measure(targets, predictions, n_held_out)
+    metrics = measure(test.targets, predictions, n_held_out)
     seconds = time.time() - start_time
     print(f"{method:<15} {to_line(metrics)}  {seconds:4.0f} s", flush=True)
     return metrics | {"seconds": seconds}

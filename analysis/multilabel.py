@@ -8,22 +8,26 @@ import torch
 from sklearn.metrics import average_precision_score, f1_score, precision_recall_curve
 from torch import nn
 
-from analysis.baselines import HEAD_C, linear_model
+from analysis.baselines import HEAD_C, concatenate, linear_model
+from files.entities import TaggedDataset
 from labels import HOLD_OUT, LabeledDataset, cross_validation_splits
 
-DEFAULT_THRESHOLD = 0.5
+Dataset = LabeledDataset | TaggedDataset
 
 
-def hold_out(train: LabeledDataset) -> tuple[LabeledDataset, LabeledDataset]:
-    """The training examples, and the last tenth of them, on which the threshold is chosen."""
+def hold_out(train: Dataset, test: Dataset) -> tuple[Dataset, Dataset, int]:
+    """Of several labels, move the last tenth of the training examples before the test examples: the
+    threshold is chosen on them. Returns both, and how many were moved."""
+    if isinstance(train, TaggedDataset) or not train.is_multilabel:
+        return train, test, 0
     [(train_idx, held_out_idx)] = cross_validation_splits(train, 1, HOLD_OUT)
-    return train[train_idx], train[held_out_idx]
+    return train[train_idx], concatenate(train[held_out_idx], test), len(held_out_idx)
 
 
 def choose_threshold(targets: np.ndarray, probabilities: np.ndarray) -> float:
     """The probability from which on a label is predicted: that of the best micro F1."""
     if not targets.any():
-        return DEFAULT_THRESHOLD
+        return 0.5
     precision, recall, thresholds = precision_recall_curve(targets.ravel(), probabilities.ravel())
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
     return float(thresholds[f1[:-1].argmax()])
@@ -34,12 +38,13 @@ def measure(targets: np.ndarray, probabilities: np.ndarray, threshold: float) ->
     of the average precision, which needs no threshold. All are (S, L)."""
     decisions = probabilities >= threshold
     occurs = targets.any(axis=0)
-    scores = {
-        n: f1_score(targets, decisions, average=n, zero_division=0) for n in ("micro", "macro")
-    }
-    metrics = {f"{name}_f1": float(score) for name, score in scores.items()}
     precision = average_precision_score(targets[:, occurs], probabilities[:, occurs])
-    return metrics | {"mean_average_precision": float(precision), "threshold": threshold}
+    return {
+        "micro_f1": float(f1_score(targets, decisions, average="micro", zero_division=0)),
+        "macro_f1": float(f1_score(targets, decisions, average="macro", zero_division=0)),
+        "mean_average_precision": float(precision),
+        "threshold": threshold,
+    }
 
 
 def fit_layer(layer: nn.Linear, features: np.ndarray, targets: np.ndarray) -> None:

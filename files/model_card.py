@@ -19,10 +19,12 @@ PIPELINE_TAGS = {  # the hub's names of our tasks
 }
 # The built-in reviews on the hub.
 REVIEWS = {"mr": "cornell-movie-review-data/rotten_tomatoes", "imdb": "stanfordnlp/imdb"}
-SENTENCE_TRANSFORMERS = {"": "Transformer", "1_Pooling": "Pooling"}  # its modules, by folder
-NO_METRICS = ("seconds", "threshold")  # of what metrics.json says of a method
-LIMITS = """The figures are of one run with one seed, on the test examples or the held-out text of
-these data. Nothing else was measured: no other domain or language, no bias, no harm."""
+NO_METRICS = ("seconds", "threshold")  # in what metrics.json has of a method
+MODULES = [
+    {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+    {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+]
+POOLING = {"pooling_mode_mean_tokens": True}
 
 
 def describe(folder: Path, run: Path, built_in: list[str]) -> None:
@@ -37,12 +39,16 @@ def describe(folder: Path, run: Path, built_in: list[str]) -> None:
     if not config:
         return
     task = config["architectures"][0].partition("For")[2]
-    if task == "MaskedLM":
-        write_modules(folder, config["hidden_size"])
+    if task == "MaskedLM":  # as predict.py --embeddings does
+        (folder / "1_Pooling").mkdir(exist_ok=True)
+        pooling = {"word_embedding_dimension": config["hidden_size"]} | POOLING
+        write_file(folder / "1_Pooling" / "config.json", to_json(pooling))
+        write_file(folder / "modules.json", to_json(MODULES))
     if is_foreign(folder / CARD):
         print(f"{folder / CARD}: not written by an earlier run, so it stays; no model card")
     else:
-        write_file(folder / CARD, make_card(folder, run, task, built_in).encode())
+        card = make_card(folder, run, PIPELINE_TAGS[task], built_in)
+        write_file(folder / CARD, card.encode())
 
 
 def is_foreign(card: Path) -> bool:
@@ -55,69 +61,62 @@ def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_bytes()) if path.is_file() else {}
 
 
-def write_modules(folder: Path, width: int) -> None:
-    """Let sentence-transformers average the final states, as predict.py --embeddings does."""
-    modules = [
-        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for i, (path, kind) in enumerate(SENTENCE_TRANSFORMERS.items())
-    ]
-    pooling = {"word_embedding_dimension": width, "pooling_mode_mean_tokens": True}
-    (folder / "1_Pooling").mkdir(exist_ok=True)
-    write_file(folder / "1_Pooling" / "config.json", to_json(pooling))
-    write_file(folder / "modules.json", to_json(modules))
-
-
-def make_card(folder: Path, run: Path, task: str, built_in: list[str]) -> str:
-    """The header that the hub reads (its documentation calls it model card metadata), and text."""
+def make_card(folder: Path, run: Path, tag: str, built_in: list[str]) -> str:
+    """The header of model card metadata that the hub reads, and what the run was."""
     from huggingface_hub import EvalResult, ModelCardData  # which is slow to import
 
+    name = folder.resolve().name
     flags = read_json(run / "flags.json")
     metrics = read_json(folder / "metrics.json")
-    methods = metrics.get("test") or {"validation": {"loss": metrics.get("validation_loss")}}
-    figures = methods.get("pretrained", methods.get("validation", {}))
-    figures = {n: v for n, v in figures.items() if v is not None and n not in NO_METRICS}
-    files = flags.get("corpus") or [flags.get("train")]
-    on_hub = [f.removeprefix("hf:").split(":")[0] for f in files if f and f.startswith("hf:")]
+    methods = metrics.get("test", {})
+    if "validation_loss" in metrics:
+        methods = {"pretrained": {"validation_loss": metrics["validation_loss"]}}
+    scores = {
+        method: {n: value for n, value in values.items() if n not in NO_METRICS}
+        for method, values in methods.items()
+    }
+    figures = scores.get("pretrained", {})
+    files = flags.get("corpus") or [flags.get("train") or ""]
+    on_hub = [f.removeprefix("hf:").split(":")[0] for f in files if f.startswith("hf:")]
     source = ", ".join(built_in + on_hub) or "its author's own"
     base = flags.get("model")
     header = ModelCardData(
         library_name="transformers",
-        pipeline_tag=PIPELINE_TAGS[task],
+        pipeline_tag=tag,
         tags=["cloze"],
         language="en" if built_in else None,
-        datasets=[REVIEWS[name] for name in built_in] + on_hub or None,
+        datasets=[REVIEWS[n] for n in built_in] + on_hub or None,
         metrics=list(figures) or None,
         base_model=base if base and not Path(base).exists() else None,  # a name on the hub
-        model_name=folder.resolve().name if figures else None,
+        model_name=name if figures else None,
         eval_results=[
-            EvalResult(PIPELINE_TAGS[task], "custom", f"held-out part of {source}", name, value)
-            for name, value in figures.items()
+            EvalResult(tag, "custom", f"held-out part of {source}", metric, value)
+            for metric, value in figures.items()
         ]
         or None,
     )
-    seconds = metrics.get("seconds", sum(m.get("seconds", 0) for m in methods.values()))
+    seconds = metrics.get("seconds", sum(m["seconds"] for m in methods.values() if "seconds" in m))
     facts = {"data": source, "minutes": round(seconds / 60, 1) or None}
-    facts |= {name: metrics.get(name) for name in ("n_weights", "tokens", "n_train", "n_test")}
-    facts |= read_json(run / "environment.json")
-    lines = [f"| {name} | {value} |" for name, value in facts.items() if value is not None]
-    for method, scores in methods.items():
-        cells = [f"{n} {v:.3f}" for n, v in scores.items() if v is not None and n not in NO_METRICS]
-        lines += [f"| {method} | {', '.join(cells)} |"] if cells else []
+    facts |= {n: metrics.get(n) for n in ("n_weights", "tokens", "n_train", "n_test")}
+    facts |= read_json(run / "environment.json") | {
+        method: ", ".join(f"{n} {value:.3f}" for n, value in values.items())
+        for method, values in scores.items()
+    }
+    table = "\n".join(f"| {n} | {value} |" for n, value in facts.items() if value is not None)
     return f"""---
 {header.to_yaml().strip()}
 ---
 
-# {folder.resolve().name}
+# {name}
 
 {MARK} from what the run measured. `transformers` loads the folder.
 
 | | |
 |---|---|
-{chr(10).join(lines)}
+{table}
 
-{LIMITS}
-
-The flags of the run:
+The figures are of one run with one seed, on the held-out part of these data. Nothing else was
+measured: no other domain or language, no bias, no harm. The flags of the run:
 
     {json.dumps(flags, ensure_ascii=False)}
 """

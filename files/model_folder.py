@@ -33,12 +33,9 @@ BROKEN += (safetensors.SafetensorError,)
 HUB_FILES = ("config.json", "1_Pooling/config.json", "*.safetensors", "pytorch_model*.bin")
 HUB_FILES += ("*.index.json", "tokenizer*.json", "vocab.txt", "vocab.json", "merges.txt")
 
-# train.py leaves its folders in runs/; one that does not exist is not looked up on the hub
-HUB_NAME = re.compile(r"(?!runs/)[\w-][\w.-]*(/[\w.-]+)?")
 # The files of weights, one of which a folder has; an index names the files of the shards.
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 WEIGHT_FILES += ("pytorch_model.bin", "pytorch_model.bin.index.json")
-MULTILABEL = "multi_label_classification"  # the problem_type of several labels per text
 MOST_PADDING = 128  # rows that others add to the embedding, up to a multiple of 8, 64 or 128
 
 
@@ -91,7 +88,9 @@ def find_model(name: Path) -> Path:
     """The folder of a model: `name` itself, or that of the Hugging Face hub in the hub's cache."""
     if (name / "config.json").is_file():
         return name
-    if name.exists() or not HUB_NAME.fullmatch(name.as_posix()):
+    # train.py leaves its folders in runs/; one that does not exist is not looked up on the hub
+    is_hub_name = re.fullmatch(r"(?!runs/)[\w-][\w.-]*(/[\w.-]+)?", name.as_posix())
+    if name.exists() or not is_hub_name:
         raise UserError(f"{name}: no checkpoint: it has no config.json; train.py makes one")
     return download(name, HUB_FILES)
 
@@ -265,7 +264,9 @@ def open_model(folder: Path, device: torch.device) -> tuple[nn.Module, Tokenizer
         id2label = raw.get("id2label") or {}
         names = [str(id2label.get(str(i), f"LABEL_{i}")) for i in range(n_labels)]
         # one output is a number, whatever its problem_type: its softmax would always be 1
-        if n_labels > 1 and problem_type not in (None, "single_label_classification", MULTILABEL):
+        is_multilabel = problem_type == "multi_label_classification" and n_labels > 1
+        is_known = is_multilabel or problem_type in (None, "single_label_classification")
+        if n_labels > 1 and not is_known:
             raise ValueError(f"problem_type {problem_type!r} with {n_labels} outputs is unknown")
         if _task(raw) == Tagger.task:
             model = Tagger(config, n_labels)
@@ -273,7 +274,7 @@ def open_model(folder: Path, device: torch.device) -> tuple[nn.Module, Tokenizer
             default = "cls" if config.is_modern else "pooler"  # as in `transformers`
             model = Classifier(config, n_labels, raw.get("classifier_pooling") or default)
             model.ngrams = load_ngrams(folder, n_labels)
-            if problem_type == MULTILABEL and n_labels > 1:
+            if is_multilabel:
                 model.threshold = float(raw.get("threshold", 0.5))
         elif _task(raw) == MaskedLM.task or "decoder.bias" in weights:
             model = MaskedLM(config)

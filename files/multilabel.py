@@ -5,8 +5,6 @@ Such labels are a list in JSON, texts with `|` between them in a table, or sever
 or if several columns are named; a text is cut at `|` only with --task multilabel.
 """
 
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,18 +55,16 @@ def find_label_sets(rows: list[Row], label: str | None, task: str | None) -> lis
     return [(line, row | {label: split(row.get(label))}) for line, row in rows]
 
 
-def count_labels(path: Path, label_sets: Iterator[tuple[str, ...]]) -> Counter[str]:
-    """How many examples have each label. Raises UserError if there is only one."""
-    counts = Counter(label for labels in label_sets for label in set(labels))
-    if len(counts) < 2:
-        raise UserError(f"{path}: {len(counts)} different labels; several labels need two or more")
-    return counts
+def distinct_labels(path: Path, label_sets: list[tuple[str, ...]]) -> list[str]:
+    """The names of all labels. Raises UserError if there is only one."""
+    names = sorted(set().union(*label_sets))
+    if len(names) < 2:
+        raise UserError(f"{path}: {len(names)} different labels; several labels need two or more")
+    return names
 
 
 def to_targets(label_sets: list[tuple[str, ...]], names: list[str]) -> np.ndarray:
-    """(examples, labels) float32, 1 where an example has a label; KeyError for another label."""
-    numbers = {name: i for i, name in enumerate(names)}
-    targets = np.zeros((len(label_sets), len(names)), dtype=np.float32)
-    for i, labels in enumerate(label_sets):
-        targets[i, [numbers[label] for label in labels]] = 1
-    return targets
+    """(examples, names) float32, 1 where an example has a label; NaN if another label is in it."""
+    rows = [[name in labels for name in names] for labels in label_sets]
+    is_known = [set(labels) <= set(names) for labels in label_sets]
+    return np.where(np.array(is_known)[:, None], np.array(rows, np.float32), np.float32(np.nan))

@@ -37,7 +37,7 @@ def test_the_card_states_what_the_run_measured_and_nothing_else(pretrained, fine
     assert re.search(rf"\| ngrams \| accuracy {accuracy:.3f}", card.text)
 
     header = ModelCard.load(pretrained / "README.md").data.to_dict()
-    assert header["pipeline_tag"] == "fill-mask" and header["metrics"] == ["loss"]
+    assert header["pipeline_tag"] == "fill-mask" and header["metrics"] == ["validation_loss"]
 
 
 def test_without_metrics_there_are_no_figures(pretrained, tmp_path):
