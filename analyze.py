@@ -20,6 +20,7 @@ from analysis.experiment import METHODS, STARTS, Setup
 from analysis.results import Plan, Results, Table
 from files import disk, model_folder, run_folder
 from files.cli import Parser, choose_hardware, flags_to_json, number, run_script
+from files.disk import UserError
 from labels import load, subsample
 
 QUICK_METHODS = "majority,start,pretrained,pretrained+ngrams,ngrams"
@@ -121,6 +122,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         with contextlib.redirect_stdout(sys.stderr):
             columns = (args.text_column, args.pair_column, args.label_column)
             train, test = load(args.data, args.train, args.test, columns, args.task)
+        if train.is_multilabel:
+            raise UserError(f"{args.train}: it has several labels per text; finetune.py takes them")
         budgets = sorted({len(train) if n == "all" else int(n) for n in args.labels})
         for n in budgets:
             subsample(train, n, seed=0)  # raises UserError if the labels are too few or too many

@@ -90,10 +90,12 @@ def find_words(text: str, tokenizer: Tokenizer, n_tokens: int) -> tuple[list, li
     return spans, [np.array(tokens) for tokens in words.values()]
 
 
-def score(logits: Tensor, class_index: int | None) -> Tensor:
+def score(model: Classifier, logits: Tensor, class_index: int | None) -> Tensor:
     """The log-odds of a class, or the predicted number: (S, C) to (S,)."""
     if class_index is None:
         return logits[:, 0]
+    if model.threshold is not None:  # the labels do not exclude each other
+        return logits[:, class_index]
     others = [i for i in range(logits.shape[1]) if i != class_index]
     return logits[:, class_index] - logits[:, others].logsumexp(1)
 
@@ -118,7 +120,7 @@ def mean_gradient(
         ids, types = row.repeat(len(alpha), 1).T
         logits = model(ids, cu_seqlens, length, types)  # (P, C)
         hook.remove()
-        (gradient,) = torch.autograd.grad(score(logits, class_index).sum(), points)
+        (gradient,) = torch.autograd.grad(score(model, logits, class_index).sum(), points)
         total += gradient.view(len(alpha), length, -1).sum(0)
     return total / n_points
 
@@ -154,7 +156,7 @@ def explain(
             logits[1] += ngram_logits[0] - ngram_logits[1]
         if names and class_index is None:
             class_index = int(logits[0].argmax())
-        score_of_text, score_of_masked = score(logits, class_index).tolist()
+        score_of_text, score_of_masked = score(model, logits, class_index).tolist()
         end, baseline = embedding(row[:, 0]), embedding(masked[:, 0])  # (L, d_model) each
 
     n_points, gap = MIN_POINTS // 2, np.inf
@@ -169,14 +171,14 @@ def explain(
         network = (logits[1] - ngram_logits[0]).cpu()
         text_ends = torch.tensor([0, len(row)], dtype=torch.int32)
         of_ngrams = model.ngrams.attributions(
-            row[:, 0], text_ends, lambda logits: score(network + logits, class_index)
+            row[:, 0], text_ends, lambda logits: score(model, network + logits, class_index)
         )
         of_tokens += of_ngrams.numpy()
     spans, tokens = find_words(text, tokenizer, len(encoded) - 2)
     attributions = np.array([of_tokens[members].sum() for members in tokens])
     answer = f"{logits[0, 0]:.4g}"
     if names:
-        answer = f"{names[class_index]} {logits[0].softmax(-1)[class_index]:.3f}"
+        answer = f"{names[class_index]} {model.probabilities(logits[0])[class_index]:.3f}"
     return Explanation(text, encoded, spans, tokens, attributions, class_index, answer, gap)
 
 

@@ -1,7 +1,7 @@
 """Fine-tune a pretrained encoder on labelled examples: python finetune.py.
 
-The model learns a class or a number per example, or a tag per word (--task tokens). These methods
-are measured on the same test set, which is not used for any choice:
+The model learns a class, several labels or a number per example, or a tag per word (--task
+tokens). These methods are measured on the same test set, which is not used for any choice:
 
     ngrams             a linear model of unigrams and bigrams (analysis/baselines.py)
     most_frequent      of tagged words instead: the most frequent tag of each word
@@ -29,11 +29,13 @@ from tqdm import tqdm
 from analysis.baselines import BASELINES, fit_baseline, fit_head
 from analysis.evaluation import forward_all, predict, print_summary, report, write_results
 from analysis.fit_ngrams import add_ngrams
+from analysis.multilabel import fit_layer, hold_out
 from files import entities, run_folder, streams
 from files.cli import Parser, choose_hardware, flags_to_json, number, run_script
 from files.disk import UserError
 from files.entities import NOT_SCORED, TaggedDataset
 from files.machine import Ranks
+from files.model_card import describe
 from files.model_folder import choose_max_len, choose_pooling, load_model, load_weights, save_model
 from files.step_monitor import StepMonitor
 from labels import LabeledDataset, batches, encode, load, subsample
@@ -63,7 +65,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     models = "folder of train.py, or BERT, RoBERTa or ModernBERT as a folder or a name on the hub"
     parser.add_run(out="runs/finetune")
     add("--model", type=Path, default=Path("runs/pretrain"), help=models)
-    parser.add_examples(tasks=("classify", "regress", "tokens"))
+    parser.add_examples(tasks=("classify", "multilabel", "regress", "tokens"))
     add("--labels", type=positive, help="number of training examples to sample; by default all")
     add("--methods", help="which to run, separated by commas; by default all")
     poolings = "what the classifier reads; by default mean, or what a BERT was trained with"
@@ -77,6 +79,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--dropout", type=share, default=0.1, help="of hidden states, as in BERT")
     add("--weight-decay", type=number(float, 0), default=0.01, help="of matrices, as in BERT")
     add("--warmup", type=share, default=0.1, help="share of the steps in which the rate rises")
+    weights = "of the networks' loss; balanced: rare classes count as much as frequent ones"
+    add("--class-weights", choices=("balanced",), help=weights)
     args = parser.parse_args(argv)
     parser.check_examples(args)
     return args
@@ -98,7 +102,8 @@ def set_defaults(
     """Set the flags whose defaults depend on the task, and check those that depend on the model."""
     is_tagged = isinstance(train, TaggedDataset)
     methods = ["most_frequent" if is_tagged else "ngrams", "random_weights", "pretrained"]
-    if train.names and not is_tagged:
+    has_one_class = bool(train.names) and not is_tagged and not train.is_multilabel
+    if has_one_class:
         methods.append(WITH_NGRAMS)
     args.methods = args.methods.split(",") if args.methods else methods
     for method in args.methods:
@@ -108,6 +113,8 @@ def set_defaults(
             raise UserError(f"--methods {WITH_NGRAMS}: it needs pretrained before it")
     if is_tagged and (args.pooling or args.lr == 0):
         raise UserError("--task tokens takes no --pooling and no --lr 0")
+    if args.class_weights and (not has_one_class or args.lr == 0):
+        raise UserError("--class-weights needs examples of one class each, and a --lr above 0")
     args.pooling = choose_pooling(config, raw, args.pooling, args.model)
     if args.epochs is None:  # fewer for more examples per class
         n_classes = len(train.names) if train.names else 2
@@ -139,6 +146,7 @@ def build_model(
         model = Tagger(config, len(train.names))
     else:
         model = Classifier(config, len(train.names or [""]), args.pooling)
+        model.threshold = 0.5 if train.is_multilabel else None
     model.dropout.p = args.dropout
     if weights is not None:
         new_layers = ("classifier", "head" if isinstance(model, Tagger) else "pooler")
@@ -182,14 +190,24 @@ def fit_linear_layer(
     """Fit the last layer: a random one would distort good features (Kumar et al. 2022)."""
     features = forward_all(model, rows, np.arange(len(rows)), autocast, model.features)
     expected = np.concatenate(targets)
+    if model.threshold is not None:
+        return fit_layer(model.classifier, features, expected)
     fit_head(model, features, expected, np.issubdtype(expected.dtype, np.integer))
 
 
-def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    """Squared errors of numbers, or cross-entropies of classes or tags."""
+def balanced_weights(train: LabeledDataset) -> Tensor:
+    """(C,) Weights of the classes with which they all contribute alike to the loss."""
+    counts = np.bincount(train.targets, minlength=len(train.names))
+    return torch.tensor(len(train) / len(counts) / counts.clip(1), dtype=torch.float32)
+
+
+def loss_sum(logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+    """Squared errors of numbers, or cross-entropies of classes, labels or tags."""
+    if targets.dim() == 2:
+        return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
     if targets.is_floating_point():
         return F.mse_loss(logits[:, 0], targets, reduction="sum")
-    return F.cross_entropy(logits, targets, ignore_index=NOT_SCORED, reduction="sum")
+    return F.cross_entropy(logits, targets, weights, ignore_index=NOT_SCORED, reduction="sum")
 
 
 def restore_unit(model: Classifier, mean: float, scale: float) -> None:
@@ -204,6 +222,9 @@ def save_with_names(out: Path, model: nn.Module, tokenizer: Tokenizer, names: li
     extra["label2id"] = {name: i for i, name in extra["id2label"].items()}
     if isinstance(model, Classifier):
         extra["problem_type"] = "single_label_classification" if names else "regression"
+        if model.threshold is not None:
+            extra["problem_type"] = "multi_label_classification"
+            extra["threshold"] = model.threshold
     save_model(out, model, tokenizer, extra)
 
 
@@ -223,6 +244,7 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
         config, max_len = choose_max_len(config, args.max_len, MAX_LEN, args.model)
         train, test = data or load_examples(args)
         set_defaults(args, train, config, raw)
+        train, test, n_held_out = hold_out(train, test)
         rows, targets, _, n_cut = encode_examples(train, tokenizer, max_len)
         test_rows, test_targets, first_pieces, n_more = encode_examples(test, tokenizer, max_len)
         content = [*rows, *targets, *test_rows, *test_targets, *weights.values()]
@@ -230,10 +252,11 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
         state = run_folder.start_or_resume(args, record, flags_to_json(parse_args([])), Ranks(0, 1))
         results = state.setdefault("results", {})  # of the methods that are finished
         predictions = state.setdefault("predictions", {})
-        about = {"n_train": len(train), "n_test": len(test), "n_cut": n_cut + n_more}
+        about = {"n_train": len(train), "n_test": len(test) - n_held_out, "n_cut": n_cut + n_more}
         about["dtype"] = str(dtype).removeprefix("torch.")
         print_summary(about, args.epochs, max_len)
         targets, mean, scale = standardize(targets, train)
+        class_weights = balanced_weights(train).to(device) if args.class_weights else None
         steps_per_epoch = math.ceil(len(train) / args.batch_size)
 
         for method in args.methods:
@@ -248,7 +271,7 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
                     args.out, rows, train, test_rows, of_network, args.seed
                 )
             if method in predictions:
-                results[method] = report(method, test, predictions[method], start_time)
+                results[method] = report(method, test, predictions[method], start_time, n_held_out)
                 continue
 
             is_pretrained = method == "pretrained"
@@ -283,7 +306,8 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
                         with autocast:
                             # `batches` appends filler sequences, whose outputs are dropped
                             logits = model(*inputs)[: len(expected)].float()
-                        micro_loss = loss_sum(logits, expected.to(device)) / max(1, n_targets)
+                        micro_loss = loss_sum(logits, expected.to(device), class_weights)
+                        micro_loss /= max(1, n_targets)
                         scaler.scale(micro_loss).backward()
                         loss += float(micro_loss.detach())
 
@@ -310,12 +334,17 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
 
             if train.names is None:
                 restore_unit(model, mean, scale)
-            if is_pretrained:
-                save_with_names(args.out, model, tokenizer, train.names)
             predictions[method] = predict(model, test_rows, first_pieces, train.names, autocast)
-            results[method] = report(method, test, predictions[method], start_time)
+            results[method] = report(method, test, predictions[method], start_time, n_held_out)
+            if is_pretrained:
+                model.threshold = results[method].get("threshold")
+                save_with_names(args.out, model, tokenizer, train.names)
 
-        return write_results(args.out, train, test, results, predictions, about, data is None)
+        test = test[np.arange(n_held_out, len(test))]
+        predictions = {name: values[n_held_out:] for name, values in predictions.items()}
+        metrics = write_results(args.out, train, test, results, predictions, about, data is None)
+        describe(args.out, args.out, [] if args.train or data else [args.data])
+        return metrics
 
 
 if __name__ == "__main__":

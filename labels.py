@@ -17,6 +17,7 @@ from torch import Tensor
 from files import streams
 from files.columns import Columns, Item, guess_task, read_examples, read_tests, to_number
 from files.disk import UserError
+from files.multilabel import distinct_labels, to_targets
 from files.readers import class_names
 from files.reviews import load_reviews
 from files.sequences import reads_items
@@ -39,7 +40,8 @@ class LabeledDataset:
     Args:
         texts: The texts, or the first texts of pairs.
         pairs: The second texts, or None.
-        targets: (S,) int64 class numbers that index `names`, or (S,) float32 numbers to predict.
+        targets: (S,) int64 class numbers that index `names`, or (S,) float32 numbers to predict,
+            or (S, names) float32, 1 where an example has a label and 0 elsewhere.
         names: The class names, or None for regression.
         parts: (S,) The part of each example in a test set of several, which are measured apart too.
     """
@@ -60,9 +62,14 @@ class LabeledDataset:
         return replace(self, texts=texts, pairs=pairs, targets=self.targets[indices], parts=parts)
 
     @property
+    def is_multilabel(self) -> bool:
+        return self.targets.ndim == 2
+
+    @property
     def strata(self) -> np.ndarray:
         """(S,) The group of each example that a sample must represent: its class, or 0."""
-        return self.targets if self.names else np.zeros(len(self), dtype=int)
+        has_one_class = self.names and not self.is_multilabel
+        return self.targets if has_one_class else np.zeros(len(self), dtype=int)
 
     def joined_texts(self) -> list[str]:
         """Each pair as one text, for methods that count words."""
@@ -71,10 +78,14 @@ class LabeledDataset:
         return [f"{text} {pair}" for text, pair in zip(self.texts, self.pairs, strict=True)]
 
 
-def from_lists(
-    texts: list[str], labels: list[str], names: list[str] | None = None
-) -> LabeledDataset:
-    """Examples from Python lists; `names` are the classes, by default those that occur."""
+def from_lists(texts: list[str], labels: list, names: list[str] | None = None) -> LabeledDataset:
+    """Examples from Python lists; `names` are the classes, by default those that occur. A label may
+    be a list, of as many classes as the text has."""
+    if isinstance(labels[0], (list, tuple, set)):
+        names = names or sorted(set().union(*labels))
+        if unknown := set().union(*labels) - set(names):
+            raise ValueError(f"label {unknown.pop()!r} is none of {names}")
+        return LabeledDataset(texts, None, to_targets(labels, names), names)
     names = names or sorted(set(labels))
     targets = np.array([names.index(label) for label in labels])
     return LabeledDataset(texts, None, targets, names)
@@ -97,7 +108,7 @@ def load(
         train: A table, or a dataset of the hub (files/hub_datasets.py).
         test: Another; without it, splits of the hub's dataset, or the last fifth of each class.
         columns: Those of the text, second text and label. None is guessed and printed.
-        task: "classify", "regress", or None to guess it.
+        task: "classify", "multilabel", "regress", or None to guess it.
 
     Raises:
         UserError: A file cannot be used; the message names it and the line.
@@ -107,16 +118,20 @@ def load(
         train_part, test_part = (zip(*parts[name], strict=True) for name in ("train", "test"))
         return from_lists(*map(list, train_part)), from_lists(*map(list, test_part))
 
-    items, chosen = read_examples(train, Columns(*columns))
+    items, chosen = read_examples(train, Columns(*columns), task)
     names = None
-    if (task or guess_task(item.label for item in items)) == "classify":
+    if isinstance(items[0].label, tuple):
+        task = "multilabel"
+        names = distinct_labels(train, [item.label for item in items])
+    elif (task or guess_task(item.label for item in items)) == "classify":
         names = _class_names(train, items, chosen.label)
     examples = _to_dataset(items, names)
     classes = "numbers (regression)"
     if names:
         classes = names if len(names) <= 10 else f"{len(names)} classes"
-    print(f"{train}: {len(examples):,} examples; label {chosen.label!r}: {classes}")
-    test_items, parts = read_tests(train, test, chosen)
+    kind = "any of " if examples.is_multilabel else ""
+    print(f"{train}: {len(examples):,} examples; label {chosen.label!r}: {kind}{classes}")
+    test_items, parts = read_tests(train, test, chosen, task)
     if not test_items:
         return hold_out_last_fifth(examples)
     return examples, replace(_to_dataset(test_items, names), parts=parts)
@@ -140,7 +155,11 @@ def _class_names(path: Path, items: list[Item], column: str) -> list[str]:
 
 def _to_dataset(items: list[Item], names: list[str] | None) -> LabeledDataset:
     """Examples of classes, or of numbers if `names` is None. Raises UserError for another label."""
-    if names is None:
+    is_multilabel = isinstance(items[0].label, tuple)
+    if is_multilabel:
+        targets = to_targets([item.label for item in items], names)
+        problem = f"has one that is none of the training labels {', '.join(map(repr, names[:20]))}"
+    elif names is None:
         targets = [to_number(item.label) for item in items]
         problem = "is no number, which --task regress needs"
     else:
@@ -148,11 +167,11 @@ def _to_dataset(items: list[Item], names: list[str] | None) -> LabeledDataset:
         targets = [class_numbers.get(item.label, math.nan) for item in items]
         problem = f"is none of the training labels {', '.join(map(repr, names[:20]))}"
     for item, target in zip(items, targets, strict=True):
-        if math.isnan(target):
+        if np.isnan(target).any():
             raise UserError(f"{item.source}: label {item.label!r} {problem}")
     texts = [item.text for item in items]
     pairs = None if items[0].pair is None else [item.pair for item in items]
-    dtype = np.float32 if names is None else np.int64
+    dtype = np.float32 if names is None or is_multilabel else np.int64
     return LabeledDataset(texts, pairs, np.array(targets, dtype), names)
 
 

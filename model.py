@@ -433,6 +433,7 @@ class Classifier(nn.Module):
         self.dropout = self.model.dropout
         self.classifier = nn.Linear(config.d_model, n_labels)
         self.ngrams = None  # a files.ngrams.NgramModel, whose logits are added
+        self.threshold = None  # of the probability of each of several labels; None: of one class
         init_weights(self, config, seed)
 
     def features(self, ids: Tensor, cu_seqlens: Tensor, *inputs) -> Tensor:
@@ -444,6 +445,10 @@ class Classifier(nn.Module):
         """The logits of each text, (S, n_labels), of the inputs of `Encoder.forward`."""
         logits = self.classifier(self.dropout(self.features(*inputs)))
         return logits + self.ngrams(*inputs[:2]) if self.ngrams else logits
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """(S, n_labels): of classes that exclude each other, or of labels that do not."""
+        return logits.softmax(-1) if self.threshold is None else logits.sigmoid()
 
 
 class Tagger(nn.Module):

@@ -2,11 +2,13 @@
 
 A model of finetune.py answers with a class, a number or entities, a model of train.py with a word
 for each [MASK]: one line per text, in order. Memory does not grow with the number of texts.
+--embeddings writes a vector per text instead, the mean of the final states of its tokens.
 
 Axes: T tokens of a batch, S texts of a batch, M masks of a batch, C classes or words.
 """
 
 import argparse
+import contextlib
 import json
 import sys
 import threading
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from files.cli import Parser, choose_hardware, number, run_script
 from files.columns import Item
 from files.disk import UserError
+from files.embeddings import npy_rows, open_encoder
 from files.entities import predict_entities
 from files.model_folder import open_model
 from files.sequences import is_sequence, split_items
@@ -29,7 +32,7 @@ from files.texts import read_items
 from files.tokenizer import special_ids, special_tokens
 from files.two_threads import answer_in_order
 from labels import LabeledDataset, batches, encode
-from model import Classifier, MaskedLM, Tagger
+from model import Classifier, Encoder, MaskedLM, Tagger, mean_pool
 
 Answer = dict[str, Any]  # one field of the JSON output: "answers", "value", "entities" or "masks"
 Answers = tuple[list[Answer], int]  # of a batch, and how many of its texts were cut
@@ -43,14 +46,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--file", type=Path, help="lines of text, a .csv, .tsv, .jsonl or .parquet, or hf:...")
     add("--text-column", help="column of the text; guessed by default")
     add("--pair-column", help="column of the second text of a pair; guessed by default")
-    add("--top", type=positive, metavar="K", help="answers per text; by default 1 class or 5 words")
+    tops = "answers per text; by default 1 class, 5 words, or the labels above their threshold"
+    add("--top", type=positive, metavar="K", help=tops)
     add("--json", action="store_true", help="one JSON object per text, by default with all classes")
+    vectors = "write no answers but a float32 vector per text, in order: the mean of its states"
+    add("--embeddings", type=Path, metavar="OUT.npy", help=vectors)
     add("--batch-size", type=positive, default=64, help="texts per batch; 1 answers each at once")
     parser.add_device()
     parser.add_dtype()
     args = parser.parse_args(argv)
     if bool(args.texts) == bool(args.file):
         parser.error("give texts, or --file FILE, or - for standard input")
+    if args.embeddings and (args.json or args.top):
+        parser.error("--embeddings takes no --json and no --top")
     if not all(text.strip() for text in args.texts):
         parser.error("a TEXT is blank")
     if "-" in args.texts:
@@ -77,14 +85,17 @@ def answer_batch(
     rows, n_cut = encode(dataset, tokenizer, model.config.max_len)
     device = next(model.parameters()).device
     _, inputs = next(batches(rows, np.arange(len(rows)), len(rows), device))
+    if isinstance(model, Encoder):
+        return list(mean_pool(model(*inputs), inputs[1])[: len(items)].cpu().numpy()), n_cut
     if isinstance(model, MaskedLM):
         masks = fill_masks(model, tokenizer, top, inputs, len(items))
         return [{"masks": masks_of_text} for masks_of_text in masks], n_cut
     outputs = model(*inputs)[: len(items)]  # (S, C), without the padding
     if names is None:
         return [{"value": value} for value in outputs[:, 0].tolist()], n_cut
-    classes = best(outputs.softmax(-1), "label", names.__getitem__, top)
-    return [{"answers": classes_of_text} for classes_of_text in classes], n_cut
+    classes = best(model.probabilities(outputs), "label", names.__getitem__, top or len(names))
+    least = 0 if top else model.threshold
+    return [{"answers": [c for c in row if c["probability"] >= least]} for row in classes], n_cut
 
 
 def best(probabilities: Tensor, key: str, name_of: Callable, top: int) -> list[list[dict]]:
@@ -121,7 +132,7 @@ def make_answer(
     The last layer computes in float32: in bfloat16 different words get equal probabilities.
     """
     device = next(model.parameters()).device
-    last_layer = model.decoder if isinstance(model, MaskedLM) else model.classifier
+    last_layer = getattr(model, "decoder", None) or getattr(model, "classifier", nn.Identity())
     forward = last_layer.forward
 
     def forward_in_float32(x: Tensor) -> Tensor:
@@ -179,7 +190,7 @@ def to_line(item: Item, answer: Answer) -> str:
         columns = []
         for choices in value if kind == "masks" else [value]:
             columns += ["/"] if columns else []  # between two masks
-            columns += [f"{name} {p:.3f}" for name, p in map(dict.values, choices)]
+            columns += [f"{name} {p:.3f}" for name, p in map(dict.values, choices)] or ["-"]
     columns += [" ".join(text.split()) for text in (item.text, item.pair) if text is not None]
     return "\t".join(columns)
 
@@ -188,8 +199,11 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     """Print the answers; returns how many texts were answered, broken, and cut."""
     args = parse_args(argv)
     device, dtype = choose_hardware(args.device, args.dtype)
-    model, tokenizer, names = open_model(args.model, device)
+    open_any = open_encoder if args.embeddings else open_model
+    model, tokenizer, names = open_any(args.model, device)
     default_top = 5 if isinstance(model, MaskedLM) else len(names or []) if args.json else 1
+    if getattr(model, "threshold", None) is not None:
+        default_top = 0  # those above the threshold
     answer = make_answer(model, tokenizer, names, args.top or default_top, dtype)
     mask = special_tokens(tokenizer)["mask"]
     counts = {"answered": 0, "broken": 0, "cut": 0}
@@ -202,15 +216,22 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
 
     def write(items: list[Item], answers: Answers) -> None:
         for item, answer in zip(items, answers[0], strict=True):
-            if answer.get("masks") == []:
+            if args.embeddings:
+                append(answer)
+            elif answer.get("masks") == []:
                 report(UserError(f"{item.source}: no {mask} among the tokens that are read"))
                 continue
-            print(to_json(item, answer) if args.json else to_line(item, answer))
+            else:
+                print(to_json(item, answer) if args.json else to_line(item, answer))
             counts["answered"] += 1
         sys.stdout.flush()
         counts["cut"] += answers[1]
 
-    answer_in_order(read_items(args, report), answer, write, args.batch_size)
+    vectors = contextlib.nullcontext()
+    if args.embeddings:
+        vectors = npy_rows(args.embeddings, model.config.d_model)
+    with vectors as append:
+        answer_in_order(read_items(args, report), answer, write, args.batch_size)
     if counts["cut"]:
         print(f"{counts['cut']:,} texts cut to {model.config.max_len} tokens", file=sys.stderr)
     return counts

@@ -21,9 +21,12 @@ from files import hub_names, machine, model_folder, run_folder
 from files.cli import Parser, choose_hardware, flags_to_json, number, run_script
 from files.disk import UserError, to_json, write_file
 from files.machine import MICRO_BATCH_TOKENS, STEPS, Ranks
+from files.model_card import REVIEWS, describe
 from files.model_folder import SavedModel, choose_max_len
+from files.other_tokenizers import open_tokenizer
 from files.step_monitor import StepMonitor
 from files.token_cache import prepare
+from files.tokenizer import TRAINERS
 from model import PRESETS, Config, MaskedLM, preset
 from optim import clip_gradients, make_optimizers, set_learning_rates
 
@@ -57,6 +60,10 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--d-model", type=number(int, 64, multiple_of=64), help="of a new model, a multiple of 64")
     add("--family", choices=("modern", "bert"), help="of a new model; default modern: ModernBERT")
     add("--vocab-size", type=number(int, 100), help="default: the preset's, or what the text fills")
+    add("--tokenizer", help="of a new model: a folder, a file or a name on the hub, used as it is")
+    kinds = "of a new tokenizer; default wordpiece; bpe: of bytes, to which nothing is unknown"
+    add("--tokenizer-kind", choices=TRAINERS, help=kinds)
+    add("--cased", action="store_true", help="a new tokenizer keeps capital letters")
     add("--max-len", type=number(int, 8), help="tokens of a window; default: the preset's")
     add("--steps", type=number(int, 0), help=f"default {STEPS}, fewer on slow CPUs; 0: initialize")
     add("--micro-batch-tokens", type=number(int, 64), help=f"default {MICRO_BATCH_TOKENS}")
@@ -78,11 +85,14 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--snapshots", type=number(int, 0), default=0, help="models to save in OUT/snapshots")
     args = parser.parse_args(argv)
 
-    of_a_new_model = ("preset", "layers", "d_model", "family", "vocab_size")
-    for name in of_a_new_model:
-        if args.model and getattr(args, name) is not None:
-            flag = f"--{name.replace('_', '-')}"
-            parser.error(f"{flag} is of a new model; --model brings its own")
+    of_a_new_tokenizer = ("vocab_size", "tokenizer_kind", "cased")
+    of_a_new_model = ("preset", "layers", "d_model", "family", "tokenizer", *of_a_new_tokenizer)
+    refused = {"model": of_a_new_model, "tokenizer": of_a_new_tokenizer}
+    for other, names in refused.items():
+        for name in names:
+            if getattr(args, other) and getattr(args, name):
+                flag = f"--{name.replace('_', '-')}"
+                parser.error(f"{flag} is of a new {other}; --{other} brings its own")
     args.preset = args.preset or (None if args.model else "tiny")
     return args
 
@@ -121,10 +131,17 @@ def load_corpus(
     args: Namespace, config: Config, initial: SavedModel | None, ranks: Ranks
 ) -> Corpus:
     """Tokenize the text on the first rank, and open it on all."""
-    tokenizer = initial.tokenizer if initial else None
-    folder = ranks.from_first(
-        lambda: prepare(args.corpus, config.vocab_size, tokenizer, args.text_column, args.min_count)
-    )
+
+    def tokenize() -> Path:
+        tokenizer = initial.tokenizer if initial else None
+        if args.tokenizer:
+            tokenizer = open_tokenizer(args.tokenizer)
+        new = {"kind": args.tokenizer_kind or "wordpiece", "cased": args.cased}
+        return prepare(
+            args.corpus, config.vocab_size, tokenizer, args.text_column, args.min_count, **new
+        )
+
+    folder = ranks.from_first(tokenize)
     return Corpus(folder, args.max_len, args.micro_batch_tokens, args.seed, args.mask)
 
 
@@ -214,6 +231,7 @@ def main(argv: list[str] | None = None, data: Corpus | None = None) -> dict[str,
             ranks.log(f"resuming after step {state['step']}")
         start_time -= state["seconds"]
         points = state.setdefault("points", [])
+        built_in = [] if args.corpus or data else list(REVIEWS)
         if args.compile:
             machine.compile_blocks(model.model.layers, device, ranks.log)
         parallel_model = ranks.wrap(model, corpus.batch(0, ranks.rank, ranks.n, args.mask_rate))
@@ -285,6 +303,7 @@ def main(argv: list[str] | None = None, data: Corpus | None = None) -> dict[str,
             if ranks.is_first and is_snapshot:
                 snapshot = args.out / "snapshots" / f"step-{done}"
                 model_folder.save_model(snapshot, model, corpus.tokenizer)
+                describe(snapshot, args.out, built_in)
             if monitor.gave_up:
                 advice = "start again with lower rates, or --resume after the last checkpoint"
                 ranks.log(f"stopped: {monitor.patience} skipped steps in a row; {advice}")
@@ -309,6 +328,7 @@ def main(argv: list[str] | None = None, data: Corpus | None = None) -> dict[str,
             model_folder.save_model(args.out, model, corpus.tokenizer)
             write_file(args.out / "metrics.json", to_json(metrics))
             plots.loss_curve(points, args.out / "curve.png")
+            describe(args.out, args.out, built_in)
         result = f"validation loss {metrics['validation_loss']:.3f} after {seconds:.0f} s"
         ranks.log(f"{args.out}: {result}")
     return metrics

@@ -115,8 +115,9 @@ def is_on_edge(choice: Any, grid: Sequence) -> bool:
 
 def goodness(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Of each example, 1 if it is classified correctly, else 0; of a number, minus its squared
-    error."""
-    return scores.argmax(1) == targets if scores.ndim == 2 else -((scores - targets) ** 2)
+    error, and so of the probability of each of several labels (Brier 1950)."""
+    has_classes = scores.ndim > targets.ndim
+    return scores.argmax(1) == targets if has_classes else -((scores - targets) ** 2)
 
 
 # ---------------------------------------------------------------------------------- the methods
@@ -327,6 +328,8 @@ def constant_scores(train: LabeledDataset, n_examples: int) -> np.ndarray:
     """The class frequencies, or the mean number, for every example."""
     if train.names is None:
         return np.full(n_examples, train.targets.mean())
+    if train.is_multilabel:
+        return np.tile(train.targets.mean(0), (n_examples, 1))
     frequencies = np.bincount(train.targets, minlength=len(train.names)) / len(train)
     return np.tile(frequencies, (n_examples, 1))
 

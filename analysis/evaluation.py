@@ -15,7 +15,7 @@ from scipy import stats
 from sklearn.metrics import f1_score, matthews_corrcoef
 from torch import nn
 
-from analysis import plots
+from analysis import multilabel, plots
 from analysis.baselines import constant_scores
 from files import entities
 from files.disk import to_json, write_file
@@ -84,21 +84,28 @@ def predict(
     features = forward_all(model, rows, everything, autocast, model.features)
     states = torch.from_numpy(features).to(model.classifier.weight.device)
     logits = model.classifier(states).cpu()
-    return logits[:, 0] if names is None else logits.softmax(dim=1)
+    return logits[:, 0] if names is None else model.probabilities(logits)
 
 
-def measure(targets: Any, predictions: Any) -> dict[str, float]:
+def measure(targets: Any, predictions: Any, n_held_out: int = 0) -> dict[str, float]:
     """The metrics of predictions.
+
+    Args:
+        n_held_out: The first examples, of several labels, on which their threshold is chosen.
 
     Returns:
         "accuracy", "macro_f1", "matthews_correlation" and, of two classes, the "f1" of the second,
         of probabilities (examples, classes); of numbers (examples,) "rmse", and the correlation
         coefficients "pearson" and "spearmanr"; "f1", "precision" and "recall" of entities, if
-        targets and predictions are lists of tags. GLUE and `evaluate` use these names.
+        targets and predictions are lists of tags; of several labels see analysis/multilabel.py.
+        GLUE and `evaluate` use these names.
     """
     if isinstance(predictions, list):
         return entities.entity_f1(targets, predictions)
     predictions = np.asarray(predictions)
+    if targets.ndim == 2:
+        threshold = multilabel.choose_threshold(targets[:n_held_out], predictions[:n_held_out])
+        return multilabel.measure(targets[n_held_out:], predictions[n_held_out:], threshold)
     if predictions.ndim == 2:
         classes = predictions.argmax(1)
         varies = np.ptp(np.append(targets, classes)) > 0  # one class has no correlation
@@ -125,12 +132,14 @@ def print_summary(about: dict[str, Any], n_epochs: int, max_len: int) -> None:
         print(f"{about['n_cut']:,} examples were cut to {max_len} tokens", flush=True)
 
 
-def report(method: str, test: Dataset, predictions: Any, start_time: float) -> dict[str, Any]:
+def report(
+    method: str, test: Dataset, predictions: Any, start_time: float, n_held_out: int
+) -> dict[str, Any]:
     """Measure the predictions of a method, print a line, and return the metrics and seconds.
 
     Each part of the test set, where it has several, is measured too, under its name.
     """
-    metrics = measure(test.targets, predictions)
+    metrics = measure(test.targets, predictions, n_held_out)
     seconds = time.time() - start_time
     print(f"{method:<15} {to_line(metrics)}  {seconds:4.0f} s", flush=True)
     parts = getattr(test, "parts", None)
@@ -184,6 +193,6 @@ def write_results(
     write_file(out / "predictions.npz", content.getbuffer())
     write_file(out / "metrics.json", to_json(metrics))
     pretrained = arrays.get("pretrained", np.empty(0))
-    if draws and pretrained.ndim == 2:
+    if draws and pretrained.ndim > arrays["targets"].ndim:
         plots.confusion(test.targets, pretrained.argmax(1), test.names, out / "confusion.png")
     return metrics

@@ -5,7 +5,7 @@ import itertools
 from typing import Any
 
 import numpy as np
-from scipy import special
+import torch
 
 from analysis.evaluation import forward_all
 from analysis.statistics import Blocks, Score
@@ -41,7 +41,7 @@ def compare_removals(model: Classifier, explanations: list, seed: int) -> dict[s
             rows.append(np.delete(explanation.row, np.concatenate([[], *removed]).astype(int), 0))
 
     outputs = forward_all(model, rows, np.arange(len(rows)), contextlib.nullcontext(), model)
-    probabilities = special.softmax(outputs, axis=-1)
+    probabilities = model.probabilities(torch.from_numpy(outputs)).numpy()
     shape = (len(explanations), 1 + N_RANDOM_ORDERS, len(SHARES), -1)
     of_texts = zip(probabilities.reshape(shape), explanations, strict=True)
     probabilities = np.stack([p[..., explanation.class_index] for p, explanation in of_texts])

@@ -13,6 +13,7 @@ import numpy as np
 
 from files.disk import UserError
 from files.hub_datasets import find_dataset, is_hub_name
+from files.multilabel import find_label_sets, merge_columns
 from files.readers import TABLE_SUFFIXES, Report, is_text, read_table, refuse, table_format
 
 # Usual column names, the most likely first. Without one of them the length of the values decides.
@@ -24,6 +25,7 @@ PAIR_NAMES = (
     ("question", "sentence"),
 )
 LABEL_NAMES = ("label", "class", "category", "target", "sentiment", "stars", "rating", "score", "y")
+LABEL_NAMES += ("labels",)
 N_GUESS_ROWS = 200  # rows of which the length of the values is compared
 
 Row = tuple[int, dict[str, Any]]  # line number, {column: value}
@@ -43,7 +45,7 @@ class Item(NamedTuple):
     source: str
     text: str
     pair: str | None = None
-    label: str | None = None
+    label: str | tuple[str, ...] | None = None  # a tuple where there may be several
 
 
 def choose_columns(path: Path, rows: list[Row], columns: Columns) -> Columns:
@@ -88,7 +90,9 @@ def choose_columns(path: Path, rows: list[Row], columns: Columns) -> Columns:
     return Columns(text, pair, label)
 
 
-def read_examples(path: Path, columns: Columns) -> tuple[list[Item], Columns]:
+def read_examples(
+    path: Path, columns: Columns, task: str | None = None
+) -> tuple[list[Item], Columns]:
     """Read a table of labelled examples, and choose those of its columns that are not named.
 
     A row without a label is an error; of the hub, which the user cannot correct, it is left out.
@@ -100,7 +104,9 @@ def read_examples(path: Path, columns: Columns) -> tuple[list[Item], Columns]:
         suffixes = ", ".join(TABLE_SUFFIXES)
         raise UserError(f"{path}: labelled examples come as {suffixes} (or .gz or .zst of one)")
     rows = list(read_table(path, column=columns.text))
+    rows = merge_columns(path, rows, columns.label)
     columns = choose_columns(path, rows, columns)
+    rows = find_label_sets(rows, columns.label, task)
     if columns.label is None:
         names = ", ".join(map(repr, rows[0][1]))
         raise UserError(f"{path}: no label column among {names}; name it with --label-column")
@@ -114,11 +120,11 @@ def read_examples(path: Path, columns: Columns) -> tuple[list[Item], Columns]:
 
 
 def read_tests(
-    train: Path, test: Path | None, columns: Columns
+    train: Path, test: Path | None, columns: Columns, task: str | None
 ) -> tuple[list[Item], np.ndarray | None]:
     """Read the examples of `find_tests`, and the split of each if there are several."""
     tests = find_tests(train, test, columns.label)
-    items = [read_examples(path, columns)[0] for path in tests]
+    items = [read_examples(path, columns, task)[0] for path in tests]
     splits = [path.name.rpartition(":")[2] for path in tests]
     parts = np.repeat(splits, list(map(len, items))) if len(tests) > 1 else None
     return list(itertools.chain(*items)), parts
@@ -173,8 +179,11 @@ def to_items(
         report(UserError(f"{path}:{line}: {problem}"))
 
 
-def _to_label(value: Any) -> str | None:
+def _to_label(value: Any) -> str | tuple[str, ...] | None:
     """A label, or the only one of a list, as text, 1.0 as 1; None for a value that is no label."""
+    if isinstance(value, tuple):
+        labels = tuple(map(_to_label, value))
+        return None if None in labels else labels
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     is_number = isinstance(value, (int, float)) and not math.isnan(value)

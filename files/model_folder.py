@@ -48,11 +48,11 @@ def save_model(
     """
     config = hub_names.config_to_json(model.config, model.task, special_ids(tokenizer))
     pooling = getattr(model, "pooling", None)
-    if model.config.is_modern:  # for which the default of `transformers` is "cls"
-        config["classifier_pooling"] = pooling or "mean"
-    elif pooling not in (None, "pooler"):
+    # the default of `transformers` for a ModernBERT is "cls"
+    config["classifier_pooling"] = pooling or model.config.poolings[0]
+    if not model.config.is_modern and pooling not in (None, "pooler"):
         # `transformers`, which lacks it, must refuse this model and not add a random pooler
-        config |= {"classifier_pooling": pooling, "model_type": f"{config['model_type']}-{pooling}"}
+        config["model_type"] += f"-{pooling}"
     tokenizer_config = {f"{role}_token": token for role, token in special_tokens(tokenizer).items()}
     tokenizer_config["tokenizer_class"] = "PreTrainedTokenizerFast"
     tokenizer_config["model_max_length"] = model.config.max_len
@@ -92,11 +92,15 @@ def find_model(name: Path) -> Path:
     is_hub_name = re.fullmatch(r"(?!runs/)[\w-][\w.-]*(/[\w.-]+)?", name.as_posix())
     if name.exists() or not is_hub_name:
         raise UserError(f"{name}: no checkpoint: it has no config.json; train.py makes one")
+    return download(name, HUB_FILES)
 
+
+def download(name: Path, patterns: tuple[str, ...]) -> Path:
+    """The folder of the hub's cache that has these files of a model of the hub."""
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(name.as_posix(), allow_patterns=HUB_FILES))
+        return Path(huggingface_hub.snapshot_download(name.as_posix(), allow_patterns=patterns))
     except Exception as error:  # the network, the hub and its cache each have errors of their own
         raise UserError(f"{name}: no such folder; from the hub: {first_line(error)}") from None
 
@@ -161,16 +165,27 @@ def _task(raw: dict[str, Any]) -> str:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Read tokenizer.json, or else what is older: BERT's vocab.txt, RoBERTa's vocab.json."""
-    paths = [folder / name for name in ("tokenizer.json", "vocab.txt", "vocab.json")]
-    path = next(filter(Path.is_file, paths), paths[0])
+    """Read the tokenizer of a model, with all special tokens."""
+    path = tokenizer_file(folder)
     try:
-        read = Tokenizer.from_file if path.name == "tokenizer.json" else read_vocabulary
-        tokenizer = read(str(path))
+        tokenizer = read_tokenizer(path)
         special_ids(tokenizer)  # raises an error if one is missing
-        tokenizer.encode("\N{CUNEIFORM SIGN A}")  # and this if there is no token for the unknown
     except Exception as error:  # tokenizers has no errors of its own
         raise UserError(f"{path}: {first_line(error)}") from None
+    return tokenizer
+
+
+def tokenizer_file(folder: Path) -> Path:
+    """tokenizer.json, or else what is older: BERT's vocab.txt, RoBERTa's vocab.json."""
+    paths = [folder / name for name in ("tokenizer.json", "vocab.txt", "vocab.json")]
+    return next(filter(Path.is_file, paths), paths[0])
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """Read a file of `tokenizer_file`, whatever error its library raises."""
+    is_old = path.suffix == ".txt" or path.name == "vocab.json"
+    tokenizer = (read_vocabulary if is_old else Tokenizer.from_file)(str(path))
+    tokenizer.encode("\N{CUNEIFORM SIGN A}")  # an error if there is no token for the unknown
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -227,11 +242,12 @@ def choose_pooling(
         raise UserError(f"--pooling {pooling}: {name} is a {config.family} model")
     if pooling or config.is_modern:
         return pooling
+    if raw.get("classifier_pooling") in config.poolings:
+        return raw["classifier_pooling"]
     if any(key.startswith("pooling_mode") for key in raw):  # its pooler was never trained
         is_cls = raw.get("pooling_mode_cls_token") or raw.get("pooling_mode") == "cls"
         return "cls" if is_cls else "mean"
-    ours = raw.get("classifier_pooling")
-    return ours if ours in config.poolings else None
+    return None
 
 
 def open_model(folder: Path, device: torch.device) -> tuple[nn.Module, Tokenizer, list[str] | None]:
@@ -248,7 +264,9 @@ def open_model(folder: Path, device: torch.device) -> tuple[nn.Module, Tokenizer
         id2label = raw.get("id2label") or {}
         names = [str(id2label.get(str(i), f"LABEL_{i}")) for i in range(n_labels)]
         # one output is a number, whatever its problem_type: its softmax would always be 1
-        if n_labels > 1 and problem_type not in (None, "single_label_classification"):
+        is_multilabel = problem_type == "multi_label_classification" and n_labels > 1
+        is_known = is_multilabel or problem_type in (None, "single_label_classification")
+        if n_labels > 1 and not is_known:
             raise ValueError(f"problem_type {problem_type!r} with {n_labels} outputs is unknown")
         if _task(raw) == Tagger.task:
             model = Tagger(config, n_labels)
@@ -256,6 +274,8 @@ def open_model(folder: Path, device: torch.device) -> tuple[nn.Module, Tokenizer
             default = "cls" if config.is_modern else "pooler"  # as in `transformers`
             model = Classifier(config, n_labels, raw.get("classifier_pooling") or default)
             model.ngrams = load_ngrams(folder, n_labels)
+            if is_multilabel:
+                model.threshold = float(raw.get("threshold", 0.5))
         elif _task(raw) == MaskedLM.task or "decoder.bias" in weights:
             model = MaskedLM(config)
         else:

@@ -26,6 +26,7 @@ from files import disk, model_folder
 from files.cli import flags_to_json
 from files.disk import UserError, to_json, write_file
 from files.machine import Ranks, cpu_name
+from files.model_card import CARD, is_foreign
 from model import is_part_of
 
 try:
@@ -38,10 +39,11 @@ MANIFEST = "manifest.json"
 LEFT_BEHIND = (
     *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
     *("metrics.json", "metrics.jsonl", "predictions.npz", "curve.png", "confusion.png"),
-    *("ngrams.safetensors", "snapshots", "checkpoints"),
+    *("ngrams.safetensors", "snapshots", "checkpoints", "modules.json", "1_Pooling", CARD),
 )
 # Flags that a resumed run need not share with its first part: of files the content counts.
 MAY_CHANGE = {"resume", "device", "out", "keep", "keep_best", "model", "corpus", "train", "test"}
+MAY_CHANGE |= {"tokenizer"}
 
 # The code whose change changes results, although no flag and no Config says so.
 ARITHMETIC = ("model.py", "kernels/*.py")
@@ -136,7 +138,7 @@ def start_run(out: Path, record: dict[str, Any]) -> None:
             path = out / name
             if path.is_dir():
                 remove_folder(path)
-            else:
+            elif name != CARD or not is_foreign(path):
                 path.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be cleared: {error.strerror}") from None

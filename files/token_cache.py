@@ -6,6 +6,7 @@ each token occurs) and about.json.
 """
 
 import contextlib
+import functools
 import hashlib
 import inspect
 import itertools
@@ -13,7 +14,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from files.disk import CACHE, UserError, to_json, using_cache, write_file
 from files.readers import TABLE_SUFFIXES, find_files, open_bytes, read_documents, table_format
 from files.reviews import fetch_reviews, load_reviews
 from files.sequences import is_sequence, make_item_tokenizer, reads_items
-from files.tokenizer import train_tokenizer
+from files.tokenizer import TRAINERS
 
 TOKENIZER_SAMPLE = 10**8  # bytes the tokenizer is trained on; more do not change its vocabulary
 BATCH = 64  # documents that are tokenized at once; a longest one takes 20 MB
@@ -38,6 +39,8 @@ def prepare(
     tokenizer: Tokenizer | None = None,
     text_column: str | None = None,
     min_count: int = 1,
+    kind: str = "wordpiece",
+    cased: bool = False,
 ) -> Path:
     """Tokenize a corpus once, and return its folder of the cache.
 
@@ -47,6 +50,7 @@ def prepare(
         tokenizer: that of an earlier model, used instead of a new one.
         text_column: of the tables among the files, see `read_documents`.
         min_count: how often an item of sequences must occur to be in the vocabulary.
+        kind, cased: of a new tokenizer of text, a key of TRAINERS, and whether it keeps capitals.
     """
     CACHE.mkdir(parents=True, exist_ok=True)
     if "-" in paths:  # a corpus is read more than once, so it has to be a file
@@ -55,7 +59,7 @@ def prepare(
             with open(stdin_file, "wb") as copy:
                 shutil.copyfileobj(sys.stdin.buffer, copy)
             paths = [str(stdin_file) if path == "-" else path for path in paths]
-            return prepare(paths, vocab_size, tokenizer, text_column, min_count)
+            return prepare(paths, vocab_size, tokenizer, text_column, min_count, kind, cased)
 
     files = find_files(paths)
     if text_column and not any(map(table_format, files)):
@@ -63,13 +67,17 @@ def prepare(
         raise UserError(f"--text-column {text_column}: it belongs to a --corpus of {suffixes}")
 
     # a fork that trains another tokenizer must not find the tokens of the old one
-    trainers = (train_tokenizer, make_item_tokenizer)
+    trainers = (TRAINERS[kind], make_item_tokenizer)
     source = tokenizer.to_str() if tokenizer else "".join(map(inspect.getsource, trainers))
-    key = _digest(files or [fetch_reviews()], f"{vocab_size} {text_column} {min_count} {source}")
+    settings = f"{vocab_size} {text_column} {min_count} {cased} {source}"
+    key = _digest(files or [fetch_reviews()], settings)
     folder = CACHE / f"tokens-{key}"
     if not folder.exists():
         with tempfile.TemporaryDirectory(dir=CACHE) as work:
-            tokenizer = tokenizer or _new_tokenizer(files, text_column, vocab_size, min_count)
+            train = functools.partial(TRAINERS[kind], vocab_size=vocab_size, cased=cased)
+            tokenizer = tokenizer or _new_tokenizer(
+                files, text_column, vocab_size, min_count, train
+            )
             _write_tokens(Path(work) / "new", _read_parts(files, text_column), tokenizer)
             with contextlib.suppress(OSError):  # another process wrote the same content first
                 os.rename(Path(work) / "new", folder)
@@ -98,7 +106,11 @@ def _read_parts(files: list[Path], text_column: str | None) -> list[Iterable[str
 
 
 def _new_tokenizer(
-    files: list[Path], text_column: str | None, vocab_size: int, min_count: int
+    files: list[Path],
+    text_column: str | None,
+    vocab_size: int,
+    min_count: int,
+    train: Callable[[Iterable[str]], Tokenizer],
 ) -> Tokenizer:
     """The items of sequences, or word pieces that are trained on a sample of the text."""
     documents = itertools.chain.from_iterable(_read_parts(files, text_column))
@@ -110,7 +122,7 @@ def _new_tokenizer(
     n_bytes = sum(file.stat().st_size for file in files)
     share = TOKENIZER_SAMPLE / max(1, n_bytes)
     rng = np.random.default_rng(0)
-    return train_tokenizer((text for text in documents if rng.random() < share), vocab_size)
+    return train(text for text in documents if rng.random() < share)
 
 
 def _write_tokens(folder: Path, parts: list[Iterable[str]], tokenizer: Tokenizer) -> None:

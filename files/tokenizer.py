@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.implementations import BertWordPieceTokenizer, ByteLevelBPETokenizer
-from tokenizers.processors import BertProcessing, RobertaProcessing
+from tokenizers.processors import BertProcessing, RobertaProcessing, TemplateProcessing
 
 SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 # Scripts that are written without spaces: Thai and Lao, Burmese, Khmer, kana, ideographs.
@@ -19,14 +19,15 @@ NO_SPACES = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U
 ROBERTA_TOKENS = {"pad": "<pad>", "unk": "<unk>", "cls": "<s>", "sep": "</s>", "mask": "<mask>"}
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a lower-cased WordPiece tokenizer; its vocabulary is smaller if the text is small.
+def train_tokenizer(documents: Iterable[str], vocab_size: int, cased: bool = False) -> Tokenizer:
+    """Train a WordPiece tokenizer; its vocabulary is smaller if the text is small.
 
     Accents and combining marks stay, because stripping them breaks Indic scripts. CJK characters
     are words of their own.
     """
     tokenizer = Tokenizer(models.WordPiece(unk_token=SPECIAL_TOKENS["unk"]))
-    bert_normalizer = normalizers.BertNormalizer(clean_text=False, strip_accents=False)
+    options = {"clean_text": False, "strip_accents": False, "lowercase": not cased}
+    bert_normalizer = normalizers.BertNormalizer(**options)
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), bert_normalizer])
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
@@ -46,8 +47,33 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.model = models.WordPiece(
         vocab, unk_token=SPECIAL_TOKENS["unk"], max_input_chars_per_word=200
     )
-    sep, cls = ((SPECIAL_TOKENS[role], vocab[SPECIAL_TOKENS[role]]) for role in ("sep", "cls"))
-    tokenizer.post_processor = BertProcessing(sep, cls)
+    return _add_cls_and_sep(tokenizer)
+
+
+def train_bpe(documents: Iterable[str], vocab_size: int, cased: bool = False) -> Tokenizer:
+    """Train a byte-level BPE tokenizer, to which nothing is unknown: it has all 256 bytes."""
+    tokenizer = Tokenizer(models.BPE())
+    steps = [normalizers.NFC(), *([] if cased else [normalizers.Lowercase()])]
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        min_frequency=2,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return _add_cls_and_sep(tokenizer)
+
+
+TRAINERS = {"wordpiece": train_tokenizer, "bpe": train_bpe}
+
+
+def _add_cls_and_sep(tokenizer: Tokenizer) -> Tokenizer:
+    tokens = [SPECIAL_TOKENS[role] for role in ("sep", "cls")]
+    tokenizer.post_processor = BertProcessing(*((t, tokenizer.token_to_id(t)) for t in tokens))
     return tokenizer
 
 
@@ -82,10 +108,15 @@ def read_vocabulary(path: str) -> Tokenizer:
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
-    """The special tokens by role ("pad", "unk", "cls", "sep", "mask"): BERT's or RoBERTa's.
+    """The special tokens by role ("pad", "unk", "cls", "sep", "mask"): those that
+    files/other_tokenizers.py has saved in a post-processor, or else BERT's or RoBERTa's.
 
     ValueError if one is missing.
     """
+    if isinstance(tokenizer.post_processor, TemplateProcessing):
+        saved = json.loads(tokenizer.post_processor.__getstate__())["special_tokens"]
+        if SPECIAL_TOKENS.keys() <= saved.keys():
+            return {role: saved[role]["tokens"][0] for role in SPECIAL_TOKENS}
     is_roberta = tokenizer.token_to_id(ROBERTA_TOKENS["cls"]) is not None
     tokens = ROBERTA_TOKENS if is_roberta else SPECIAL_TOKENS
     for token in tokens.values():
@@ -111,6 +142,8 @@ def begins_word(tokenizer: Tokenizer) -> np.ndarray:
     model = json.loads(tokenizer.to_str())["model"]
     if model["type"] == "WordLevel":
         return np.ones(len(pieces), dtype=bool)
+    if model.get("end_of_word_suffix"):  # `ends_word` knows them
+        return np.zeros(len(pieces), dtype=bool)
     if prefix := model.get("continuing_subword_prefix"):
         return np.array([not piece.startswith(prefix) for piece in pieces])
     for marks in (("▁",), ("Ġ", "Ċ", "ĉ", "č")):  # space, line feed, tab, carriage return
@@ -120,8 +153,11 @@ def begins_word(tokenizer: Tokenizer) -> np.ndarray:
 
 
 def ends_word(tokenizer: Tokenizer) -> np.ndarray:
-    """Which tokens no word goes on after, (V,) bool: punctuation, and so the special tokens."""
-    return np.array([_is_symbol(piece[-1:]) for piece in _pieces(tokenizer)])
+    """Which tokens no word goes on after, (V,) bool: punctuation, and so the special tokens, and
+    those with the mark of an end ("word</w>")."""
+    suffix = json.loads(tokenizer.to_str())["model"].get("end_of_word_suffix") or "\0"
+    pieces = _pieces(tokenizer)
+    return np.array([_is_symbol(piece[-1:]) or piece.endswith(suffix) for piece in pieces])
 
 
 def _pieces(tokenizer: Tokenizer) -> list[str]:

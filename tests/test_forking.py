@@ -20,7 +20,7 @@ PATCHES = dict(re.findall(r"^## \d\. (.+?)$.*?^```diff\n(.*?)^```$", DOCUMENT, r
 FLAGS = {
     "SwiGLU": ["--activation", "silu"],
     "A second objective": ["--replaced-weight", "0.5"],
-    "A byte-level tokenizer": [],
+    "A Unigram tokenizer": [],
     "Early stopping": ["--patience", "1", "--save-every", "1", "--keep-best"],
     "Attention pooling": [],
 }
@@ -81,8 +81,8 @@ def test_a_documented_fork_trains_and_its_model_loads(name, corpus_file, topics,
             train.main([*flags, "--seed", seed, "--out", str(tmp_path / seed)])
             plain = (tmp_path / seed / "model.safetensors").read_bytes()
             assert (fork / f"seed-{seed}" / "model.safetensors").read_bytes() == plain
-    if name == "A byte-level tokenizer":
-        assert json.loads((out / "tokenizer.json").read_text())["model"]["type"] == "BPE"
+    if name == "A Unigram tokenizer":
+        assert json.loads((out / "tokenizer.json").read_text())["model"]["type"] == "Unigram"
     if name == "Early stopping":
         assert "stopped early" in log or points[-1]["step"] == 5
     if name == "Attention pooling":

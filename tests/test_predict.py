@@ -164,7 +164,6 @@ def test_one_output_is_a_number(pretrained, tmp_path, capsys, problem_type):
     (
         ({"architectures": ["BertModel"]}, "BertModel"),
         ({"classifier_pooling": "attention"}, "'attention'"),
-        ({"problem_type": "multi_label_classification"}, "multi_label"),
         ({"problem_type": "regression"}, "'regression' with 3 outputs"),  # never the first alone
     ),
 )
