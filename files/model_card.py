@@ -72,7 +72,7 @@ def make_card(folder: Path, run: Path, tag: str, built_in: list[str]) -> str:
     if "validation_loss" in metrics:
         methods = {"pretrained": {"validation_loss": metrics["validation_loss"]}}
     scores = {
-        method: {n: value for n, value in values.items() if n not in NO_METRICS}
+        method: {n: x for n, x in values.items() if isinstance(x, float) and n not in NO_METRICS}
         for method, values in methods.items()
     }
     figures = scores.get("pretrained", {})

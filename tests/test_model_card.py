@@ -26,7 +26,7 @@ def test_the_card_states_what_the_run_measured_and_nothing_else(pretrained, fine
     card = ModelCard.load(folder / "README.md")
     header = card.data.to_dict()
     assert header["pipeline_tag"] == "text-classification"
-    assert header["metrics"] == ["accuracy", "macro_f1"]
+    assert header["metrics"] == ["accuracy", "macro_f1", "matthews_correlation"]
     assert "language" not in header and "datasets" not in header and "base_model" not in header
     [result] = header["model-index"][0]["results"]
     scores = {metric["type"]: metric["value"] for metric in result["metrics"]}
