@@ -51,6 +51,7 @@ LR_TOKENS = 1e-3
 # a pretrained embedding would memorize the names in the labelled texts.
 ADAM_EPS = 1e-8
 EMBEDDING_EPS = 3e-4
+HEAD_C = 1e-3  # fine-tuning from a linear layer that fits better ends lower
 MAX_LEN = 512
 WITH_NGRAMS = "pretrained+ngrams"
 
@@ -79,6 +80,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--dropout", type=share, default=0.1, help="of hidden states, as in BERT")
     add("--weight-decay", type=number(float, 0), default=0.01, help="of matrices, as in BERT")
     add("--warmup", type=share, default=0.1, help="share of the steps in which the rate rises")
+    add("--head-c", type=number(float, 1e-9), default=HEAD_C, help="C of the first linear layer")
     weights = "of the networks' loss; balanced: rare classes count as much as frequent ones"
     add("--class-weights", choices=("balanced",), help=weights)
     args = parser.parse_args(argv)
@@ -185,14 +187,14 @@ def standardize(targets: list[np.ndarray], train: Dataset) -> tuple[list[np.ndar
 
 
 def fit_linear_layer(
-    model: Classifier, rows: list[np.ndarray], targets: list[np.ndarray], autocast
+    model: Classifier, rows: list[np.ndarray], targets: list[np.ndarray], c: float, autocast
 ) -> None:
     """Fit the last layer: a random one would distort good features (Kumar et al. 2022)."""
     features = forward_all(model, rows, np.arange(len(rows)), autocast, model.features)
     expected = np.concatenate(targets)
     if model.threshold is not None:
-        return fit_layer(model.classifier, features, expected)
-    fit_head(model, features, expected, np.issubdtype(expected.dtype, np.integer))
+        return fit_layer(model.classifier, features, expected, c)
+    fit_head(model, features, expected, np.issubdtype(expected.dtype, np.integer), c)
 
 
 def balanced_weights(train: LabeledDataset) -> Tensor:
@@ -286,7 +288,7 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
                 start_time -= state["seconds"]
                 print(f"resuming after epoch {first_epoch} of {method}", flush=True)
             elif isinstance(model, Classifier) and (is_pretrained or args.lr == 0):
-                fit_linear_layer(model, rows, targets, autocast)
+                fit_linear_layer(model, rows, targets, args.head_c, autocast)
 
             for epoch in range(first_epoch, args.epochs):
                 # order and dropout depend on seed and epoch alone, so that a run can be resumed

@@ -48,7 +48,6 @@ LSA_GRID = tuple((w, c) for w in LSA_WIDTHS for c in (0.01, 0.1, 1.0, 10.0, 100.
 LSA_WINDOWS = 50_000
 SPECTRAL_GRID = tuple((w, c) for w in ("plain", "sif") for c in (0.01, 0.1, 1.0, 10.0, 100.0, 1e3))
 SIF = 1e-3  # the word frequency at which SIF halves the weight (Arora et al. 2017, section 4.1)
-HEAD_C = 1e-3  # fine-tuning from a head that fits better ends lower
 LONGEST_WORD = 32  # characters
 # Characters that are words: of scripts without spaces, half-width kana, and emoji.
 UNSPACED = f"{NO_SPACES}\uff66-\uff9f\u2600-\u27bf\U0001f000-\U0001faff"
@@ -335,9 +334,10 @@ def constant_scores(train: LabeledDataset, n_examples: int) -> np.ndarray:
 
 
 def fit_head(
-    model: Classifier, features: np.ndarray, targets: np.ndarray, is_classification: bool
+    model: Classifier, features: np.ndarray, targets: np.ndarray, is_classification: bool, c: float
 ) -> None:
-    """Set the last layer of a classifier to a linear fit on features (S, d_model)."""
+    """Set the last layer of a classifier to a linear fit on features (S, d_model), of inverse
+    regularization strength c."""
     layer = model.classifier
     layer.weight.data.zero_()
     layer.bias.data.fill_(-10.0)  # of a class without examples
@@ -345,7 +345,7 @@ def fit_head(
     if is_classification and len(present) == 1:
         layer.bias.data[present] = 0.0
         return
-    fitted = linear_model(is_classification, HEAD_C).fit(features, targets)
+    fitted = linear_model(is_classification, c).fit(features, targets)
     weight = np.atleast_2d(fitted.coef_)
     bias = np.atleast_1d(fitted.intercept_)
     if is_classification and len(weight) == 1:  # of the second of two classes

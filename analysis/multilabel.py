@@ -8,7 +8,7 @@ import torch
 from sklearn.metrics import average_precision_score, f1_score, precision_recall_curve
 from torch import nn
 
-from analysis.baselines import HEAD_C, concatenate, linear_model
+from analysis.baselines import concatenate, linear_model
 from files.entities import TaggedDataset
 from labels import HOLD_OUT, LabeledDataset, cross_validation_splits
 
@@ -47,12 +47,13 @@ def measure(targets: np.ndarray, probabilities: np.ndarray, threshold: float) ->
     }
 
 
-def fit_layer(layer: nn.Linear, features: np.ndarray, targets: np.ndarray) -> None:
-    """Set a linear layer to one logistic regression per label on features (S, d_model)."""
+def fit_layer(layer: nn.Linear, features: np.ndarray, targets: np.ndarray, c: float) -> None:
+    """Set a linear layer to one logistic regression per label on features (S, d_model), of inverse
+    regularization strength c."""
     layer.weight.data.zero_()
     for label, is_label in enumerate(targets.T):
         layer.bias.data[label] = 10.0 if is_label.all() else -10.0
         if 0 < is_label.mean() < 1:
-            fitted = linear_model(True, HEAD_C).fit(features, is_label)
+            fitted = linear_model(True, c).fit(features, is_label)
             layer.weight.data[label] = torch.from_numpy(fitted.coef_[0]).to(layer.weight)
             layer.bias.data[label] = float(fitted.intercept_[0])

@@ -37,7 +37,6 @@ from torch import Tensor
 
 import finetune
 import train
-from analysis import baselines
 from analysis.baselines import choose, fit_linear
 from analysis.evaluation import forward_all
 from data import Corpus
@@ -450,9 +449,8 @@ def fine_tune(
     n_epochs = max(1, round(FINETUNE_SEQUENCES / len(data[0])))
     flags = ["--model", str(args.out / "pretrain"), "--out", str(out), "--methods", method]
     flags += ["--lr", str(RATES[method]), "--seed", str(args.seed), "--pooling", "mean"]
-    flags += ["--epochs", str(min(n_epochs, MOST_EPOCHS))]
+    flags += ["--head-c", str(HEAD_C), "--epochs", str(min(n_epochs, MOST_EPOCHS))]
     flags += ["--device", args.device] if args.device else []
-    baselines.HEAD_C = HEAD_C
     finetune.main(flags, data=data)
     with np.load(out / "predictions.npz") as predictions:
         return predictions[method].reshape(len(SHIFTS), -1, len(data[0].names)).mean(0)
