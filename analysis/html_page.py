@@ -44,7 +44,7 @@ def attention_maps(model: Classifier, row: np.ndarray) -> list[Tensor]:
     maps = []
 
     def record(layer: Attention, inputs: tuple, _: Tensor) -> None:
-        x, cu_seqlens, max_seqlen, rope = inputs
+        x, cu_seqlens, max_seqlen, rope, _ = inputs
         q, k, _ = layer.Wqkv(x).unflatten(-1, (3, layer.n_heads, -1)).unbind(1)  # (L, H, D) each
         columns = []
         identity = F.pad(torch.eye(len(x), device=x.device), (0, -len(x) % q.shape[-1]))
