@@ -185,7 +185,7 @@ def test_attributions_include_the_ngrams(n_labels):
     of_text = logits_of(model, [explanation.row])
     ngrams, model.ngrams = model.ngrams, None
     of_masks = logits_of(model, [masked]) + torch.nn.functional.logsigmoid(ngrams.bias)
-    difference = explain.score(of_text, 1) - explain.score(of_masks, 1)
+    difference = explain.score(model, of_text, 1) - explain.score(model, of_masks, 1)
     # [CLS] and [SEP] have n-grams too, but are no words
     ids = torch.from_numpy(explanation.row[:, 0])
     edges = ngrams.token_scores(ids, torch.tensor([0, len(ids)]))
