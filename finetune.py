@@ -35,7 +35,7 @@ from files.cli import Parser, choose_hardware, flags_to_json, number, run_script
 from files.disk import UserError
 from files.entities import NOT_SCORED, TaggedDataset
 from files.machine import Ranks
-from files.model_card import describe
+from files.model_card import describe_folder
 from files.model_folder import choose_max_len, choose_pooling, load_model, load_weights, save_model
 from files.step_monitor import StepMonitor
 from labels import LabeledDataset, batches, encode, load, subsample
@@ -345,7 +345,7 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
         test = test[np.arange(n_held_out, len(test))]
         predictions = {name: values[n_held_out:] for name, values in predictions.items()}
         metrics = write_results(args.out, train, test, results, predictions, about, data is None)
-        describe(args.out, args.out, [] if args.train or data else [args.data])
+        describe_folder(args.out, args.out, [] if args.train or data else [args.data])
         return metrics
 
 

@@ -21,7 +21,7 @@ from files import hub_names, machine, model_folder, run_folder
 from files.cli import Parser, choose_hardware, flags_to_json, number, run_script
 from files.disk import UserError, to_json, write_file
 from files.machine import MICRO_BATCH_TOKENS, STEPS, Ranks
-from files.model_card import REVIEWS, describe
+from files.model_card import REVIEWS, describe_folder
 from files.model_folder import SavedModel, choose_max_len
 from files.other_tokenizers import open_tokenizer
 from files.step_monitor import StepMonitor
@@ -303,7 +303,7 @@ def main(argv: list[str] | None = None, data: Corpus | None = None) -> dict[str,
             if ranks.is_first and is_snapshot:
                 snapshot = args.out / "snapshots" / f"step-{done}"
                 model_folder.save_model(snapshot, model, corpus.tokenizer)
-                describe(snapshot, args.out, built_in)
+                describe_folder(snapshot, args.out, built_in)
             if monitor.gave_up:
                 advice = "start again with lower rates, or --resume after the last checkpoint"
                 ranks.log(f"stopped: {monitor.patience} skipped steps in a row; {advice}")
@@ -328,7 +328,7 @@ def main(argv: list[str] | None = None, data: Corpus | None = None) -> dict[str,
             model_folder.save_model(args.out, model, corpus.tokenizer)
             write_file(args.out / "metrics.json", to_json(metrics))
             plots.loss_curve(points, args.out / "curve.png")
-            describe(args.out, args.out, built_in)
+            describe_folder(args.out, args.out, built_in)
         result = f"validation loss {metrics['validation_loss']:.3f} after {seconds:.0f} s"
         ranks.log(f"{args.out}: {result}")
     return metrics

@@ -460,6 +460,7 @@ def fine_tune(
 def fill_in(args: argparse.Namespace, codebook: Codebook, codes: np.ndarray) -> np.ndarray:
     """Codes (N, P) with those of -1 replaced by what the pretrained model finds most likely."""
     model, tokenizer, _ = open_model(args.out / "pretrain", torch.device("cpu"))
+    # the last one is also that of code -1
     names = np.array([str(code) for code in range(codebook.n_codes)] + [SPECIAL_TOKENS["mask"]])
     rows, _ = encode(as_examples(names[codes]), tokenizer, model.config.max_len)
     logits = forward_all(model, rows, np.arange(len(rows)), nullcontext(), model.logits)

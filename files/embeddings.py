@@ -19,7 +19,9 @@ def open_encoder(folder: Path, device: torch.device) -> tuple[Encoder, Tokenizer
     """As `open_model`: the encoder alone of any model of a folder or of the hub."""
     config, weights, tokenizer, _ = load_model(folder)
     encoder = Encoder(config)
-    of_encoder = {n[6:]: weight for n, weight in weights.items() if n.startswith("model.")}
+    prefix = "model."
+    names = [name for name in weights if name.startswith(prefix)]
+    of_encoder = {name.removeprefix(prefix): weights[name] for name in names}
     load_weights(encoder, of_encoder, folder)
     return encoder.to(device).eval(), tokenizer, None
 

@@ -27,7 +27,7 @@ MODULES = [
 POOLING = {"pooling_mode_mean_tokens": True}
 
 
-def describe(folder: Path, run: Path, built_in: list[str]) -> None:
+def describe_folder(folder: Path, run: Path, built_in: list[str]) -> None:
     """Write the model card of a saved model, if there is one, and of an encoder how it is pooled.
 
     Args:
@@ -95,13 +95,14 @@ def make_card(folder: Path, run: Path, tag: str, built_in: list[str]) -> str:
         ]
         or None,
     )
-    seconds = metrics.get("seconds", sum(m["seconds"] for m in methods.values() if "seconds" in m))
+    seconds = metrics.get("seconds")  # of a pretraining
+    if seconds is None:
+        seconds = sum(values.get("seconds", 0) for values in methods.values())
     facts = {"data": source, "minutes": round(seconds / 60, 1) or None}
     facts |= {n: metrics.get(n) for n in ("n_weights", "tokens", "n_train", "n_test")}
-    facts |= read_json(run / "environment.json") | {
-        method: ", ".join(f"{n} {value:.3f}" for n, value in values.items())
-        for method, values in scores.items()
-    }
+    facts |= read_json(run / "environment.json")
+    for method, values in scores.items():
+        facts[method] = ", ".join(f"{n} {value:.3f}" for n, value in values.items())
     table = "\n".join(f"| {n} | {value} |" for n, value in facts.items() if value is not None)
     return f"""---
 {header.to_yaml().strip()}

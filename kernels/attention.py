@@ -223,7 +223,7 @@ class _FlashAttention(torch.autograd.Function):
     def forward(ctx, qkv, cu_seqlens, max_seqlen, rope, window) -> Tensor:
         n_tokens, _, n_heads, head_dim = qkv.shape
         qkv = qkv.contiguous()
-        qk = qkv  # its first two thirds
+        qk = qkv  # of which the first two of three PARTS are q and k
         if rope is not None:
             qk = qkv.new_empty(n_tokens, 2, n_heads, head_dim)
             grid = _grid(cu_seqlens, 2 * n_heads, max_seqlen, ROTATE_BLOCK)
@@ -233,9 +233,8 @@ class _FlashAttention(torch.autograd.Function):
 
         out = qkv.new_empty(n_tokens, n_heads, head_dim)
         lse = qkv.new_empty(n_heads, n_tokens, dtype=torch.float32)  # logsumexp of scores, base 2
-        options = flash_options(head_dim, qkv.dtype)
+        options = flash_options(head_dim, qkv.dtype) | {"PARTS": qk.shape[1]}
         grid = _grid(cu_seqlens, n_heads, max_seqlen, options["BLOCK"])
-        options["PARTS"] = qk.shape[1]
         arguments = (qk, qkv, cu_seqlens, out, lse, n_tokens, n_heads, window)
         _flash_forward[grid](*arguments, **options)
 
@@ -252,11 +251,10 @@ class _FlashAttention(torch.autograd.Function):
         d_out = d_out.contiguous()
         d_qkv = torch.empty_like(qkv)
         delta = torch.empty_like(lse)  # row sums of out * d_out, written by the first kernel
-        options = flash_options(head_dim, qkv.dtype)
+        options = flash_options(head_dim, qkv.dtype) | {"PARTS": qk.shape[1]}
         grid = _grid(cu_seqlens, n_heads, ctx.max_seqlen, options["BLOCK"])
         tensors = (qk, qkv, cu_seqlens, out, lse, d_out, delta, d_qkv, *(ctx.rope or (None, None)))
         arguments = (*tensors, n_tokens, n_heads, ctx.window)
-        options["PARTS"] = qk.shape[1]
         _flash_d_q[grid](*arguments, **options)
         _flash_d_kv[grid](*arguments, **options)
         return d_qkv, None, None, None, None

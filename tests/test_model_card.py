@@ -46,7 +46,7 @@ def test_without_metrics_there_are_no_figures(pretrained, tmp_path):
     flags = json.loads((tmp_path / "flags.json").read_text())
     corpus = {"corpus": ["hf:owner/name:config:train"], "model": "owner/no-such-folder"}
     (tmp_path / "flags.json").write_text(json.dumps(flags | corpus))
-    model_card.describe(tmp_path, tmp_path, ["mr"])
+    model_card.describe_folder(tmp_path, tmp_path, ["mr"])
     header = ModelCard.load(tmp_path / "README.md").data.to_dict()
     assert not {"metrics", "model-index"} & header.keys()
     assert header["language"] == "en"
@@ -64,7 +64,7 @@ def test_a_new_run_removes_its_card_and_no_other_readme(pretrained, tmp_path, ca
     readme.write_text("# my project")
     run_folder.start_run(tmp_path, {"flags": {}, "environment": {}})
     shutil.copy(pretrained / "config.json", tmp_path)
-    model_card.describe(tmp_path, tmp_path, [])
+    model_card.describe_folder(tmp_path, tmp_path, [])
     assert readme.read_text() == "# my project"
     assert str(readme) in capsys.readouterr().out
 
