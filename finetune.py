@@ -38,9 +38,10 @@ from files.machine import Ranks
 from files.model_card import describe_folder
 from files.model_folder import choose_max_len, choose_pooling, load_model, load_weights, save_model
 from files.step_monitor import StepMonitor
+from kernels.graphs import Recorded
 from labels import LabeledDataset, batches, encode, load, subsample
 from model import Classifier, Config, Tagger
-from optim import clip_gradients, parameter_groups, set_learning_rates
+from optim import flatten_gradients, parameter_groups, set_learning_rates, update_weights
 
 # Peak learning rates, chosen on folds of the training data of MR and IMDb.
 LR_PRETRAINED = 3e-4
@@ -212,6 +213,27 @@ def loss_sum(logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
     return F.cross_entropy(logits, targets, weights, ignore_index=NOT_SCORED, reduction="sum")
 
 
+def add_gradients(
+    model: Classifier | Tagger,
+    autocast,
+    scaler: torch.amp.GradScaler,
+    class_weights: Tensor | None,
+    targets: Tensor,
+    n_targets: Tensor,
+    *inputs,
+) -> Tensor:
+    """Add the gradients of a micro-batch to those of the others, and return its loss.
+
+    The sum of the losses is divided by the number of targets of the whole step.
+    """
+    with autocast:
+        # `batches` appends filler sequences, whose outputs are dropped
+        logits = model(*inputs)[: len(targets)].float()
+    loss = loss_sum(logits, targets, class_weights) / n_targets
+    scaler.scale(loss).backward()
+    return loss.detach()
+
+
 def restore_unit(model: Classifier, mean: float, scale: float) -> None:
     """Let a model that learned standardized numbers predict them in their own unit."""
     model.classifier.weight.data *= scale
@@ -259,6 +281,7 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
         print_summary(about, args.epochs, max_len)
         targets, mean, scale = standardize(targets, train)
         class_weights = balanced_weights(train).to(device) if args.class_weights else None
+        uses_graphs = device.type == "cuda" and dtype != torch.float16
         steps_per_epoch = math.ceil(len(train) / args.batch_size)
 
         for method in args.methods:
@@ -279,6 +302,7 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
             is_pretrained = method == "pretrained"
             model = build_model(args, config, train, weights if is_pretrained else None).to(device)
             optimizer = new_optimizer(args, model, is_pretrained)
+            gradients = flatten_gradients(model)
             scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
             monitor = StepMonitor(has_scaler=scaler.is_enabled())
             training = (model, optimizer, scaler, monitor)
@@ -289,6 +313,9 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
                 print(f"resuming after epoch {first_epoch} of {method}", flush=True)
             elif isinstance(model, Classifier) and (is_pretrained or args.lr == 0):
                 fit_linear_layer(model, rows, targets, args.head_c, autocast)
+
+            settings = (model, autocast, scaler, class_weights)
+            forward_backward = Recorded(uses_graphs, print, add_gradients, *settings)
 
             for epoch in range(first_epoch, args.epochs):
                 # order and dropout depend on seed and epoch alone, so that a run can be resumed
@@ -302,27 +329,17 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
                     set_learning_rates([optimizer], step, args.epochs * len(groups), args.warmup)
                     n_targets = sum(int((targets[i] != NOT_SCORED).sum()) for i in examples)
                     micro_batch_size = math.ceil(len(examples) / args.accumulate)
-                    loss = 0.0
+                    n_targets = torch.tensor(max(1, n_targets), device=device)
+                    loss = torch.zeros((), device=device)
                     for members, inputs in batches(rows, examples, micro_batch_size, device):
                         expected = torch.from_numpy(np.concatenate([targets[i] for i in members]))
-                        with autocast:
-                            # `batches` appends filler sequences, whose outputs are dropped
-                            logits = model(*inputs)[: len(expected)].float()
-                        micro_loss = loss_sum(logits, expected.to(device), class_weights)
-                        micro_loss /= max(1, n_targets)
-                        scaler.scale(micro_loss).backward()
-                        loss += float(micro_loss.detach())
+                        loss += forward_backward(expected.to(device), n_targets, *inputs)
 
-                    scaler.unscale_(optimizer)
-                    grad_norm = clip_gradients(model, args.clip)
-                    losses.append(loss)
-                    message = monitor.check(loss, grad_norm)
+                    grad_norm = update_weights([optimizer], scaler, gradients, args.clip, loss)
+                    losses.append(float(loss))
+                    message = monitor.check(losses[-1], float(grad_norm))
                     if message:
                         print(f"{method}, step {step + 1}: {message}", flush=True)
-                    if not monitor.skip:
-                        scaler.step(optimizer)
-                    scaler.update()
-                    optimizer.zero_grad(set_to_none=True)
                     if monitor.gave_up:
                         raise SystemExit("too many skipped steps in a row; a lower --lr may help")
 

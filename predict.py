@@ -29,8 +29,8 @@ from files.entities import predict_entities
 from files.model_folder import open_model
 from files.sequences import is_sequence, split_items
 from files.texts import read_items
+from files.threads import answer_in_order
 from files.tokenizer import special_ids, special_tokens
-from files.two_threads import answer_in_order
 from labels import LabeledDataset, batches, encode
 from model import Classifier, Encoder, MaskedLM, Tagger, mean_pool
 
