@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.timing import Call, Hardware
@@ -125,6 +126,21 @@ def padded_attention(batch: Batch, rope: Rope) -> Callable[..., Tensor]:
     return attend
 
 
+def library_attention(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, rope: Rope, positions: Tensor
+) -> Tensor:
+    """The same by torch's attention of sequences that lie end to end, which needs a GPU."""
+    cos, sin = (table[positions][:, None, None] for table in rope)  # (T, 1, 1, D / 2)
+    a, b = qkv[:, :2].chunk(2, dim=-1)  # (T, 2, H, D / 2) each
+    q, k = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).unbind(1)
+    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    return varlen_attn(q.to(qkv.dtype), k.to(qkv.dtype), qkv[:, 2], *lengths)
+
+
+def library_head(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+    return F.linear_cross_entropy(hidden, weight, targets, linear_bias=bias, reduction="sum")
+
+
 def plain_head(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
     logits = F.linear(hidden, weight, bias).float()  # (N, V)
     return F.cross_entropy(logits, targets, reduction="sum")
@@ -180,9 +196,17 @@ def operations(
         "add_norm": (add_norm, plain_add_norm, stream),
         "geglu": (geglu, plain_geglu, (low(n_tokens, 2 * config.d_ff),)),
     }
+    libraries = {"head": library_head}
+    if hardware.device.type == "cuda":
+        starts = batch.cu_seqlens[:-1].repeat_interleave(batch.cu_seqlens.diff())
+        positions = torch.arange(n_tokens, device=hardware.device) - starts  # (T,)
+        libraries["attention"] = functools.partial(library_attention, positions=positions)
+
     calls: dict[str, dict[str, Call]] = {}
     for name, (ours, plain, inputs) in table.items():
         functions = {"ours": ours, "eager": plain}
+        if name in libraries:
+            functions["library"] = libraries[name]
         if compiles:
             functions["compiled"] = torch.compile(plain)
         calls[name] = {

@@ -18,9 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench
 import kernels
 import kernels.dispatch
-from benchmarks import references, timing
+from benchmarks import gpu, references, steps, timing
 from data import Batch
 from files.disk import UserError
+from model import MaskedLM
 
 CPU = timing.Hardware(torch.device("cpu"), torch.float32)
 
@@ -124,15 +125,55 @@ def test_flops_are_counted_as_torch_counts_them():
     assert timer.seconds > 0
 
 
+@pytest.mark.parametrize("n_layers", (1, 3))
+def test_model_flops_are_those_that_torch_counts(n_layers):
+    """Sequences of equal length, because the CPU's attention pads the others."""
+    config = steps.config_of(f"{n_layers}x64", vocab_size=300)
+    cu_seqlens = torch.arange(0, 65, 16, dtype=torch.int32)
+    ids = torch.arange(64)
+    batch = Batch(ids, cu_seqlens, 16, masked=torch.arange(10), targets=ids[:10])
+    model = MaskedLM(config)
+    with FlopCounterMode(display=False) as counter:
+        model(batch)["masked_lm"][0].backward()
+    assert steps.model_flops(config, batch) == counter.get_total_flops()
+
+
+def test_what_a_gpu_measures_runs(monkeypatch):
+    """On the CPU, with small sizes, without graphs and compiler, and each call once."""
+    monkeypatch.setenv("CLOZE_GRAPHS", "0")
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+    monkeypatch.setattr(gpu, "TOKENS", (512, 512))
+    monkeypatch.setattr(gpu, "SHAPES", ("1x64",))
+    monkeypatch.setattr(gpu, "WIDTHS", (64,))
+    monkeypatch.setattr(gpu, "recorded_milliseconds", lambda call: call() and 1.0)
+    monkeypatch.setattr(gpu, "milliseconds", lambda call, **_: (call(), 1.0)[1])
+    operations = gpu.operations(CPU)
+    assert {"attention 64", "head 64", "add_norm 64", "geglu 64"} == operations.keys()
+    (row,) = gpu.steps(CPU).values()
+    assert row["ours, eager"]["tokens/s"] == 512_000 and row["modernbert"]["tokens/s"] == 512_000
+    assert gpu.finetune(CPU)["as MR"].keys() == {"ours", "ours, graphs", "modernbert"}
+
+
+def test_one_part_that_fails_costs_no_other(monkeypatch, tmp_path):
+    parts = {"bad": lambda hardware: 1 / 0, "good": lambda hardware: hardware.name}
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    result = {}
+    gpu.measure(tmp_path, CPU, result)
+    assert "ZeroDivisionError" in result["bad"]["error"] and result["good"] == CPU.name
+    assert json.loads((tmp_path / "bench.json").read_text()) == result
+
+
 def test_both_sides_of_an_operation_compute_the_same():
     cu_seqlens = torch.tensor([0, 20, 21, 50, 64], dtype=torch.int32)
     ids = torch.arange(64)
     batch = Batch(ids, cu_seqlens, 29, masked=torch.arange(10), targets=ids[:10])
-    operations = references.operations(batch, bench.config_of("1x64"), CPU, compiles=False)
+    operations = references.operations(batch, steps.config_of("1x64"), CPU, compiles=False)
     assert set(operations) == {"attention", "head", "add_norm", "geglu"}
     for calls in operations.values():
-        for ours, theirs in zip(calls["ours"](), calls["eager"](), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        for name in calls.keys() - {"ours"}:
+            for ours, theirs in zip(calls["ours"](), calls[name](), strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def small_batch() -> Batch:
@@ -152,7 +193,7 @@ def test_sparse_prediction_has_the_loss_and_gradients_of_all_logits():
     """ModernBERT of transformers computes logits for masked tokens only, with the same result."""
     torch.manual_seed(0)
     inputs = references.padded_inputs(small_batch())
-    model = references.build("modernbert", bench.config_of("1x64"), "sdpa").eval()
+    model = references.build("modernbert", steps.config_of("1x64"), "sdpa").eval()
     results = {}
     for is_sparse in (True, False):
         if not is_sparse:  # the default of bench.py comes first
@@ -162,7 +203,7 @@ def test_sparse_prediction_has_the_loss_and_gradients_of_all_logits():
         out.loss.backward()
         results[is_sparse] = (out.loss, *(p.grad.clone() for p in model.parameters()))
         n_tokens = 2 if is_sparse else 2 * 5
-        assert out.logits.numel() == n_tokens * bench.VOCAB_SIZE
+        assert out.logits.numel() == n_tokens * steps.VOCAB_SIZE
     for sparse, dense in zip(results[True], results[False], strict=True):
         torch.testing.assert_close(sparse, dense)
 
@@ -170,7 +211,7 @@ def test_sparse_prediction_has_the_loss_and_gradients_of_all_logits():
 def test_torch_encoder_has_the_loss_of_all_logits():
     torch.manual_seed(0)
     inputs = references.padded_inputs(small_batch())
-    model = references.build("torch", bench.config_of("1x64"), "sdpa").train()
+    model = references.build("torch", steps.config_of("1x64"), "sdpa").train()
     x = model.words(inputs["input_ids"]) + model.positions.weight[:5]
     x = model.encoder(x, src_key_padding_mask=inputs["attention_mask"] == 0)
     dense = F.cross_entropy(model.decoder(x).flatten(0, 1), inputs["labels"].flatten())

@@ -1,0 +1,246 @@
+"""What only a GPU can decide, measured in ten minutes: python bench.py --gpu.
+
+No data are needed: the tokens are random, and the windows as long as those of text. bench.json is
+written after each part; a part that fails leaves its error there.
+
+    tests       tests/test_triton.py, on the GPU in bfloat16 too
+    machine     the rates of copying and of a large matrix multiplication, the limits of the rest
+    layer       the matrix multiplications of a layer of base
+    operations  each operation forward and backward, in a CUDA graph: milliseconds
+    steps       training steps, ours and those of transformers; shares of the peak (MFU)
+    profile     milliseconds of three steps by kinds of kernels
+    loss        after 200 steps with and without CUDA graphs
+    finetune    fine-tuning on texts as short as MR's and as long as IMDb's
+"""
+
+import itertools
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import references
+from benchmarks.steps import config_of, finetuning_step, model_flops, our_step, reference_step
+from benchmarks.timing import Call, Hardware
+from data import Batch
+from files.disk import to_json, write_file
+from files.machine import own_stream
+from model import Classifier, Config, preset
+
+# Dense bfloat16, in TFLOP/s, by a part of the GPU's name (NVIDIA's data sheets).
+PEAK = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}
+TOKENS = (8192, 32_768, 65_536)
+WIDTHS = (256, 384, 768)
+SHAPES = ("2x256", "6x384", "12x768")
+MASK_RATE = 0.3
+KINDS = {
+    "attention": "_flash",
+    "add-norm": "_add_norm",
+    "GeGLU": "_geglu",
+    "vocabulary head": "_softmax_cross_entropy",
+    "matrix multiplication": "gemm|nvjet|cutlass|xmma",
+    "copies and casts": "copy|memcpy|memset|fill",
+}
+
+
+def random_batches(config: Config, n_tokens: int, device: torch.device) -> Iterator[Batch]:
+    """Endless batches of random tokens, eight different ones."""
+    rng = np.random.default_rng(0)
+    batches = []
+    for i in range(8):
+        lengths = rng.integers(54, config.max_len, 2 * n_tokens // config.max_len)
+        ends = np.cumsum([0, *lengths])
+        cu_seqlens = np.append(ends[ends < n_tokens], n_tokens).astype(np.int32)
+        ids = torch.from_numpy(rng.integers(5, config.vocab_size, n_tokens))
+        masked = torch.from_numpy(rng.permutation(n_tokens)[: int(MASK_RATE * n_tokens)])
+        tensors = (ids, torch.from_numpy(cu_seqlens), config.max_len, masked, ids[masked])
+        batches.append(Batch(*tensors, key=(0, 0, i, 0)).to(device))
+    return itertools.cycle(batches)
+
+
+def milliseconds(call: Call, n_calls: int = 10, n_rounds: int = 5) -> float:
+    """The median time of a call of several that wait for each other but not for Python."""
+    for _ in range(5):
+        call()
+    times = []
+    for _ in range(n_rounds):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(n_calls):
+            call()
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) / n_calls)
+    return round(1e3 * statistics.median(times), 4)
+
+
+def recorded_milliseconds(call: Call) -> float | str:
+    """The same of ten calls in one CUDA graph, or why there is none."""
+    for _ in range(3):
+        call()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            for _ in range(10):
+                call()
+    except RuntimeError as error:
+        return f"{milliseconds(call)} without a graph: {str(error).splitlines()[0]}"
+    return round(milliseconds(graph.replay, n_calls=2) / 10, 4)
+
+
+def tests(hardware: Hardware) -> str:
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_triton.py"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=150)
+    return "\n".join(done.stdout.splitlines()[-5:])
+
+
+def machine(hardware: Hardware) -> dict[str, float]:
+    source = torch.empty(2**30, dtype=torch.uint8, device=hardware.device)
+    target = torch.empty_like(source)
+    square = torch.randn(8192, 8192, dtype=hardware.dtype, device=hardware.device)
+    copy = milliseconds(lambda: target.copy_(source))
+    multiply = milliseconds(lambda: square @ square)
+    return {"TB/s": 2 * source.numel() / copy / 1e9, "TFLOP/s": 2 * 8192**3 / multiply / 1e9}
+
+
+def layer(hardware: Hardware) -> dict[str, float]:
+    """TFLOP/s of the products of a layer, forward and backward, by T and the sizes of the map."""
+    config = preset("base")
+    maps = {"qkv": (768, 3 * 768), "out": (768, 768)}
+    maps |= {"mlp in": (768, 2 * config.d_ff), "mlp out": (config.d_ff, 768)}
+    result = {}
+    for n_tokens, (name, (d_in, d_out)) in itertools.product(TOKENS, maps.items()):
+        options = {"dtype": hardware.dtype, "device": hardware.device}
+        x = torch.randn(n_tokens, d_in, **options)
+        weight = torch.randn(d_out, d_in, **options)
+        d_y = torch.randn(n_tokens, d_out, **options)
+        products = {"forward": lambda x=x, w=weight: x @ w.T}
+        products["backward, x"] = lambda d_y=d_y, w=weight: d_y @ w
+        products["backward, weight"] = lambda d_y=d_y, x=x: d_y.T @ x
+        for kind, product in products.items():
+            rate = 2 * n_tokens * d_in * d_out / milliseconds(product) / 1e9
+            result[f"{n_tokens} tokens, {name}, {kind}"] = round(rate)
+    return result
+
+
+def operations(hardware: Hardware) -> dict[str, dict[str, float | str]]:
+    result = {}
+    for width in WIDTHS:
+        config = config_of(f"1x{width}")
+        batch = next(random_batches(config, TOKENS[-1], hardware.device))
+        for name, calls in references.operations(batch, config, hardware, compiles=True).items():
+            result[f"{name} {width}"] = {k: recorded_milliseconds(c) for k, c in calls.items()}
+            print(f"{name} {width}", result[f"{name} {width}"], flush=True)
+    return result
+
+
+def steps(hardware: Hardware) -> dict[str, dict[str, Any]]:
+    """Tokens per second; of ours the share of the GPU's peak too."""
+    peaks = [peak for name, peak in PEAK.items() if name in hardware.name]
+    result: dict = defaultdict(dict)
+    for shape, n_tokens in itertools.product(SHAPES, (TOKENS[0], TOKENS[-1])):
+        config = config_of(shape)
+        batches = random_batches(config, n_tokens, hardware.device)
+        ours = {"eager": (False, False), "graphs": (False, True), "compiled": (True, False)}
+        calls = {
+            f"ours, {name}": our_step(config, hardware, compiled, batches, uses_graphs)
+            for name, (compiled, uses_graphs) in (ours | {"compiled, graphs": (True, True)}).items()
+        }
+        for name, compiled in itertools.product(("bert", "modernbert"), (False, True)):
+            arguments = (name, config, "sdpa", hardware, compiled, batches)
+            calls[f"{name}{', compiled' * compiled}"] = reference_step(*arguments)
+        flops = model_flops(config, next(batches))
+        for name in list(calls):
+            try:
+                time_of_step = milliseconds(calls.pop(name), n_calls=5, n_rounds=3)
+            except Exception as error:
+                result[f"{shape}, {n_tokens} tokens"][name] = repr(error)[:200]
+                continue
+            row = {"tokens/s": round(1e3 * n_tokens / time_of_step)}
+            if peaks and name.startswith("ours"):
+                row["MFU"] = round(flops / time_of_step / 1e9 / peaks[0], 3)
+            result[f"{shape}, {n_tokens} tokens"][name] = row
+            print(f"{shape}, {n_tokens} tokens, {name}: {row}", flush=True)
+    return dict(result)
+
+
+def kernel_times(hardware: Hardware) -> dict[str, float]:
+    config = config_of(SHAPES[-1])
+    step = our_step(config, hardware, batches=random_batches(config, TOKENS[-1], hardware.device))
+    for _ in range(3):
+        step()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(3):
+            step()
+        torch.cuda.synchronize()
+    times: dict[str, float] = defaultdict(float)
+    for event in profiler.key_averages():
+        names = [k for k, parts in KINDS.items() if any(p in event.key for p in parts.split("|"))]
+        times[(names or ["other"])[0]] += event.self_device_time_total / 1e3
+    return {name: round(value, 2) for name, value in times.items()}
+
+
+def loss(hardware: Hardware) -> dict[str, float]:
+    result = {}
+    for seed, uses_graphs in ((0, False), (1, False), (0, True)):
+        torch.manual_seed(seed)
+        config = config_of(SHAPES[0])
+        batches = random_batches(config, TOKENS[0], hardware.device)
+        step = our_step(config, hardware, batches=batches, uses_graphs=uses_graphs)
+        losses = [step() for _ in range(200)]
+        name = f"seed {seed}, {'graphs' if uses_graphs else 'eager'}"
+        result[name] = float(torch.stack(losses[-8:]).mean())
+    return result
+
+
+def finetune(hardware: Hardware) -> dict[str, dict[str, float]]:
+    """Milliseconds of a step of 32 examples."""
+    config = config_of(SHAPES[0], max_len=512)
+    rng = np.random.default_rng(0)
+    result = {}
+    for name, (low, high) in {"as MR": (8, 60), "as IMDb": (80, 512)}.items():
+        lengths = rng.integers(low, high, 2048)
+        rows = [np.stack([rng.integers(5, 8000, n), np.zeros(n, int)], axis=1) for n in lengths]
+        task = (rows, torch.from_numpy(rng.integers(0, 2, len(rows))), hardware)
+        calls = {
+            "ours": finetuning_step(Classifier(config, 2), *task),
+            "ours, graphs": finetuning_step(Classifier(config, 2), *task, uses_graphs=True),
+        }
+        modernbert = references.build("modernbert", config, "sdpa", n_labels=2)
+        calls["modernbert"] = finetuning_step(modernbert, *task, pad_to=0)
+        result[name] = {key: milliseconds(call, n_calls=64) for key, call in calls.items()}
+    return result
+
+
+PARTS: dict[str, Callable[[Hardware], Any]] = {
+    "tests": tests,
+    "machine": machine,
+    "layer": layer,
+    "operations": operations,
+    "steps": steps,
+    "profile": kernel_times,
+    "loss": loss,
+    "finetune": finetune,
+}
+
+
+def measure(out: Path, hardware: Hardware, result: dict[str, Any]) -> None:
+    """Add what each part returns to `result`, and write it to OUT/bench.json at once."""
+    with own_stream(hardware.device):
+        for name, part in PARTS.items():
+            start = time.perf_counter()
+            try:
+                result[name] = part(hardware)
+            except Exception as error:  # the other parts are worth their minutes
+                result[name] = {"error": repr(error)}
+            seconds = time.perf_counter() - start
+            print(f"{name}, {seconds:.0f} s: {result[name]}", flush=True)
+            write_file(out / "bench.json", to_json(result))
