@@ -41,7 +41,9 @@ STARTS = ("start", START_WITH_NGRAMS)
 NETWORKS = ("pretrained", WITH_NGRAMS, *STARTS, "random_weights")
 # Flags of train.py that its step 0 does not share with the run.
 NOT_OF_THE_START = {"out", "steps", "dtype", "device", "resume", "compile", "keep_best"}
+NOT_OF_THE_START |= {"tensorboard"}
 NOT_THE_RECIPE = {"seed", "out", "device", "resume", "compile", "log_every", "save_every", "keep"}
+NOT_THE_RECIPE |= {"tensorboard"}
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity, so that it can be a key of a cache

@@ -1,6 +1,7 @@
 """The figures of all scripts, in one style: the colours of Okabe & Ito, which colour-blind readers
 can tell apart, and a different marker for each line."""
 
+import io
 import sys
 import warnings
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from analysis.statistics import Estimate
-from files.disk import first_line
+from files.disk import first_line, write_file
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555", "#000000")
 MARKERS = list("osD^vP*X")
@@ -42,7 +43,9 @@ def draw(path: Path, plot: Callable[[Any], None], width: float = 6.0, height: fl
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(alpha=0.25, linewidth=0.6)
             plot(axes)
-            figure.savefig(path)
+            content = io.BytesIO()
+            figure.savefig(content, format=path.suffix[1:])
+            write_file(path, content.getbuffer())
     except Exception as error:  # fonts, file systems and values each fail in their own way
         print(f"warning: {path} was not drawn: {first_line(error)}", file=sys.stderr)
 
