@@ -342,6 +342,8 @@ class Pooler(nn.Module):
 
 def mean_pool(states: Tensor, cu_seqlens: Tensor) -> Tensor:
     """The mean state of each sequence: (T, d_model) to (S, d_model), in float32 at least."""
+    if states.device.type == "mps":  # which has no segment_reduce
+        return mean_pool(states.cpu(), cu_seqlens.cpu()).to(states.device)
     lengths = cu_seqlens.diff()
     states = states.to(torch.promote_types(states.dtype, torch.float32))
     sums = torch.segment_reduce(states, "sum", lengths=lengths.long(), unsafe=True)

@@ -24,7 +24,7 @@ from analysis.baselines import Fit
 from analysis.evaluation import forward_all, measure
 from analysis.results import USE_PRETRAINING, Plan, Run
 from files import model_folder, streams
-from files.disk import UserError
+from files.disk import UserError, file_name
 from finetune import WITH_NGRAMS
 from labels import LabeledDataset, encode, subsample
 from model import Classifier
@@ -78,7 +78,7 @@ def name_models(folders: list[Path]) -> dict[str, Path]:
         names = [str(folder) for folder in folders]
     if len(set(names)) < len(names):
         raise UserError("--model: the same folder twice")
-    return {name.replace("/", "-"): folder for name, folder in zip(names, folders, strict=True)}
+    return {file_name(name): folder for name, folder in zip(names, folders, strict=True)}
 
 
 def make_starts(models: dict[str, Path], folder: Path) -> dict[str, Path]:

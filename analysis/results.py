@@ -12,7 +12,7 @@ from analysis import statistics
 from analysis.baselines import goodness
 from analysis.statistics import Estimate, Score
 from files import disk
-from files.disk import UserError
+from files.disk import UserError, file_name
 from files.run_folder import code_digest
 from finetune import WITH_NGRAMS
 
@@ -96,7 +96,7 @@ class Results:
             return arrays["predictions"]
 
     def predictions_path(self, run: Run) -> Path:
-        return self.folder / ("-".join(map(str, run)).replace("/", "-") + ".npz")
+        return self.folder / file_name("-".join(map(str, run)) + ".npz")
 
 
 class Table:

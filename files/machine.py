@@ -6,6 +6,7 @@ import contextlib
 import os
 import platform
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from files.cli import TORCHRUN, under_torchrun
+from files.cli import STOP_SIGNALS, TORCHRUN, under_torchrun
 from files.disk import UserError, first_line
 from model import Config
 
@@ -110,11 +111,12 @@ def join_ranks(device: torch.device) -> Ranks:
 
 @contextlib.contextmanager
 def collect_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list, so that a run can end after the current step."""
+    """Collect STOP_SIGNALS in a list, so that a run can end after the current step."""
     received: list[int] = []
+    is_main = threading.current_thread() is threading.main_thread()  # the others get no signals
     handlers = {
         name: signal.signal(name, lambda signal_number, _: received.append(signal_number))
-        for name in (signal.SIGINT, signal.SIGTERM)
+        for name in (STOP_SIGNALS if is_main else [])
     }
     try:
         yield received
@@ -125,7 +127,7 @@ def collect_signals() -> Iterator[list[int]]:
 
 def exit_code(signals: list[int]) -> int:
     """128 + the signal of `collect_signals`, or SIGTERM if it has reached another rank only."""
-    return 128 + (signals[0] if signals else signal.SIGTERM)
+    return 128 + (signals[0] if signals else STOP_SIGNALS[-1])
 
 
 def cpu_name() -> str:

@@ -576,26 +576,6 @@ def test_without_a_compiler_a_run_goes_on_and_says_so(corpus_file, tmp_path, mon
     assert message in capsys.readouterr().out
 
 
-WITHOUT_UNIX = """
-import os, sys
-sys.modules["fcntl"] = None
-del os.sysconf
-import train
-from files import run_folder
-assert run_folder.fcntl is None
-train.main(sys.argv[1:])
-"""
-
-
-def test_a_run_needs_neither_fcntl_nor_sysconf(corpus_file, tmp_path):
-    """Windows has neither."""
-    command = [sys.executable, "-c", WITHOUT_UNIX, *run(corpus_file, tmp_path, *TINY, steps=2)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    model_folder.load_model(tmp_path)
-
-
 def test_standard_input_is_a_corpus(corpus_file, tmp_path):
     command = [sys.executable, "train.py", *run("-", tmp_path, *TINY, steps=1)]
     with open(corpus_file) as text:
