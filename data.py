@@ -17,7 +17,7 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse
@@ -72,7 +72,7 @@ class Windows:
     start: np.ndarray
     length: np.ndarray
 
-    def __getitem__(self, index) -> "Windows":
+    def __getitem__(self, index: Any) -> "Windows":
         return Windows(self.start[index], self.length[index])
 
     def __len__(self) -> int:

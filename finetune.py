@@ -187,7 +187,11 @@ def standardize(targets: list[np.ndarray], train: Dataset) -> tuple[list[np.ndar
 
 
 def fit_linear_layer(
-    model: Classifier, rows: list[np.ndarray], targets: list[np.ndarray], c: float, autocast
+    model: Classifier,
+    rows: list[np.ndarray],
+    targets: list[np.ndarray],
+    c: float,
+    autocast: torch.autocast,
 ) -> None:
     """Fit the last layer: a random one would distort good features (Kumar et al. 2022)."""
     features = forward_all(model, rows, np.arange(len(rows)), autocast, model.features)

@@ -180,7 +180,7 @@ def weighted_sum(losses: dict[str, Any]) -> Any:
 
 
 @torch.no_grad()
-def validate(model: MaskedLM, batches: list[Batch], autocast) -> dict[str, float]:
+def validate(model: MaskedLM, batches: list[Batch], autocast: torch.autocast) -> dict[str, float]:
     """Mean losses over the validation batches, and their weighted sum."""
     model.eval()
     with autocast:

@@ -6,6 +6,7 @@ Axes: S sequences (examples) of a batch, T tokens of a batch.
 import io
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,11 @@ BATCH_SIZE = 64
 
 @torch.no_grad()
 def forward_all(
-    model: nn.Module, rows: list[np.ndarray], indices: np.ndarray, autocast, function: Callable
+    model: nn.Module,
+    rows: list[np.ndarray],
+    indices: np.ndarray,
+    autocast: AbstractContextManager,
+    function: Callable,
 ) -> np.ndarray:
     """Apply a function of the model, which is left in evaluation mode, to many examples.
 
@@ -61,7 +66,7 @@ def predict(
     rows: list[np.ndarray],
     first_pieces: list[np.ndarray] | None,
     names: list[str] | None,
-    autocast,
+    autocast: torch.autocast,
 ) -> Any:
     """What a fine-tuned network predicts.
 

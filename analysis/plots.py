@@ -53,7 +53,7 @@ def draw(path: Path, plot: Callable[[Any], None], width: float = 6.0, height: fl
 def loss_curve(points: list[dict[str, Any]], path: Path) -> None:
     """Training and validation loss of the points of metrics.jsonl."""
 
-    def plot(axes) -> None:
+    def plot(axes: Any) -> None:
         for key, label in (("loss", "training"), ("validation_loss", "validation (15% masked)")):
             measured = [point for point in points if key in point]
             steps = [point["step"] for point in measured]
@@ -67,7 +67,7 @@ def loss_curve(points: list[dict[str, Any]], path: Path) -> None:
 def confusion(targets: np.ndarray, classes: np.ndarray, names: list[str], path: Path) -> None:
     """The confusion matrix of a classifier; numbers are shown for up to 20 classes."""
 
-    def plot(axes) -> None:
+    def plot(axes: Any) -> None:
         if len(names) > MOST_CLASSES:
             raise ValueError(f"{len(names):,} classes are more than {MOST_CLASSES}")
         from sklearn.metrics import ConfusionMatrixDisplay
@@ -97,7 +97,7 @@ def staircase(
     middles = {n: width * group for group, n in enumerate(budgets)}
     levels = {n: estimates[best[n], n].mean for n in budgets if n in best}
 
-    def plot(axes) -> None:
+    def plot(axes: Any) -> None:
         axes.grid(False, axis="x")
         axes.set_axisbelow(True)
         for i, name in enumerate(steps):

@@ -8,6 +8,7 @@ import platform
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,7 +83,7 @@ class Ranks(NamedTuple):
         model.zero_grad(set_to_none=True)
         return parallel_model
 
-    def gradient_sync(self, parallel_model: nn.Module, is_last: bool):
+    def gradient_sync(self, parallel_model: nn.Module, is_last: bool) -> AbstractContextManager:
         """A context: gradients are summed over the ranks in the last micro-batch of a step only."""
         if self.n == 1 or is_last:
             return contextlib.nullcontext()
@@ -173,7 +174,7 @@ def check_memory(config: Config, device: torch.device) -> None:
         raise UserError(f"the model {sizes}: choose fewer --layers or a smaller --d-model")
 
 
-def compile_blocks(blocks: Iterable[nn.Module], device: torch.device, log) -> None:
+def compile_blocks(blocks: Iterable[nn.Module], device: torch.device, log: Callable) -> None:
     """Compile blocks in place, so that all names stay, where torch.compile works."""
     problem = compiler_problem(device)
     if problem:
