@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from analysis import statistics
-from analysis.baselines import goodness
+from analysis.baselines import WITH_NGRAMS, goodness
 from analysis.statistics import Estimate, Score
 from files import disk
 from files.disk import UserError, file_name
 from files.run_folder import code_digest
-from finetune import WITH_NGRAMS
 
 USE_PRETRAINING = ("pretrained", WITH_NGRAMS, "frozen")  # all other methods are baselines
 

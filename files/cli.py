@@ -119,6 +119,18 @@ def flags_to_json(args: argparse.Namespace) -> dict[str, Any]:
     return json.loads(json.dumps(vars(args), default=Path.as_posix))
 
 
+def flags_to_argv(flags: dict[str, Any]) -> list[str]:
+    """The command line of these flags, without those that are not set: None, False or []."""
+    argv = []
+    for name, value in flags.items():
+        if value is None or value is False or value == []:
+            continue
+        argv.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            argv += map(str, value) if isinstance(value, list) else [str(value)]
+    return argv
+
+
 def choose_hardware(device_name: str | None, dtype_name: str) -> tuple[torch.device, torch.dtype]:
     """Choose the device and the dtype of its matrix multiplications.
 
