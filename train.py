@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from analysis.curve import recording, require_tensorboard
+from analysis.curve import make_recorder, require_tensorboard
 from data import Batch, Corpus
 from files import hub_names, machine, model_folder, run_folder
 from files.cli import Parser, choose_hardware, flags_to_json, number, run_script
@@ -234,7 +234,7 @@ def main(argv: list[str] | None = None, data: Corpus | None = None) -> dict[str,
             ranks.log(f"resuming after step {state['step']}")
         start_time -= state["seconds"]
         points = state.setdefault("points", [])
-        record_points = stack.enter_context(recording(args, points, ranks))
+        record_points = make_recorder(args, points, ranks)
         built_in = [] if args.corpus or data else list(REVIEWS)
         if args.compile:
             machine.compile_blocks(model.model.layers, device, ranks.log)

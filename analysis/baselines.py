@@ -56,11 +56,7 @@ Fit = Callable[[Any, np.ndarray, np.ndarray], np.ndarray]
 
 
 def choose_methods(names: str | None, train: LabeledDataset | TaggedDataset) -> list[str]:
-    """The methods of finetune.py that --methods names, by default all that there are for the task.
-
-    Raises:
-        UserError: There is no such method, or it needs another one before it.
-    """
+    """What --methods names, by default all; UserError if a method is unknown or comes too soon."""
     is_tagged = isinstance(train, TaggedDataset)
     methods = ["most_frequent" if is_tagged else "ngrams", "random_weights", "pretrained"]
     if not is_tagged and train.has_one_class:

@@ -1,9 +1,8 @@
 """What shows a run while it trains: metrics.jsonl, curve.png, and TensorBoard's event files."""
 
 import argparse
-import contextlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from analysis import plots
@@ -22,15 +21,13 @@ def require_tensorboard() -> None:
         raise UserError("--tensorboard needs tensorboard: pip install tensorboard") from None
 
 
-@contextlib.contextmanager
-def recording(
+def make_recorder(
     args: argparse.Namespace, points: Points, ranks: Ranks
-) -> Iterator[Callable[[Points], None]]:
-    """Yield a function that adds new points to `points` and, on the first rank, to the run's files.
+) -> Callable[[Points], None]:
+    """A function that adds new points to `points` and, on the first rank, to the files of the run.
 
-    Args:
-        points: Of the checkpoint that the run continues from, which metrics.jsonl already has. The
-            event files are written anew: an interrupted run left later points in them.
+    The event files are written anew from `points`, those of the checkpoint that a run continues
+    from, because an interrupted run leaves later points in them.
     """
     writer = None
     if args.tensorboard and ranks.is_first:
@@ -53,10 +50,8 @@ def recording(
         write_events(new_points)
         if any("validation_loss" in point for point in new_points):
             plots.loss_curve(points, args.out / "curve.png")
+            if writer:
+                writer.flush()
 
     write_events(points)
-    try:
-        yield record
-    finally:
-        if writer:
-            writer.close()
+    return record

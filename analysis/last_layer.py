@@ -37,14 +37,8 @@ def fit_last_layer(
     c: float,
     autocast: torch.autocast,
 ) -> None:
-    """Fit the last layer to the features that the model has of the examples.
-
-    A random one would distort good features (Kumar et al. 2022).
-
-    Args:
-        rows, targets: As `finetune.encode_examples` returns them.
-        c: Inverse regularization strength.
-    """
+    """Fit the last layer, with inverse regularization strength c: a random one would distort good
+    features (Kumar et al. 2022). Rows and targets are those of `files.examples.encode_examples`."""
     features = forward_all(model, rows, np.arange(len(rows)), autocast, model.features)
     fit = fit_classes_or_numbers if model.threshold is None else fit_labels
     fit(model.classifier, features, np.concatenate(targets), c)

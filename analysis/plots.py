@@ -1,5 +1,4 @@
-"""The figures of all scripts, in one style: the colours of Okabe & Ito, which colour-blind readers
-can tell apart, and a different marker for each line."""
+"""The figures of all scripts, in one style, in colours that colour-blind readers can tell apart."""
 
 import io
 import sys
@@ -13,9 +12,7 @@ import numpy as np
 from analysis.statistics import Estimate
 from files.disk import first_line, write_file
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555", "#000000")
-MARKERS = list("osD^vP*X")
-# The parts of the recipe: what stands for each in the figure.
+# The parts of the recipe: what stands for each in the figure, in a colour of Okabe & Ito.
 STAIRCASE = {
     "majority": ("majority class", "#999999"),
     "random_weights": ("network from random weights", "#56B4E9"),

@@ -228,11 +228,7 @@ def to_number(text: str) -> float:
 
 
 def choose_names(path: Path, items: list[Item], column: str, task: str | None) -> list[str] | None:
-    """The names of the classes or labels of a file, or None if its labels are numbers to predict.
-
-    Raises:
-        UserError: It has one class only.
-    """
+    """The names of the classes, None if the labels are numbers; UserError if there is one class."""
     if isinstance(items[0].label, tuple):
         return distinct_labels(path, [item.label for item in items])
     if (task or guess_task(item.label for item in items)) == "classify":
@@ -241,8 +237,7 @@ def choose_names(path: Path, items: list[Item], column: str, task: str | None) -
 
 
 def _class_names(path: Path, items: list[Item], column: str) -> list[str]:
-    """The distinct labels: as the file orders them, or else numbers by value, then names. Raises
-    UserError if it is only one."""
+    """The distinct labels: as the file orders them, or else numbers by value, then names."""
     counts = Counter(item.label for item in items)
     if len(counts) < 2:
         raise UserError(f"{path}: the label column has one class only, {items[0].label!r}")
@@ -257,22 +252,19 @@ def _class_names(path: Path, items: list[Item], column: str) -> list[str]:
 
 
 def find_targets(items: list[Item], names: list[str] | None) -> np.ndarray:
-    """The targets of a LabeledDataset, which are numbers to predict if `names` is None.
-
-    Raises:
-        UserError: A label is none of the names, or no number.
-    """
+    """The targets of a LabeledDataset. Raises UserError for a label that is none of the names, or
+    no number if these are None."""
     is_multilabel = isinstance(items[0].label, tuple)
+    problem = f"is none of the training labels {', '.join(map(repr, (names or [])[:20]))}"
     if is_multilabel:
         targets = to_targets([item.label for item in items], names)
-        problem = f"has one that is none of the training labels {', '.join(map(repr, names[:20]))}"
+        problem = f"has one that {problem}"
     elif names is None:
         targets = [to_number(item.label) for item in items]
         problem = "is no number, which --task regress needs"
     else:
         class_numbers = {name: i for i, name in enumerate(names)}
         targets = [class_numbers.get(item.label, math.nan) for item in items]
-        problem = f"is none of the training labels {', '.join(map(repr, names[:20]))}"
     for item, target in zip(items, targets, strict=True):
         if np.isnan(target).any():
             raise UserError(f"{item.source}: label {item.label!r} {problem}")

@@ -197,14 +197,6 @@ def encode_words(
     return rows, first_pieces, n_cut
 
 
-def encode_dataset(
-    dataset: TaggedDataset, tokenizer: Tokenizer, max_len: int
-) -> tuple[list[np.ndarray], list[np.ndarray], list[list[list[int]]], int]:
-    """The rows, the targets of their tokens, the first pieces, and n_cut, see `encode_words`."""
-    rows, first_pieces, n_cut = encode_words(dataset.words, tokenizer, max_len)
-    return rows, token_targets(rows, first_pieces, dataset), first_pieces, n_cut
-
-
 def token_targets(
     rows: list[np.ndarray], first_pieces: list[list[list[int]]], dataset: TaggedDataset
 ) -> list[np.ndarray]:

@@ -27,6 +27,7 @@ def encode_examples(dataset: Dataset, tokenizer: Tokenizer, max_len: int) -> tup
     The targets of an example are (1,) its class or number, or (tokens,) its tags.
     """
     if isinstance(dataset, TaggedDataset):
-        return entities.encode_dataset(dataset, tokenizer, max_len)
+        rows, first_pieces, n_cut = entities.encode_words(dataset.words, tokenizer, max_len)
+        return rows, entities.token_targets(rows, first_pieces, dataset), first_pieces, n_cut
     rows, n_cut = encode(dataset, tokenizer, max_len)
     return rows, list(dataset.targets[:, None]), None, n_cut
