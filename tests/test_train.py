@@ -257,7 +257,7 @@ class EventFile:
     def __init__(self, folder, purge_step):
         folder.mkdir(exist_ok=True)
         self.file = open(folder / f"events-{len(list(folder.iterdir()))}", "w")  # noqa: SIM115
-        self.close = self.file.close
+        self.flush = self.file.flush
 
     def add_scalar(self, name, value, step):
         self.file.write(json.dumps([step, name, value]) + "\n")
