@@ -29,6 +29,7 @@ from files import streams
 from files.disk import UserError, using_cache
 from files.token_cache import token_dtype
 from files.tokenizer import begins_word, ends_word, special_ids
+from kernels.graphs import pad_sequences
 
 VALIDATION_SHARE = 0.01  # of the tokens of each part of the corpus
 VALIDATION_TOKENS = 65_536
@@ -55,9 +56,14 @@ class Batch(NamedTuple):
     key: tuple[int, ...] = ()  # seed, stream (files/streams.py), step, micro-batch
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(
-            *(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in self)
-        )
+        """The batch on a device; for a GPU with empty sequences, see `pad_sequences`."""
+        if device.type != "cuda":
+            return self
+
+        def copy(x: Any) -> Any:  # from memory that the GPU reads while Python goes on
+            return x.pin_memory().to(device, non_blocking=True) if isinstance(x, Tensor) else x
+
+        return Batch(*map(copy, self._replace(cu_seqlens=pad_sequences(self.cu_seqlens))))
 
     def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
         """A random generator that depends only on seed, step and micro-batch."""

@@ -34,13 +34,14 @@ from files import model_folder, run_folder, streams
 from files.cli import Parser, choose_hardware, flags_to_argv, flags_to_json, number, run_script
 from files.disk import UserError
 from files.entities import NOT_SCORED, TaggedDataset
-from files.examples import Dataset, encode_examples, load_examples
+from files.examples import Dataset, balanced_weights, encode_examples, load_examples, load_lists
 from files.machine import Ranks
 from files.model_card import describe_folder
 from files.step_monitor import StepMonitor
-from labels import LabeledDataset, batches, from_lists, hold_out_last_fifth
+from kernels.graphs import Recorded
+from labels import batches
 from model import Classifier, Config, Tagger
-from optim import clip_gradients, parameter_groups, set_learning_rates
+from optim import flatten_gradients, parameter_groups, set_learning_rates, update_weights
 
 # Peak learning rates, chosen on folds of the training data of MR and IMDb.
 LR_PRETRAINED = 3e-4
@@ -97,8 +98,7 @@ def set_defaults(
         raise UserError("--class-weights needs examples of one class each, and a --lr above 0")
     args.pooling = model_folder.choose_pooling(config, raw, args.pooling, args.model)
     if args.epochs is None:  # fewer for more examples per class
-        n_classes = len(train.names) if train.names else 2
-        per_class = len(train) / n_classes
+        per_class = len(train) / (len(train.names) if train.names else 2)
         args.epochs = 10 if is_tagged else max(2, min(8, round(31 / per_class**0.35)))
     if args.lr == 0:
         args.epochs = 0
@@ -142,12 +142,6 @@ def new_optimizer(
     return torch.optim.AdamW(groups, lr=lr if args.lr is None else args.lr, fused=True)
 
 
-def balanced_weights(train: LabeledDataset) -> Tensor:
-    """(C,) Weights of the classes with which they all contribute alike to the loss."""
-    counts = np.bincount(train.targets, minlength=len(train.names))
-    return torch.tensor(len(train) / len(counts) / counts.clip(1), dtype=torch.float32)
-
-
 def loss_sum(logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
     """Squared errors of numbers, or cross-entropies of classes, labels or tags."""
     if targets.dim() == 2:
@@ -155,6 +149,27 @@ def loss_sum(logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
     if targets.is_floating_point():
         return F.mse_loss(logits[:, 0], targets, reduction="sum")
     return F.cross_entropy(logits, targets, weights, ignore_index=NOT_SCORED, reduction="sum")
+
+
+def add_gradients(
+    model: Classifier | Tagger,
+    autocast: torch.autocast,
+    scaler: torch.amp.GradScaler,
+    class_weights: Tensor | None,
+    targets: Tensor,
+    n_targets: Tensor,
+    *inputs: Any,
+) -> Tensor:
+    """Add the gradients of a micro-batch to those of the others, and return its loss.
+
+    The sum of the losses is divided by the number of targets of the whole step.
+    """
+    with autocast:
+        # `batches` appends filler sequences, whose outputs are dropped
+        logits = model(*inputs)[: len(targets)].float()
+    loss = loss_sum(logits, targets, class_weights) / n_targets
+    scaler.scale(loss).backward()
+    return loss.detach()
 
 
 def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = None) -> dict:
@@ -186,6 +201,7 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
         print_summary(about, args.epochs, max_len)
         targets, mean, scale = standardize(targets, train)
         class_weights = balanced_weights(train).to(device) if args.class_weights else None
+        uses_graphs = device.type == "cuda" and dtype != torch.float16
         steps_per_epoch = math.ceil(len(train) / args.batch_size)
 
         for method in args.methods:
@@ -206,6 +222,7 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
             is_pretrained = method == "pretrained"
             model = build_model(args, config, train, weights if is_pretrained else None).to(device)
             optimizer = new_optimizer(args, model, is_pretrained)
+            gradients = flatten_gradients(model)
             scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
             monitor = StepMonitor(has_scaler=scaler.is_enabled())
             training = (model, optimizer, scaler, monitor)
@@ -216,6 +233,9 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
                 print(f"resuming after epoch {first_epoch} of {method}", flush=True)
             elif isinstance(model, Classifier) and (is_pretrained or args.lr == 0):
                 fit_last_layer(model, rows, targets, args.head_c, autocast)
+
+            settings = (model, autocast, scaler, class_weights)
+            forward_backward = Recorded(uses_graphs, print, add_gradients, *settings)
 
             for epoch in range(first_epoch, args.epochs):
                 # order and dropout depend on seed and epoch alone, so that a run can be resumed
@@ -229,26 +249,16 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
                     set_learning_rates([optimizer], step, args.epochs * len(groups), args.warmup)
                     n_targets = sum(int((targets[i] != NOT_SCORED).sum()) for i in examples)
                     micro_batch_size = math.ceil(len(examples) / args.accumulate)
-                    loss = 0.0
+                    n_targets = torch.tensor(max(1, n_targets), device=device)
+                    loss = torch.zeros((), device=device)
                     for members, inputs in batches(rows, examples, micro_batch_size, device):
                         expected = torch.from_numpy(np.concatenate([targets[i] for i in members]))
-                        with autocast:
-                            # `batches` appends filler sequences, whose outputs are dropped
-                            logits = model(*inputs)[: len(expected)].float()
-                        micro_loss = loss_sum(logits, expected.to(device), class_weights)
-                        micro_loss /= max(1, n_targets)
-                        scaler.scale(micro_loss).backward()
-                        loss += float(micro_loss.detach())
+                        loss += forward_backward(expected.to(device), n_targets, *inputs)
 
-                    scaler.unscale_(optimizer)
-                    grad_norm = clip_gradients(model, args.clip)
-                    losses.append(loss)
-                    if message := monitor.check(loss, grad_norm):
+                    grad_norm = update_weights([optimizer], scaler, gradients, args.clip, loss)
+                    losses.append(float(loss))
+                    if message := monitor.check(losses[-1], float(grad_norm)):
                         print(f"{method}, step {step + 1}: {message}", flush=True)
-                    if not monitor.skip:
-                        scaler.step(optimizer)
-                    scaler.update()
-                    optimizer.zero_grad(set_to_none=True)
                     if monitor.gave_up:
                         raise SystemExit("too many skipped steps in a row; a lower --lr may help")
 
@@ -285,8 +295,7 @@ def fit(
     """Fine-tune on lists: fit(texts, labels, model="runs/pretrain", out="runs/mine", epochs=3).
 
     Args:
-        texts, labels: See `labels.from_lists`.
-        test_texts, test_labels: By default, the last fifth of each class is held out.
+        texts, labels, test_texts, test_labels: See `files.examples.load_lists`.
         flags: Those of the command line, with _ for -.
 
     Returns:
@@ -294,14 +303,8 @@ def fit(
     """
     if unknown := flags.keys() - vars(parse_args([])).keys():
         raise TypeError(f"finetune.py has no flag {unknown.pop()!r}")
-    train = from_lists(texts, labels)
-    if test_texts is None:
-        train, test = hold_out_last_fifth(train)
-    else:
-        test = from_lists(test_texts, test_labels, train.names)
-        if test.names != train.names:
-            raise ValueError("the labels are numbers, the test labels are classes")
-    return main(flags_to_argv(flags), (train, test))
+    data = load_lists(texts, labels, test_texts, test_labels)
+    return main(flags_to_argv(flags), data)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from files.multilabel import to_targets
 from files.reviews import load_reviews
 from files.sequences import reads_items
 from files.tokenizer import special_ids
+from kernels.graphs import pad_sequences
 
 TEST_SHARE = 0.2
 # Hyperparameters are chosen by cross-validation for few labels, by one hold-out for many.
@@ -138,11 +139,6 @@ def load(
     items, chosen = read_examples(train, Columns(*columns), task)
     names = choose_names(train, items, chosen.label, task)
     examples = _to_dataset(items, names)
-    classes = "numbers (regression)"
-    if names:
-        classes = names if len(names) <= 10 else f"{len(names)} classes"
-    kind = "any of " if examples.is_multilabel else ""
-    print(f"{train}: {len(examples):,} examples; label {chosen.label!r}: {kind}{classes}")
     task = "multilabel" if examples.is_multilabel else task
     test_items, parts = read_tests(train, test, chosen, task)
     if not test_items:
@@ -309,18 +305,22 @@ def batches(
     """Unpadded batches of `size` examples; `order` holds indices into `rows`.
 
     Sequences of zeros, whose outputs nobody reads, round T up to a multiple of a power of two: the
-    CPU's matrix multiplications are compiled anew for each T.
+    CPU's matrix multiplications are compiled anew for each T. For a GPU, which records a step for
+    each shape (kernels/graphs.py), they round T and the lengths further up.
 
     Yields:
         indices: The examples that the batch begins with.
         inputs: (ids (T,), cu_seqlens (S + 1,), length of the longest sequence, token types (T,)).
     """
+    is_gpu = torch.device(device).type == "cuda"
     for start in range(0, len(order), size):
         indices = order[start : start + size]
         sequences = [rows[i] for i in indices]
         n_tokens = sum(map(len, sequences))
         longest = max(map(len, sequences))
         multiple = min(MOST_PADDING, 2 ** max(0, n_tokens.bit_length() - 6))  # adds 3% at most
+        if is_gpu:
+            multiple = 2 ** max(0, n_tokens.bit_length() - 3)  # adds 25% at most
         n_padding = -n_tokens % multiple
         while n_padding:  # learned positions reach only as far as the longest sequence
             length = min(n_padding, longest)
@@ -329,4 +329,7 @@ def batches(
         lengths = [len(sequence) for sequence in sequences]
         cu_seqlens = torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32)).to(device)
         ids, types = torch.from_numpy(np.concatenate(sequences).T.copy()).to(device)  # (2, T)
+        if is_gpu:
+            cu_seqlens = pad_sequences(cu_seqlens)
+            longest = -(-longest // 64) * 64
         yield indices, (ids, cu_seqlens, longest, types)

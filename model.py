@@ -353,7 +353,8 @@ def mean_pool(states: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 def first_token(states: Tensor, cu_seqlens: Tensor) -> Tensor:
     """The state of each sequence's [CLS]: (T, d_model) to (S, d_model)."""
-    return states.index_select(0, cu_seqlens[:-1])
+    starts = cu_seqlens[:-1].clamp(max=len(states) - 1)  # an empty sequence may start at the end
+    return states.index_select(0, starts)
 
 
 # From states to one vector per text, by the names of ModernBERT's `classifier_pooling`.

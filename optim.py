@@ -1,9 +1,14 @@
-"""Muon for matrices, AdamW for everything else, and the learning-rate schedule."""
+"""Muon for matrices, AdamW for everything else, clipping, and the learning-rate schedule.
 
-import math
+What differs between steps is a tensor on the device, learning rates too, and nothing is read back:
+on a GPU the whole step can be recorded (kernels/graphs.py), and never waits for Python.
+"""
+
 from collections import defaultdict
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Coefficients of the quintic Newton-Schulz iteration, chosen for its slope at zero (Jordan et al.
@@ -15,17 +20,33 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype, n_iterations: int = 5) -
     """Move the singular values of each matrix towards 1 by Newton-Schulz iteration.
 
     Args:
-        matrices: (n, rows, columns) with rows <= columns.
+        matrices: (n, rows, columns).
         dtype: of the matrix multiplications and of the result.
     """
     a, b, c = NEWTON_SCHULZ
     # normalized before the cast: small gradients would underflow in float16
     x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     x = x.to(dtype)
+    is_tall = x.shape[-2] > x.shape[-1]
     for _ in range(n_iterations):
-        gram = x @ x.transpose(-1, -2)  # (n, rows, rows)
-        x = a * x + torch.baddbmm(gram, gram, gram, beta=b, alpha=c) @ x
+        gram = x.mT @ x if is_tall else x @ x.mT  # (n, m, m), m the smaller of rows and columns
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factors = (x, polynomial) if is_tall else (polynomial, x)
+        x = torch.baddbmm(x, *factors, beta=a)
     return x
+
+
+def orthogonalize_on_ranks(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same; each of several ranks computes its share, and all gather the results."""
+    if not dist.is_initialized():
+        return orthogonalize(matrices, dtype)
+    n_ranks = dist.get_world_size()
+    n_padded = -(-len(matrices) // n_ranks) * n_ranks
+    padded = F.pad(matrices, (0, 0, 0, 0, 0, n_padded - len(matrices)))
+    share = orthogonalize(padded.chunk(n_ranks)[dist.get_rank()], dtype)
+    result = share.new_empty(padded.shape)
+    dist.all_gather_into_tensor(result, share)
+    return result[: len(matrices)]
 
 
 class Muon(torch.optim.Optimizer):
@@ -36,42 +57,49 @@ class Muon(torch.optim.Optimizer):
     are orthogonalized together.
 
     Args:
-        groups: parameter groups; "n_maps" of a group says how many blocks of rows of each matrix
-            are linear maps of their own (see model.FusedLinear).
+        matrices: the parameters.
         dtype: of the matrix multiplications; bfloat16 where the hardware supports it natively.
+        n_maps: how many blocks of rows of a matrix are linear maps of their own, by default 1 (see
+            model.FusedLinear).
     """
 
-    def __init__(self, groups: list[dict], lr: float, dtype: torch.dtype, momentum: float = 0.95):
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "n_maps": 1})
+    def __init__(
+        self,
+        matrices: list[nn.Parameter],
+        lr: float,
+        dtype: torch.dtype,
+        momentum: float = 0.95,
+        n_maps: dict[nn.Parameter, int] | None = None,
+    ):
+        super().__init__(matrices, {"lr": lr, "momentum": momentum})
         self.dtype = dtype
+        self.n_maps = n_maps or {}
+        self.found_inf = torch.zeros(())  # 1 in a step that must change no weight
 
     @torch.no_grad()
     def step(self) -> None:
-        by_shape = defaultdict(list)  # of (weight, update, learning rate), with rows <= columns
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-                nesterov = parameter.grad.lerp(state["momentum"], group["momentum"])
+        (group,) = self.param_groups
+        matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
+        for matrix in matrices:
+            if not self.state[matrix]:
+                self.state[matrix]["momentum"] = torch.zeros_like(matrix)
+        gradients = [matrix.grad for matrix in matrices]
+        momenta = [self.state[matrix]["momentum"] for matrix in matrices]
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        nesterov = torch._foreach_lerp(gradients, momenta, group["momentum"])
 
-                weights = parameter.chunk(group["n_maps"])
-                updates = nesterov.chunk(group["n_maps"])
-                for weight, update in zip(weights, updates, strict=True):
-                    rows, columns = weight.shape
-                    lr = group["lr"] * max(1, rows / columns) ** 0.5
-                    if rows > columns:
-                        weight, update = weight.T, update.T
-                    by_shape[weight.shape].append((weight, update, lr))
+        by_shape = defaultdict(list)  # of (map, its update)
+        for matrix, update in zip(matrices, nesterov, strict=True):
+            n_maps = self.n_maps.get(matrix, 1)
+            for pair in zip(matrix.chunk(n_maps), update.chunk(n_maps), strict=True):
+                by_shape[pair[0].shape].append(pair)
 
-        for matrices in by_shape.values():
-            updates = torch.stack([update for _, update, _ in matrices])
-            updates = orthogonalize(updates, self.dtype)
-            for (weight, _, lr), update in zip(matrices, updates, strict=True):
-                weight.add_(update.to(weight.dtype), alpha=-lr)
+        lr = group["lr"] * (1 - self.found_inf)
+        for (rows, columns), pairs in by_shape.items():
+            maps, updates = zip(*pairs, strict=True)
+            updates = orthogonalize_on_ranks(torch.stack(updates), self.dtype)
+            updates = updates.to(maps[0].dtype) * (lr * max(1, rows / columns) ** 0.5)
+            torch._foreach_sub_(maps, updates.unbind())
 
 
 def parameter_groups(model: nn.Module) -> tuple[list, list, list]:
@@ -105,26 +133,68 @@ def make_optimizers(
     optimizers = []
     if lr_muon:
         n_maps = {m.weight: m.n_maps for m in model.modules() if hasattr(m, "n_maps")}
-        muon_groups = [{"params": [m], "n_maps": n_maps.get(m, 1)} for m in matrices]
-        optimizers.append(Muon(muon_groups, lr_muon, dtype))
+        optimizers.append(Muon(matrices, lr_muon, dtype, n_maps=n_maps))
     else:
         adamw_groups.append({"params": matrices})
-    adamw = torch.optim.AdamW(adamw_groups, lr_adamw, (0.9, 0.98), weight_decay=0.0, fused=True)
-    return [*optimizers, adamw]
+    options = {"betas": (0.9, 0.98), "weight_decay": 0.0, "fused": True}
+    options["capturable"] = embeddings[0].is_cuda  # lets a CUDA graph record it
+    return [*optimizers, torch.optim.AdamW(adamw_groups, lr_adamw, **options)]
 
 
-def clip_gradients(model: nn.Module, max_norm: float) -> float:
-    """Scale the gradients if their joint norm exceeds `max_norm`, and return the norm before.
+def flatten_gradients(model: nn.Module) -> Tensor:
+    """Make the gradients of a model the parts of one tensor, and return it, all zero.
 
-    The squares are added exactly, so that parameters whose gradients are zero change no bit: torch
-    rounds the sums of groups, and more parameters make other groups. A `max_norm` of 0 is no
-    clipping.
+    One operation on it clips, clears or sums over the ranks what would take one per parameter.
     """
-    norms = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None])
-    total = math.sqrt(math.fsum(norm * norm for norm in norms.tolist()))
-    max_norm = max_norm or math.inf
-    nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, torch.tensor(total))
-    return total
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    sizes = [parameter.numel() for parameter in parameters]
+    flat = parameters[0].new_zeros(sum(sizes))
+    for parameter, part in zip(parameters, flat.split(sizes), strict=True):
+        parameter.grad = part.view_as(parameter)
+    return flat
+
+
+def clip_gradients(gradients: Tensor, max_norm: float) -> Tensor:
+    """Scale gradients whose norm exceeds `max_norm`, and return the norm before, in float32.
+
+    Those whose norm is not finite become zero. A `max_norm` of 0 is no clipping. The squares are
+    added in float64, so that parameters whose gradients are zero change no bit of the norm.
+    """
+    norm = torch.linalg.vector_norm(gradients, dtype=torch.float64).float()
+    if max_norm:
+        gradients *= (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    gradients.masked_fill_(~norm.isfinite(), 0.0)
+    return norm
+
+
+def update_weights(
+    optimizers: list[torch.optim.Optimizer],
+    scaler: torch.amp.GradScaler,
+    gradients: Tensor,
+    max_norm: float,
+    loss: Tensor,
+) -> Tensor:
+    """Clip the gradients, make a step of all optimizers, and clear the gradients.
+
+    If the loss or the norm is not finite, no weight changes.
+
+    Args:
+        gradients: what `flatten_gradients` returned.
+        max_norm: as of `clip_gradients`.
+        loss: of the whole step, on all ranks alike.
+
+    Returns:
+        The norm of the gradients before they were clipped.
+    """
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    norm = clip_gradients(gradients, max_norm)
+    for optimizer in optimizers:
+        # the way in which a GradScaler tells torch's fused optimizers to skip a step
+        optimizer.found_inf = 1.0 - (loss + norm).isfinite().float()
+        scaler.step(optimizer)
+    gradients.zero_()
+    return norm
 
 
 def set_learning_rates(
@@ -143,5 +213,8 @@ def set_learning_rates(
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             peak = group.setdefault("peak_lr", group["lr"])
-            group["lr"] = peak * factor
+            device = group["params"][0].device
+            if not isinstance(group["lr"], Tensor) or group["lr"].device != device:
+                group["lr"] = torch.zeros((), device=device)  # a recorded step reads this tensor
+            group["lr"].fill_(peak * factor)
     return factor

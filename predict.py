@@ -27,8 +27,8 @@ from files.embeddings import npy_rows, open_encoder
 from files.entities import predict_entities
 from files.model_folder import open_model
 from files.texts import Answer, read_items, to_json, to_line
+from files.threads import answer_in_order
 from files.tokenizer import special_ids, special_tokens
-from files.two_threads import answer_in_order
 from labels import LabeledDataset, batches, encode
 from model import Classifier, Encoder, MaskedLM, Tagger, mean_pool
 

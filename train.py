@@ -9,10 +9,13 @@ import dataclasses
 import math
 import time
 from argparse import Namespace
+from collections import deque
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from analysis.curve import make_recorder, require_tensorboard
@@ -25,10 +28,12 @@ from files.model_card import REVIEWS, describe_folder
 from files.model_folder import SavedModel, choose_max_len
 from files.other_tokenizers import open_tokenizer
 from files.step_monitor import StepMonitor
+from files.threads import compute_ahead
 from files.token_cache import prepare
 from files.tokenizer import TRAINERS
+from kernels.graphs import Recorded
 from model import PRESETS, Config, MaskedLM, preset
-from optim import clip_gradients, make_optimizers, set_learning_rates
+from optim import flatten_gradients, make_optimizers, set_learning_rates, update_weights
 
 # The weight of each loss of MaskedLM.forward in the sum that is minimized.
 LOSS_WEIGHTS = {"masked_lm": 1.0}
@@ -133,7 +138,7 @@ def build_config(args: Namespace, initial: SavedModel | None) -> Config:
 def load_corpus(
     args: Namespace, config: Config, initial: SavedModel | None, ranks: Ranks
 ) -> Corpus:
-    """Tokenize the text on the first rank, and open it on all."""
+    """Tokenize the text on the first rank of each machine, and open it on all."""
 
     def tokenize() -> Path:
         tokenizer = initial.tokenizer if initial else None
@@ -144,7 +149,7 @@ def load_corpus(
             args.corpus, config.vocab_size, tokenizer, args.text_column, args.min_count, **new
         )
 
-    folder = ranks.from_first(tokenize)
+    folder = ranks.from_first(tokenize, of_machine=True)
     return Corpus(folder, args.max_len, args.micro_batch_tokens, args.seed, args.mask)
 
 
@@ -162,11 +167,16 @@ def build_model(
         missing = ("decoder.bias", "head", "pooler")
         model_folder.load_weights(model, initial.weights, args.model, allow_missing=missing)
     elif args.start == "spectral":
-        # the first rank computes it, the others read it from the cache
-        ranks.from_first(lambda: corpus.spectral_embedding(config.d_model).shape)
+        # the first rank of a machine computes it, the others read it from the cache
+        ranks.from_first(lambda: corpus.spectral_embedding(config.d_model).shape, of_machine=True)
         vectors, occurs = corpus.initial_embedding(config.d_model, config.init_std, args.seed)
         model.model.embeddings.tok_embeddings.weight.data[occurs] = vectors[occurs]
     return model
+
+
+def load_step(corpus: Corpus, args: Namespace, micros: range, step: int) -> list[Batch]:
+    """The micro-batches of a step."""
+    return [corpus.batch(step, micro, args.accumulate, args.mask_rate) for micro in micros]
 
 
 def total_counts(batches: list[Batch]) -> dict[str, int]:
@@ -177,6 +187,21 @@ def total_counts(batches: list[Batch]) -> dict[str, int]:
 
 def weighted_sum(losses: dict[str, Any]) -> Any:
     return sum(LOSS_WEIGHTS[name] * loss for name, loss in losses.items())
+
+
+def add_gradients(
+    model: MaskedLM, autocast: torch.autocast, scaler: Any, batch: Batch, counts: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Add the gradients of a micro-batch to those of the others, and return its losses.
+
+    Each loss is a sum divided by the count of the whole step, so that it makes no difference how
+    the step is split into micro-batches and ranks.
+    """
+    with autocast:
+        sums = model(batch)
+        losses = {name: total / counts[name].clamp(min=1) for name, (total, _) in sums.items()}
+    scaler.scale(weighted_sum(losses)).backward()
+    return {name: loss.detach() for name, loss in losses.items()}
 
 
 @torch.no_grad()
@@ -209,6 +234,7 @@ def main(argv: list[str] | None = None, data: Corpus | None = None) -> dict[str,
     device, dtype = choose_hardware(args.device, args.dtype)
     ranks = machine.join_ranks(device)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(machine.own_stream(device))
         if ranks.is_first:
             stack.enter_context(run_folder.lock(args.out, args.model))
         set_defaults(args, device, dtype, ranks)
@@ -218,7 +244,9 @@ def main(argv: list[str] | None = None, data: Corpus | None = None) -> dict[str,
         corpus = data or load_corpus(args, config, initial, ranks)
         validation = [batch.to(device) for batch in corpus.validation_batches()]
         model = build_model(args, config, corpus, initial, ranks).to(device)
+        ranks.share_weights(model)
         optimizers = make_optimizers(model, args.lr_muon, args.lr_adamw, args.lr_embedding, dtype)
+        gradients = flatten_gradients(model)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         monitor = StepMonitor(has_scaler=scaler.is_enabled())
@@ -238,7 +266,11 @@ def main(argv: list[str] | None = None, data: Corpus | None = None) -> dict[str,
         built_in = [] if args.corpus or data else list(REVIEWS)
         if args.compile:
             machine.compile_blocks(model.model.layers, device, ranks.log)
-        parallel_model = ranks.wrap(model, corpus.batch(0, ranks.rank, ranks.n, args.mask_rate))
+        micros = range(ranks.rank, args.accumulate, ranks.n)
+        uses_graphs = device.type == "cuda" and not scaler.is_enabled()
+        forward_backward = Recorded(uses_graphs, ranks.log, add_gradients, model, autocast, scaler)
+        update = (update_weights, optimizers, scaler, gradients, args.clip)
+        update = Recorded(uses_graphs and ranks.n == 1, ranks.log, *update)
         n_weights = sum(p.numel() for p in model.parameters())
         step_tokens = args.accumulate * args.micro_batch_tokens
         ranks.log(f"{n_weights:,} weights on {device}, {args.dtype}; {step_tokens:,} tokens a step")
@@ -246,54 +278,47 @@ def main(argv: list[str] | None = None, data: Corpus | None = None) -> dict[str,
         bar = tqdm(total=args.steps, initial=state["step"], unit="step", disable=ranks.hide_bar)
         signals = stack.enter_context(machine.collect_signals())
         durations = []  # of the steps since the last point of the curve, in seconds
-        for step in range(state["step"], args.steps):
+        unread: deque[dict[str, Tensor]] = deque()  # what the last steps computed
+        interrupted = False
+        steps = range(state["step"], args.steps)
+        for step, batches in compute_ahead(partial(load_step, corpus, args, micros), steps):
             step_time = time.time()
             lr_factor = set_learning_rates(optimizers, step, args.steps, WARMUP)
-            micros = range(ranks.rank, args.accumulate, ranks.n)
-            batches = [corpus.batch(step, i, args.accumulate, args.mask_rate) for i in micros]
-
-            # each loss is a sum divided by the count of the whole step, so that it makes no
-            # difference how the step is split into micro-batches and ranks
             counts = ranks.sum(total_counts(batches), device)
             losses = dict.fromkeys(LOSS_WEIGHTS, 0.0)
-            for i, batch in enumerate(batches):
+            for batch in batches:
                 torch.manual_seed(batch.generator().initial_seed())  # of dropout
-                with ranks.gradient_sync(parallel_model, is_last=i + 1 == len(batches)):
-                    with autocast:
-                        sums = parallel_model(batch.to(device))
-                        parts = {n: total / max(1, counts[n]) for n, (total, _) in sums.items()}
-                    scaler.scale(weighted_sum(parts) * ranks.n).backward()  # DDP averages
-                for name, part in parts.items():
-                    losses[name] += part.detach()
+                for name, loss in forward_backward(batch.to(device), counts).items():
+                    losses[name] = losses[name] + loss
 
-            for optimizer in optimizers:
-                scaler.unscale_(optimizer)
-            grad_norm = clip_gradients(model, args.clip)
-            losses = ranks.sum(losses | {"signals": len(signals)}, device)  # ranks decide alike
-            interrupted = losses.pop("signals") > 0
-            loss = weighted_sum(losses)
-            if message := monitor.check(loss, grad_norm):
-                ranks.log(f"step {step + 1}: {message}")
-            for optimizer in optimizers:
-                if not monitor.skip:
-                    scaler.step(optimizer)
-                optimizer.zero_grad()
-            scaler.update()
+            values = ranks.sum(losses | {"signals": len(signals)}, device)  # ranks decide alike
+            loss = weighted_sum({name: values[name] for name in LOSS_WEIGHTS})
+            ranks.sum_in_place(gradients)
+            unread.append(values | {"loss": loss, "grad_norm": update(loss)})
             bar.update()
-            durations.append(time.time() - step_time)
 
             done = step + 1
+            is_point = done % args.log_every == 0 or done == args.steps
+            is_snapshot = done * args.snapshots // args.steps > step * args.snapshots // args.steps
+            is_saved = done % args.save_every == 0 or done == args.steps or is_snapshot
+            # a GPU goes on with the next step while these values are read, where nothing needs them
+            is_read = is_point or is_saved or not uses_graphs
+            while len(unread) > 1 or (unread and (is_read or interrupted or monitor.gave_up)):
+                values = {name: float(value) for name, value in unread.popleft().items()}
+                interrupted = values.pop("signals") > 0
+                if message := monitor.check(values["loss"], values["grad_norm"]):
+                    ranks.log(f"step {done - len(unread)}: {message}")
+            durations.append(time.time() - step_time)
+
             new_points = []
-            if done % args.log_every == 0 or done == args.steps:
+            if is_point:
                 speed = len(durations) * step_tokens / sum(durations)
                 durations.clear()
-                point = {"step": done, "loss": loss, **losses, "skipped": monitor.n_skipped}
-                point |= {"lr": lr_factor, "grad_norm": grad_norm, "tokens_per_second": speed}
-                new_points.append(point)
-                show_progress(bar, point, (args.steps - done) * step_tokens, ranks)
-            is_snapshot = done * args.snapshots // args.steps > step * args.snapshots // args.steps
+                point = {"step": done, **values, "skipped": monitor.n_skipped, "lr": lr_factor}
+                new_points.append(point | {"tokens_per_second": speed})
+                show_progress(bar, new_points[-1], (args.steps - done) * step_tokens, ranks)
             must_save = interrupted
-            if done % args.save_every == 0 or done == args.steps or is_snapshot or monitor.gave_up:
+            if is_saved or monitor.gave_up:
                 new_points.append({"step": done} | validate(model, validation, autocast))
                 validation_loss = new_points[-1]["validation_loss"]
                 ranks.log(f"step {done}: validation loss {validation_loss:.3f}")

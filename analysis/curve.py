@@ -44,7 +44,7 @@ def make_recorder(
 
     def record(new_points: Points) -> None:
         points.extend(new_points)
-        if not ranks.is_first:
+        if not new_points or not ranks.is_first:
             return
         run_folder.append_metrics(args.out, new_points)
         write_events(new_points)

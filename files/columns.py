@@ -229,11 +229,18 @@ def to_number(text: str) -> float:
 
 def choose_names(path: Path, items: list[Item], column: str, task: str | None) -> list[str] | None:
     """The names of the classes, None if the labels are numbers; UserError if there is one class."""
-    if isinstance(items[0].label, tuple):
-        return distinct_labels(path, [item.label for item in items])
-    if (task or guess_task(item.label for item in items)) == "classify":
-        return _class_names(path, items, column)
-    return None
+    names = None
+    classes = "numbers (regression)"
+    is_multilabel = isinstance(items[0].label, tuple)
+    if is_multilabel:
+        names = distinct_labels(path, [item.label for item in items])
+    elif (task or guess_task(item.label for item in items)) == "classify":
+        names = _class_names(path, items, column)
+    if names:
+        classes = names if len(names) <= 10 else f"{len(names)} classes"
+    kind = "any of " if is_multilabel else ""
+    print(f"{path}: {len(items):,} examples; label {column!r}: {kind}{classes}")
+    return names
 
 
 def _class_names(path: Path, items: list[Item], column: str) -> list[str]:

@@ -2,11 +2,14 @@
 
 import argparse
 
+import numpy as np
+import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from files import entities
 from files.entities import TaggedDataset
-from labels import LabeledDataset, encode, load, subsample
+from labels import LabeledDataset, encode, from_lists, hold_out_last_fifth, load, subsample
 
 Dataset = LabeledDataset | TaggedDataset
 
@@ -19,6 +22,26 @@ def load_examples(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
     columns = (args.text_column, args.pair_column, args.label_column)
     train, test = load(args.data, args.train, args.test, columns, args.task)
     return subsample(train, args.labels, args.seed), test
+
+
+def load_lists(
+    texts: list[str], labels: list, test_texts: list[str] | None, test_labels: list | None
+) -> tuple[LabeledDataset, LabeledDataset]:
+    """The same of Python lists, see `labels.from_lists`; without test lists, the last fifth of each
+    class is held out."""
+    train = from_lists(texts, labels)
+    if test_texts is None:
+        return hold_out_last_fifth(train)
+    test = from_lists(test_texts, test_labels, train.names)
+    if test.names != train.names:
+        raise ValueError("the labels are numbers, the test labels are classes")
+    return train, test
+
+
+def balanced_weights(train: LabeledDataset) -> Tensor:
+    """(C,) Weights of the classes with which they all contribute alike to the loss."""
+    counts = np.bincount(train.targets, minlength=len(train.names))
+    return torch.tensor(len(train) / len(counts) / counts.clip(1), dtype=torch.float32)
 
 
 def encode_examples(dataset: Dataset, tokenizer: Tokenizer, max_len: int) -> tuple:

@@ -3,6 +3,7 @@
 import argparse
 import atexit
 import contextlib
+import functools
 import os
 import platform
 import signal
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from files.cli import STOP_SIGNALS, TORCHRUN, under_torchrun
 from files.disk import UserError, first_line
@@ -54,40 +55,36 @@ class Ranks(NamedTuple):
         if self.is_first:
             print(message, flush=True)
 
-    def from_first(self, compute: Callable[[], Any]) -> Any:
-        """What `compute` returns on the first rank, which alone calls it, on every rank."""
-        values = [compute() if self.is_first else None]
-        if self.n > 1:
-            dist.broadcast_object_list(values)
-        return values[0]
+    def from_first(self, compute: Callable[[], Any], of_machine: bool = False) -> Any:
+        """What `compute` returns on the first rank, which alone calls it, on every rank.
 
-    def sum(self, values: dict[str, Any], device: torch.device) -> dict[str, float]:
-        """Each value summed over the ranks."""
-        if self.n == 1:
-            return {name: float(value) for name, value in values.items()}
-        sums = torch.stack([torch.as_tensor(v, device=device).float() for v in values.values()])
-        dist.all_reduce(sums)
-        return dict(zip(values, sums.tolist(), strict=True))
-
-    def wrap(self, model: nn.Module, batch: Any) -> nn.Module:
-        """DistributedDataParallel on several ranks, the model itself on one.
-
-        After its first backward pass DDP sums gradients in other groups. That pass is made here,
-        on any batch, so that a resumed run sums as an uninterrupted one does.
+        With `of_machine` the first rank of each machine calls it for the ranks there: what it
+        writes need not be on a disk that all machines share.
         """
         if self.n == 1:
-            return model
-        parallel_model = nn.parallel.DistributedDataParallel(model)
-        losses = parallel_model(batch.to(next(model.parameters()).device))
-        sum(loss for loss, _ in losses.values()).backward()
-        model.zero_grad(set_to_none=True)
-        return parallel_model
+            return compute()
+        local_rank = int(os.environ["LOCAL_RANK"])
+        first = self.rank - local_rank if of_machine else 0
+        values = [None] * self.n
+        dist.all_gather_object(values, compute() if self.rank == first else None)
+        return values[first]
 
-    def gradient_sync(self, parallel_model: nn.Module, is_last: bool) -> AbstractContextManager:
-        """A context: gradients are summed over the ranks in the last micro-batch of a step only."""
-        if self.n == 1 or is_last:
-            return contextlib.nullcontext()
-        return parallel_model.no_sync()
+    def sum(self, values: dict[str, float | Tensor], device: torch.device) -> dict[str, Tensor]:
+        """Each value summed over the ranks, on the device, without waiting for it."""
+        full = functools.partial(torch.full, (), dtype=torch.float32, device=device)
+        sums = torch.stack([v if isinstance(v, Tensor) else full(v) for v in values.values()])
+        self.sum_in_place(sums)
+        return dict(zip(values, sums.unbind(), strict=True))
+
+    def sum_in_place(self, values: Tensor) -> None:
+        """The same of a tensor."""
+        if self.n > 1:
+            dist.all_reduce(values)
+
+    def share_weights(self, model: nn.Module) -> None:
+        """Give all ranks the weights of the first, whatever their machines computed."""
+        for parameter in model.parameters() if self.n > 1 else ():
+            dist.broadcast(parameter.data, 0)
 
 
 def join_ranks(device: torch.device) -> Ranks:
@@ -105,9 +102,16 @@ def join_ranks(device: torch.device) -> Ranks:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{variables}: {first_line(error)}; torchrun sets them") from None
-    # at exit, once DDP is gone: with it the group's destructor would wait for the other ranks
     atexit.register(dist.destroy_process_group)
     return Ranks(dist.get_rank(), dist.get_world_size())
+
+
+def own_stream(device: torch.device) -> AbstractContextManager:
+    """A context in which a GPU works on a stream of its own, because CUDA graphs are not recorded
+    on the default one."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    return torch.cuda.stream(torch.cuda.Stream(device))
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Muon against singular value decompositions in float64, the parameter groups, the schedule."""
 
 import dataclasses
+import math
 from itertools import pairwise
 
 import pytest
@@ -12,10 +13,12 @@ from model import Classifier, Config, MaskedLM, Tagger
 from optim import (
     Muon,
     clip_gradients,
+    flatten_gradients,
     make_optimizers,
     orthogonalize,
     parameter_groups,
     set_learning_rates,
+    update_weights,
 )
 
 CONFIG = Config(vocab_size=60, d_model=16, n_layers=3, n_heads=2, d_ff=24, max_len=32)
@@ -48,7 +51,7 @@ def test_muon_moves_by_the_learning_rate_whatever_the_size_of_the_gradients(dtyp
     """Gradients of 1e-9 are zero in float16, and their squares are zero in float32."""
     torch.manual_seed(0)
     parameter = torch.nn.Parameter(torch.zeros(16, 24))
-    muon = Muon([{"params": [parameter]}], lr=0.1, dtype=dtype)
+    muon = Muon([parameter], lr=0.1, dtype=dtype)
     parameter.grad = size * torch.randn(16, 24)
     muon.step()
     assert torch.isfinite(parameter).all()
@@ -67,17 +70,12 @@ def test_muon_orthogonalizes_each_map_of_a_matrix_by_itself():
     """Two steps by hand: Nesterov's momentum, then Q, K and V, or both halves of Wi."""
     torch.manual_seed(0)
     n_maps = {(24, 8): 3, (16, 8): 2, (8, 20): 1, (40, 10): 2, (8, 8): 1}  # square, wide and tall
-    parameters = {
-        n: [torch.nn.Parameter(torch.randn(shape)) for shape, m in n_maps.items() if m == n]
-        for n in (1, 2, 3)
-    }
-    groups = [{"params": p, "n_maps": n} for n, p in parameters.items()]
-    muon = Muon(groups, lr=0.1, dtype=torch.float32)
-    every = [(p, n) for n, group in parameters.items() for p in group]
-    expected = [p.detach().double() for p, _ in every]
+    parameters = {torch.nn.Parameter(torch.randn(shape)): n for shape, n in n_maps.items()}
+    muon = Muon(list(parameters), lr=0.1, dtype=torch.float32, n_maps=parameters)
+    expected = [parameter.detach().double() for parameter in parameters]
     momenta = [torch.zeros_like(x) for x in expected]
     for _ in range(2):
-        for i, (parameter, n) in enumerate(every):
+        for i, (parameter, n) in enumerate(parameters.items()):
             parameter.grad = torch.randn_like(parameter)
             momenta[i] = 0.95 * momenta[i] + 0.05 * parameter.grad
             nesterov = 0.05 * parameter.grad + 0.95 * momenta[i]
@@ -85,7 +83,7 @@ def test_muon_orthogonalizes_each_map_of_a_matrix_by_itself():
             step = torch.cat([plain_orthogonalize(block) for block in nesterov.split(rows)])
             expected[i] = expected[i] - 0.1 * max(1, rows / columns) ** 0.5 * step
         muon.step()
-    for (parameter, _), value in zip(every, expected, strict=True):
+    for parameter, value in zip(parameters, expected, strict=True):
         torch.testing.assert_close(parameter.detach().double(), value, rtol=1e-4, atol=1e-4)
 
 
@@ -121,7 +119,8 @@ def test_each_parameter_is_in_one_group(make, family):
         assert optimizer is (muon if is_matrix else adamw), name
         if is_matrix:
             assert group["lr"] == 0.02
-            assert group["n_maps"] == n_maps.get(name.split(".")[-2], 1), name
+            parameter = model.get_parameter(name)
+            assert muon.n_maps.get(parameter, 1) == n_maps.get(name.split(".")[-2], 1), name
         else:
             assert group["lr"] == (1e-3 if "_embeddings" in name else 3e-3), name
             assert group["weight_decay"] == 0.0
@@ -146,7 +145,7 @@ def test_schedule_rises_to_1_and_falls_near_0(n_steps, warmup):
     for step in range(n_steps):
         factors.append(set_learning_rates(optimizers, step, n_steps, warmup))
         rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-        assert rates == [2.0 * factors[-1], 0.5 * factors[-1]]
+        assert rates == pytest.approx([2.0 * factors[-1], 0.5 * factors[-1]])
     peak = factors.index(max(factors))
     assert factors[peak] == 1
     assert peak == max(1, round(warmup * n_steps)) - 1
@@ -160,26 +159,44 @@ def test_clipping_by_the_joint_norm_equals_torch():
     for max_norm in (0.5, 1e9, 0):
         ours, theirs = (torch.nn.Linear(30, 20) for _ in range(2))
         torch.manual_seed(0)
+        gradients = flatten_gradients(ours)
         for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-            a.grad = torch.randn_like(a)
-            b.grad = a.grad.clone()
-        norm = clip_gradients(ours, max_norm)
+            b.grad = torch.randn_like(b)
+            a.grad.copy_(b.grad)
+        norm = clip_gradients(gradients, max_norm)
         expected = torch.nn.utils.clip_grad_norm_(theirs.parameters(), max_norm or float("inf"))
-        assert norm == pytest.approx(float(expected), rel=1e-6)
+        assert float(norm) == pytest.approx(float(expected), rel=1e-6)
         for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
             torch.testing.assert_close(a.grad, b.grad)
 
 
 def test_parameters_without_influence_do_not_change_the_joint_norm():
-    def norm_of(shapes: list[int], n_zeros: int) -> float:
-        model = torch.nn.Module()
-        torch.manual_seed(len(shapes))
-        gradients = [torch.zeros(7)] * n_zeros + [torch.randn(n) for n in shapes]
-        for i, gradient in enumerate(gradients):
-            model.register_parameter(str(i), torch.nn.Parameter(torch.zeros_like(gradient)))
-            model.get_parameter(str(i)).grad = gradient
-        return clip_gradients(model, 1.0)
-
     for n in range(1, 60):  # torch's own norm differs for some of these
-        shapes = [10 + i for i in range(n)]
-        assert len({norm_of(shapes, n_zeros) for n_zeros in range(9)}) == 1
+        torch.manual_seed(n)
+        parts = [torch.randn(10 + i) for i in range(n)]
+        norms = [clip_gradients(torch.cat([torch.zeros(7 * i), *parts]), 1.0) for i in range(9)]
+        assert len(set(map(float, norms))) == 1
+
+
+@pytest.mark.parametrize("bad", (math.nan, math.inf))
+@pytest.mark.parametrize("lr_muon", (0.02, 0.0))
+def test_a_step_whose_loss_or_gradient_is_not_finite_changes_no_weight(bad, lr_muon):
+    torch.manual_seed(0)
+    model = MaskedLM(CONFIG)
+    optimizers = make_optimizers(model, lr_muon, 3e-3, 1e-3, torch.float32)
+    gradients = flatten_gradients(model)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+
+    def step(loss: float, gradient: float) -> bool:
+        """Whether the step changes weights."""
+        gradients.normal_()
+        gradients[5] = gradient
+        before = torch.nn.utils.parameters_to_vector(model.parameters())
+        set_learning_rates(optimizers, 1, 10, 0.1)
+        norm = update_weights(optimizers, scaler, gradients, 1.0, torch.tensor(loss))
+        assert bool(norm.isfinite()) == math.isfinite(gradient) and not gradients.any()
+        after = torch.nn.utils.parameters_to_vector(model.parameters())
+        assert after.isfinite().all()
+        return not torch.equal(before, after)
+
+    assert step(1.0, 0.5) and not step(bad, 0.5) and not step(1.0, bad) and step(1.0, 0.5)

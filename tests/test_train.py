@@ -304,7 +304,7 @@ def test_a_run_appends_to_its_curve(corpus_file, tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "append_metrics", append_and_measure)
     train.main(run(corpus_file, tmp_path, *TINY, "--log-every", "2", steps=4))
     assert len({inode for inode, _ in sizes}) == 1
-    assert [[p["step"] for p in points] for _, points in sizes] == [[], [2], [], [4, 4]]
+    assert [[p["step"] for p in points] for _, points in sizes] == [[2], [4, 4]]
 
 
 def test_a_run_from_before_a_flag_is_resumed_with_its_default(corpus_file, tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
-"""Answer a stream of items on two threads, in order."""
+"""Work on threads: answers of a stream in order, and what is needed next while it is not yet."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -47,3 +47,18 @@ def answer_in_order(
         previous.result()
     finally:
         torch.set_num_threads(n_threads)
+
+
+def compute_ahead(compute: Callable[[Any], Any], items: Iterable) -> Iterator[tuple[Any, Any]]:
+    """Yield each item and what `compute` returns for it, computed by a thread while the item before
+    is in use.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        previous = None
+        for item in items:
+            current = (item, pool.submit(compute, item))
+            if previous:
+                yield previous[0], previous[1].result()
+            previous = current
+        if previous:
+            yield previous[0], previous[1].result()
