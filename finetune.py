@@ -286,16 +286,13 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
 
 
 def fit(
-    texts: list[str],
-    labels: list,
-    test_texts: list[str] | None = None,
-    test_labels: list | None = None,
-    **flags: Any,
+    texts: list[str], labels: list, test: tuple[list[str], list] | None = None, **flags: Any
 ) -> dict[str, Any]:
     """Fine-tune on lists: fit(texts, labels, model="runs/pretrain", out="runs/mine", epochs=3).
 
     Args:
-        texts, labels, test_texts, test_labels: See `files.examples.load_lists`.
+        texts, labels: See `labels.from_lists`.
+        test: Texts and labels; by default, the last fifth of each class is held out.
         flags: Those of the command line, with _ for -.
 
     Returns:
@@ -303,8 +300,7 @@ def fit(
     """
     if unknown := flags.keys() - vars(parse_args([])).keys():
         raise TypeError(f"finetune.py has no flag {unknown.pop()!r}")
-    data = load_lists(texts, labels, test_texts, test_labels)
-    return main(flags_to_argv(flags), data)
+    return main(flags_to_argv(flags), load_lists(texts, labels, test))
 
 
 if __name__ == "__main__":

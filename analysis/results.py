@@ -29,17 +29,8 @@ class Run(NamedTuple):
     fingerprint: str  # see experiment.fingerprint
 
 
-COLUMNS = (
-    *Run._fields,
-    "accuracy",
-    "macro_f1",
-    "rmse",
-    "seconds",
-    "choice",
-    "on_edge",
-    "validation",
-    "code",
-)
+COLUMNS = (*Run._fields, "accuracy", "macro_f1", "rmse", "seconds")
+COLUMNS += ("choice", "on_edge", "validation", "code")
 # The code that results depend on; results.csv has its hash.
 CODE = ("*.py", "analysis/*.py", "files/*.py", "kernels/*.py")
 

@@ -11,18 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from files import readers
 from files.disk import UserError
 from files.hub_datasets import find_dataset, is_hub_name
 from files.multilabel import distinct_labels, find_label_sets, merge_columns, to_targets
-from files.readers import (
-    TABLE_SUFFIXES,
-    Report,
-    class_names,
-    is_text,
-    read_table,
-    refuse,
-    table_format,
-)
+from files.readers import TABLE_SUFFIXES, Report, is_text, read_table, refuse, table_format
 
 # Usual column names, the most likely first. Without one of them the length of the values decides.
 TEXT_NAMES = ("text", "sentence", "review", "content", "document", "body", "message", "title")
@@ -254,7 +247,7 @@ def _class_names(path: Path, items: list[Item], column: str) -> list[str]:
             raise UserError(f"{path}: each label occurs once only, such as {names}")
         print(f"{single[0].source}: classes with one example only, for training: {names}")
     usual = sorted(counts, key=lambda name: (np.nan_to_num(to_number(name), nan=np.inf), name))
-    order = class_names(path, column)
+    order = readers.class_names(path, column)
     return sorted(usual, key=lambda name: order.index(name) if name in order else len(order))
 
 

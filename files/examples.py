@@ -25,17 +25,16 @@ def load_examples(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
 
 
 def load_lists(
-    texts: list[str], labels: list, test_texts: list[str] | None, test_labels: list | None
+    texts: list[str], labels: list, test: tuple[list[str], list] | None
 ) -> tuple[LabeledDataset, LabeledDataset]:
-    """The same of Python lists, see `labels.from_lists`; without test lists, the last fifth of each
-    class is held out."""
-    train = from_lists(texts, labels)
-    if test_texts is None:
-        return hold_out_last_fifth(train)
-    test = from_lists(test_texts, test_labels, train.names)
-    if test.names != train.names:
+    """The same of lists, see `labels.from_lists`; `test` are texts and labels, or are held out."""
+    train_set = from_lists(texts, labels)
+    if test is None:
+        return hold_out_last_fifth(train_set)
+    test_set = from_lists(*test, train_set.names)
+    if test_set.names != train_set.names:
         raise ValueError("the labels are numbers, the test labels are classes")
-    return train, test
+    return train_set, test_set
 
 
 def balanced_weights(train: LabeledDataset) -> Tensor:

@@ -343,9 +343,9 @@ def test_lists_are_learned_and_predicted_from_python(pretrained, tmp_path, kind)
     texts = [*sentences(12, 0, 0), *sentences(12, 1, 3)]
     answers, sizes, is_answer = LISTS[kind]
     ends = np.r_[:4, 20:24]
-    tests = ([texts[i] for i in ends], [answers[i] for i in ends]) if sizes[1] == 8 else ()
+    test = ([texts[i] for i in ends], [answers[i] for i in ends]) if sizes[1] == 8 else None
     flags = {"methods": "pretrained", "dtype": "float32", "epochs": 1, "max_len": 32}
-    metrics = finetune.fit(texts, answers, *tests, model=pretrained, out=tmp_path, **flags)
+    metrics = finetune.fit(texts, answers, test, model=pretrained, out=tmp_path, **flags)
     assert (metrics["n_train"], metrics["n_test"]) == sizes
     predictions = predict.predict_texts(tmp_path, texts[:2])
     assert len(predictions) == 2 and is_answer(predictions[0])
@@ -357,13 +357,8 @@ def test_lists_are_learned_and_predicted_from_python(pretrained, tmp_path, kind)
         ((["a", "b"], [0]), {}, ValueError, "2 texts and 1 labels"),
         (([], []), {}, ValueError, "0 texts"),
         ((["a", "b"], ["x", "x"]), {}, ValueError, "fewer than two"),
-        ((["a", "b"], ["x", "y"], ["c"], ["z"]), {}, ValueError, "'z' is none of"),
-        (
-            (["a", "b"], [0.5, 0.6], ["c", "d"], ["y", "z"]),
-            {},
-            ValueError,
-            "the test labels are classes",
-        ),
+        ((["a", "b"], ["x", "y"], (["c"], ["z"])), {}, ValueError, "'z' is none of"),
+        ((["a", "b"], [0.5, 1.0], (["c", "d"], "yz")), {}, ValueError, "test labels are classes"),
         ((["a", "b"], ["x", "y"]), {"epoch": 3}, TypeError, "no flag 'epoch'"),
     ],
 )
