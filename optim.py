@@ -189,9 +189,9 @@ def update_weights(
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = clip_gradients(gradients, max_norm)
+    found_inf = 1.0 - (loss + norm).isfinite().float()
     for optimizer in optimizers:
-        # the way in which a GradScaler tells torch's fused optimizers to skip a step
-        optimizer.found_inf = 1.0 - (loss + norm).isfinite().float()
+        optimizer.found_inf = found_inf  # as a GradScaler tells fused optimizers to skip a step
         scaler.step(optimizer)
     gradients.zero_()
     return norm

@@ -30,7 +30,7 @@ from tqdm import tqdm
 import finetune
 import predict
 import train
-from files import model_folder, run_folder
+from files import model_folder, run_folder, token_cache
 from files.disk import UserError
 from files.tokenizer import train_tokenizer
 from model import Config, MaskedLM
@@ -248,6 +248,20 @@ def test_three_ranks_resume_to_the_bit(corpus_file, tmp_path):
     log = finish([*argv, "--out", tmp_path / "resumed", "--resume"], ranks=3)
     assert "resuming after step 3" in log
     assert_equal(result(tmp_path / "resumed"), result(tmp_path / "straight"))
+
+
+def test_machines_without_a_common_disk_prepare_the_corpus_each_for_itself(flags, tmp_path):
+    def on_its_own_machine(argv):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(token_cache, "CACHE", tmp_path / f"cache-{os.environ['RANK']}")
+            patch.setenv("LOCAL_RANK", "0")
+            train.main(argv)
+
+    finish(flags(tmp_path / "two"), ranks=2, main=on_its_own_machine)
+    content = [sorted(p.name for p in (tmp_path / f"cache-{i}").rglob("*")) for i in range(2)]
+    assert content[0] == content[1] and "tokens.bin" in content[0]
+    finish(flags(tmp_path / "one"), ranks=2)
+    assert_equal(result(tmp_path / "two"), result(tmp_path / "one"))
 
 
 @pytest.mark.slow
