@@ -169,9 +169,7 @@ def hold_out_last_fifth(dataset: LabeledDataset) -> tuple[LabeledDataset, Labele
     if not len(test_idx):
         raise UserError("there is no example to hold out for testing; add a --test file")
     if not new_idx:
-        print(
-            "every held-out text is in the rest too, so the scores are too high: add a --test file"
-        )
+        print("every held-out text is in the rest too; the scores are too high: add a --test file")
     test_idx = np.array(new_idx or test_idx)
     print(f"no test file: the last fifth of each class is held out, {len(test_idx):,} examples")
     train, test = dataset[train_idx], dataset[test_idx]
