@@ -17,7 +17,7 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse
@@ -60,7 +60,7 @@ class Batch(NamedTuple):
         if device.type != "cuda":
             return self
 
-        def copy(x):  # from memory that the GPU reads while Python goes on
+        def copy(x: Any) -> Any:  # from memory that the GPU reads while Python goes on
             return x.pin_memory().to(device, non_blocking=True) if isinstance(x, Tensor) else x
 
         return Batch(*map(copy, self._replace(cu_seqlens=pad_sequences(self.cu_seqlens))))
@@ -78,7 +78,7 @@ class Windows:
     start: np.ndarray
     length: np.ndarray
 
-    def __getitem__(self, index) -> "Windows":
+    def __getitem__(self, index: Any) -> "Windows":
         return Windows(self.start[index], self.length[index])
 
     def __len__(self) -> int:

@@ -20,14 +20,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import labels
-from analysis.html_page import attention_maps, html_report, section
-from analysis.removal import compare_removals, print_check
-from files import streams
+from analysis.html_page import attention_maps, html_report, pieces, section
+from analysis.removal import compare_removals, print_check, sample_texts
 from files.cli import Parser, choose_hardware, number, run_script
 from files.disk import UserError, write_file
 from files.model_folder import open_model
-from files.readers import read_lines
-from files.reviews import load_reviews
 from files.tokenizer import special_ids
 from model import Classifier
 
@@ -185,37 +182,10 @@ def explain(
 # -------------------------------------------------------------------------------------- output
 
 
-def pieces(explanation: Explanation) -> list[tuple[str, float]]:
-    """The whole text in pieces with their strengths: -1 to 1 of a word, 0 between words."""
-    text, attributions = explanation.text, explanation.attributions
-    largest = max(1e-9, float(np.abs(attributions).max(initial=0)))
-    parts = []
-    end = 0
-    for (start, stop), attribution in zip(explanation.spans, attributions, strict=True):
-        parts.append((text[end:start], 0.0))
-        parts.append((text[start:stop], float(attribution) / largest))
-        end = stop
-    return [*parts, (text[end:], 0.0)]
-
-
 def to_line(explanation: Explanation) -> str:
     words = zip(explanation.spans, explanation.attributions, strict=True)
     columns = [f"{explanation.text[start:stop]} {value:+.2f}" for (start, stop), value in words]
     return f"{explanation.answer}\t{'  '.join(columns)}"
-
-
-def sample_texts(args: argparse.Namespace) -> list[str]:
-    """The texts for --check, of at least two words each."""
-    if args.file:
-        lines = [text for _, text in read_lines(args.file)]
-    else:
-        lines = [text for text, _ in load_reviews()[args.data]["test"]]
-    texts = [text for text in lines if len(text.split()) > 1]
-    if len(texts) < 2:
-        raise UserError(f"{args.file}: at least 2 texts of at least two words are needed")
-    rng = np.random.default_rng([args.seed, streams.CHECKED_TEXTS])
-    sample = rng.permutation(len(texts))[: args.sentences]
-    return [texts[i] for i in np.sort(sample)]
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

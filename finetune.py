@@ -22,24 +22,24 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from analysis.baselines import BASELINES, fit_baseline, fit_head
-from analysis.evaluation import forward_all, predict, print_summary, report, write_results
+from analysis.baselines import BASELINES, WITH_NGRAMS, choose_methods, fit_baseline
+from analysis.evaluation import predict, print_summary, report, write_results
 from analysis.fit_ngrams import add_ngrams
-from analysis.multilabel import fit_layer, hold_out
-from files import entities, run_folder, streams
-from files.cli import Parser, choose_hardware, flags_to_json, number, run_script
+from analysis.last_layer import fit_last_layer, restore_unit, standardize
+from analysis.multilabel import hold_out
+from files import model_folder, run_folder, streams
+from files.cli import Parser, choose_hardware, flags_to_argv, flags_to_json, number, run_script
 from files.disk import UserError
 from files.entities import NOT_SCORED, TaggedDataset
+from files.examples import Dataset, balanced_weights, encode_examples, load_examples, load_lists
 from files.machine import Ranks
 from files.model_card import describe_folder
-from files.model_folder import choose_max_len, choose_pooling, load_model, load_weights, save_model
 from files.step_monitor import StepMonitor
 from kernels.graphs import Recorded
-from labels import LabeledDataset, batches, encode, load, subsample
+from labels import batches
 from model import Classifier, Config, Tagger
 from optim import flatten_gradients, parameter_groups, set_learning_rates, update_weights
 
@@ -54,9 +54,6 @@ ADAM_EPS = 1e-8
 EMBEDDING_EPS = 3e-4
 HEAD_C = 1e-3  # fine-tuning from a linear layer that fits better ends lower
 MAX_LEN = 512
-WITH_NGRAMS = "pretrained+ngrams"
-
-Dataset = LabeledDataset | TaggedDataset
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -89,55 +86,22 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def load_examples(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
-    """The training examples, or a sample of them, and the test examples."""
-    if args.task == "tokens":
-        train, test = entities.load(args.train, args.test)
-        return subsample(train, args.labels, args.seed), test
-    columns = (args.text_column, args.pair_column, args.label_column)
-    train, test = load(args.data, args.train, args.test, columns, args.task)
-    return subsample(train, args.labels, args.seed), test
-
-
 def set_defaults(
     args: argparse.Namespace, train: Dataset, config: Config, raw: dict[str, Any]
 ) -> None:
     """Set the flags whose defaults depend on the task, and check those that depend on the model."""
     is_tagged = isinstance(train, TaggedDataset)
-    methods = ["most_frequent" if is_tagged else "ngrams", "random_weights", "pretrained"]
-    has_one_class = bool(train.names) and not is_tagged and not train.is_multilabel
-    if has_one_class:
-        methods.append(WITH_NGRAMS)
-    args.methods = args.methods.split(",") if args.methods else methods
-    for method in args.methods:
-        if method not in methods:
-            raise UserError(f"--methods {method}: choose from {','.join(methods)}")
-        if method == WITH_NGRAMS and "pretrained" not in args.methods[: args.methods.index(method)]:
-            raise UserError(f"--methods {WITH_NGRAMS}: it needs pretrained before it")
+    args.methods = choose_methods(args.methods, train)
     if is_tagged and (args.pooling or args.lr == 0):
         raise UserError("--task tokens takes no --pooling and no --lr 0")
-    if args.class_weights and (not has_one_class or args.lr == 0):
+    if args.class_weights and (is_tagged or not train.has_one_class or args.lr == 0):
         raise UserError("--class-weights needs examples of one class each, and a --lr above 0")
-    args.pooling = choose_pooling(config, raw, args.pooling, args.model)
+    args.pooling = model_folder.choose_pooling(config, raw, args.pooling, args.model)
     if args.epochs is None:  # fewer for more examples per class
-        n_classes = len(train.names) if train.names else 2
-        per_class = len(train) / n_classes
+        per_class = len(train) / (len(train.names) if train.names else 2)
         args.epochs = 10 if is_tagged else max(2, min(8, round(31 / per_class**0.35)))
     if args.lr == 0:
         args.epochs = 0
-
-
-def encode_examples(dataset: Dataset, tokenizer: Tokenizer, max_len: int) -> tuple:
-    """Tokenize: rows (see `labels.encode`), targets, first pieces (see `encode_words`), n_cut.
-
-    The targets of an example are (1,) its class or number, or (tokens,) its tags.
-    """
-    if isinstance(dataset, TaggedDataset):
-        rows, first_pieces, n_cut = entities.encode_words(dataset.words, tokenizer, max_len)
-        targets = entities.token_targets(rows, first_pieces, dataset)
-        return rows, targets, first_pieces, n_cut
-    rows, n_cut = encode(dataset, tokenizer, max_len)
-    return rows, list(dataset.targets[:, None]), None, n_cut
 
 
 def build_model(
@@ -153,7 +117,7 @@ def build_model(
     model.dropout.p = args.dropout
     if weights is not None:
         new_layers = ("classifier", "head" if isinstance(model, Tagger) else "pooler")
-        load_weights(model, weights, args.model, allow_missing=new_layers)
+        model_folder.load_weights(model, weights, args.model, allow_missing=new_layers)
     return model
 
 
@@ -178,32 +142,6 @@ def new_optimizer(
     return torch.optim.AdamW(groups, lr=lr if args.lr is None else args.lr, fused=True)
 
 
-def standardize(targets: list[np.ndarray], train: Dataset) -> tuple[list[np.ndarray], float, float]:
-    """Numbers with mean 0 and deviation 1, and what both were; targets of classes do not change."""
-    if train.names:
-        return targets, 0.0, 1.0
-    mean = float(train.targets.mean(dtype=float))
-    scale = float(train.targets.std(dtype=float)) or 1.0  # equal numbers have none
-    return [(target - mean) / scale for target in targets], mean, scale
-
-
-def fit_linear_layer(
-    model: Classifier, rows: list[np.ndarray], targets: list[np.ndarray], c: float, autocast
-) -> None:
-    """Fit the last layer: a random one would distort good features (Kumar et al. 2022)."""
-    features = forward_all(model, rows, np.arange(len(rows)), autocast, model.features)
-    expected = np.concatenate(targets)
-    if model.threshold is not None:
-        return fit_layer(model.classifier, features, expected, c)
-    fit_head(model, features, expected, np.issubdtype(expected.dtype, np.integer), c)
-
-
-def balanced_weights(train: LabeledDataset) -> Tensor:
-    """(C,) Weights of the classes with which they all contribute alike to the loss."""
-    counts = np.bincount(train.targets, minlength=len(train.names))
-    return torch.tensor(len(train) / len(counts) / counts.clip(1), dtype=torch.float32)
-
-
 def loss_sum(logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
     """Squared errors of numbers, or cross-entropies of classes, labels or tags."""
     if targets.dim() == 2:
@@ -215,12 +153,12 @@ def loss_sum(logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
 
 def add_gradients(
     model: Classifier | Tagger,
-    autocast,
+    autocast: torch.autocast,
     scaler: torch.amp.GradScaler,
     class_weights: Tensor | None,
     targets: Tensor,
     n_targets: Tensor,
-    *inputs,
+    *inputs: Any,
 ) -> Tensor:
     """Add the gradients of a micro-batch to those of the others, and return its loss.
 
@@ -232,24 +170,6 @@ def add_gradients(
     loss = loss_sum(logits, targets, class_weights) / n_targets
     scaler.scale(loss).backward()
     return loss.detach()
-
-
-def restore_unit(model: Classifier, mean: float, scale: float) -> None:
-    """Let a model that learned standardized numbers predict them in their own unit."""
-    model.classifier.weight.data *= scale
-    model.classifier.bias.data = model.classifier.bias.data * scale + mean
-
-
-def save_with_names(out: Path, model: nn.Module, tokenizer: Tokenizer, names: list | None) -> None:
-    """Save the folder that predict.py and transformers read, with the names of its classes."""
-    extra = {"id2label": dict(enumerate(names or ["value"]))}
-    extra["label2id"] = {name: i for i, name in extra["id2label"].items()}
-    if isinstance(model, Classifier):
-        extra["problem_type"] = "single_label_classification" if names else "regression"
-        if model.threshold is not None:
-            extra["problem_type"] = "multi_label_classification"
-            extra["threshold"] = model.threshold
-    save_model(out, model, tokenizer, extra)
 
 
 def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = None) -> dict:
@@ -264,8 +184,8 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
     with run_folder.lock(args.out, args.model):
         device, dtype = choose_hardware(args.device, args.dtype)
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-        config, weights, tokenizer, raw = load_model(args.model)
-        config, max_len = choose_max_len(config, args.max_len, MAX_LEN, args.model)
+        config, weights, tokenizer, raw = model_folder.load_model(args.model)
+        config, max_len = model_folder.choose_max_len(config, args.max_len, MAX_LEN, args.model)
         train, test = data or load_examples(args)
         set_defaults(args, train, config, raw)
         train, test, n_held_out = hold_out(train, test)
@@ -312,7 +232,7 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
                 start_time -= state["seconds"]
                 print(f"resuming after epoch {first_epoch} of {method}", flush=True)
             elif isinstance(model, Classifier) and (is_pretrained or args.lr == 0):
-                fit_linear_layer(model, rows, targets, args.head_c, autocast)
+                fit_last_layer(model, rows, targets, args.head_c, autocast)
 
             settings = (model, autocast, scaler, class_weights)
             forward_backward = Recorded(uses_graphs, print, add_gradients, *settings)
@@ -337,8 +257,7 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
 
                     grad_norm = update_weights([optimizer], scaler, gradients, args.clip, loss)
                     losses.append(float(loss))
-                    message = monitor.check(losses[-1], float(grad_norm))
-                    if message:
+                    if message := monitor.check(losses[-1], float(grad_norm)):
                         print(f"{method}, step {step + 1}: {message}", flush=True)
                     if monitor.gave_up:
                         raise SystemExit("too many skipped steps in a row; a lower --lr may help")
@@ -357,13 +276,31 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
             results[method] = report(method, test, predictions[method], start_time, n_held_out)
             if is_pretrained:
                 model.threshold = results[method].get("threshold")
-                save_with_names(args.out, model, tokenizer, train.names)
+                model_folder.save_fine_tuned(args.out, model, tokenizer, train.names)
 
-        test = test[np.arange(n_held_out, len(test))]
-        predictions = {name: values[n_held_out:] for name, values in predictions.items()}
-        metrics = write_results(args.out, train, test, results, predictions, about, data is None)
+        metrics = write_results(
+            args.out, train, test, results, predictions, about, data is None, n_held_out
+        )
         describe_folder(args.out, args.out, [] if args.train or data else [args.data])
         return metrics
+
+
+def fit(
+    texts: list[str], labels: list, test: tuple[list[str], list] | None = None, **flags: Any
+) -> dict[str, Any]:
+    """Fine-tune on lists: fit(texts, labels, model="runs/pretrain", out="runs/mine", epochs=3).
+
+    Args:
+        texts, labels: See `labels.from_lists`.
+        test: Texts and labels; by default, the last fifth of each class is held out.
+        flags: Those of the command line, with _ for -.
+
+    Returns:
+        The content of OUT/metrics.json.
+    """
+    if unknown := flags.keys() - vars(parse_args([])).keys():
+        raise TypeError(f"finetune.py has no flag {unknown.pop()!r}")
+    return main(flags_to_argv(flags), load_lists(texts, labels, test))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 Axes: S sequences (examples), T tokens of a batch.
 """
 
-import math
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,10 +13,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from files import streams
-from files.columns import Columns, Item, guess_task, read_examples, read_tests, to_number
+from files.columns import Columns, Item, choose_names, find_targets, read_examples, read_tests
 from files.disk import UserError
-from files.multilabel import distinct_labels, to_targets
-from files.readers import class_names
+from files.multilabel import to_targets
 from files.reviews import load_reviews
 from files.sequences import reads_items
 from files.tokenizer import special_ids
@@ -67,10 +64,14 @@ class LabeledDataset:
         return self.targets.ndim == 2
 
     @property
+    def has_one_class(self) -> bool:
+        """Whether each example has one class, and not a number or several labels."""
+        return self.names is not None and not self.is_multilabel
+
+    @property
     def strata(self) -> np.ndarray:
         """(S,) The group of each example that a sample must represent: its class, or 0."""
-        has_one_class = self.names and not self.is_multilabel
-        return self.targets if has_one_class else np.zeros(len(self), dtype=int)
+        return self.targets if self.has_one_class else np.zeros(len(self), dtype=int)
 
     def joined_texts(self) -> list[str]:
         """Each pair as one text, for methods that count words."""
@@ -80,15 +81,31 @@ class LabeledDataset:
 
 
 def from_lists(texts: list[str], labels: list, names: list[str] | None = None) -> LabeledDataset:
-    """Examples from Python lists; `names` are the classes, by default those that occur. A label may
-    be a list, of as many classes as the text has."""
-    if isinstance(labels[0], (list, tuple, set)):
-        names = names or sorted(set().union(*labels))
-        if unknown := set().union(*labels) - set(names):
-            raise ValueError(f"label {unknown.pop()!r} is none of {names}")
-        return LabeledDataset(texts, None, to_targets(labels, names), names)
-    names = names or sorted(set(labels))
-    targets = np.array([names.index(label) for label in labels])
+    """Examples from Python lists.
+
+    Args:
+        labels: Of each text a class (a string or a whole number, whose name is its digits), a list
+            of any number of classes, or a float to predict.
+        names: The classes; by default those that occur.
+
+    Raises:
+        ValueError: The lists differ in length, have fewer than two classes, or one not in `names`.
+    """
+    texts, labels = list(texts), list(labels)
+    if len(texts) != len(labels) or not texts:
+        raise ValueError(f"{len(texts)} texts and {len(labels)} labels")
+    if names is None and isinstance(labels[0], (float, np.floating)):
+        return LabeledDataset(texts, None, np.array(labels, np.float32), None)
+    is_multilabel = isinstance(labels[0], (list, tuple, set))
+    label_sets = [set(map(str, label if is_multilabel else [label])) for label in labels]
+    names = names or sorted(set().union(*label_sets))
+    if len(names) < 2:
+        raise ValueError(f"fewer than two classes: {names}")
+    if unknown := set().union(*label_sets) - set(names):
+        raise ValueError(f"label {unknown.pop()!r} is none of {names}")
+    if is_multilabel:
+        return LabeledDataset(texts, None, to_targets(label_sets, names), names)
+    targets = np.array([names.index(label) for [label] in label_sets])
     return LabeledDataset(texts, None, targets, names)
 
 
@@ -120,60 +137,19 @@ def load(
         return from_lists(*map(list, train_part)), from_lists(*map(list, test_part))
 
     items, chosen = read_examples(train, Columns(*columns), task)
-    names = None
-    if isinstance(items[0].label, tuple):
-        task = "multilabel"
-        names = distinct_labels(train, [item.label for item in items])
-    elif (task or guess_task(item.label for item in items)) == "classify":
-        names = _class_names(train, items, chosen.label)
+    names = choose_names(train, items, chosen.label, task)
     examples = _to_dataset(items, names)
-    classes = "numbers (regression)"
-    if names:
-        classes = names if len(names) <= 10 else f"{len(names)} classes"
-    kind = "any of " if examples.is_multilabel else ""
-    print(f"{train}: {len(examples):,} examples; label {chosen.label!r}: {kind}{classes}")
+    task = "multilabel" if examples.is_multilabel else task
     test_items, parts = read_tests(train, test, chosen, task)
     if not test_items:
         return hold_out_last_fifth(examples)
     return examples, replace(_to_dataset(test_items, names), parts=parts)
 
 
-def _class_names(path: Path, items: list[Item], column: str) -> list[str]:
-    """The distinct labels: as the file orders them, or else numbers by value, then names. Raises
-    UserError if it is only one."""
-    counts = Counter(item.label for item in items)
-    if len(counts) < 2:
-        raise UserError(f"{path}: the label column has one class only, {items[0].label!r}")
-    if single := [item for item in items if counts[item.label] == 1]:
-        names = ", ".join(repr(item.label) for item in single[:10])
-        if len(single) == len(items):
-            raise UserError(f"{path}: each label occurs once only, such as {names}")
-        print(f"{single[0].source}: classes with one example only, for training: {names}")
-    usual = sorted(counts, key=lambda name: (np.nan_to_num(to_number(name), nan=np.inf), name))
-    order = class_names(path, column)
-    return sorted(usual, key=lambda name: order.index(name) if name in order else len(order))
-
-
 def _to_dataset(items: list[Item], names: list[str] | None) -> LabeledDataset:
-    """Examples of classes, or of numbers if `names` is None. Raises UserError for another label."""
-    is_multilabel = isinstance(items[0].label, tuple)
-    if is_multilabel:
-        targets = to_targets([item.label for item in items], names)
-        problem = f"has one that is none of the training labels {', '.join(map(repr, names[:20]))}"
-    elif names is None:
-        targets = [to_number(item.label) for item in items]
-        problem = "is no number, which --task regress needs"
-    else:
-        class_numbers = {name: i for i, name in enumerate(names)}
-        targets = [class_numbers.get(item.label, math.nan) for item in items]
-        problem = f"is none of the training labels {', '.join(map(repr, names[:20]))}"
-    for item, target in zip(items, targets, strict=True):
-        if np.isnan(target).any():
-            raise UserError(f"{item.source}: label {item.label!r} {problem}")
     texts = [item.text for item in items]
     pairs = None if items[0].pair is None else [item.pair for item in items]
-    dtype = np.float32 if names is None or is_multilabel else np.int64
-    return LabeledDataset(texts, pairs, np.array(targets, dtype), names)
+    return LabeledDataset(texts, pairs, find_targets(items, names), names)
 
 
 # ------------------------------------------------------------------------- splits and budgets
@@ -193,9 +169,7 @@ def hold_out_last_fifth(dataset: LabeledDataset) -> tuple[LabeledDataset, Labele
     if not len(test_idx):
         raise UserError("there is no example to hold out for testing; add a --test file")
     if not new_idx:
-        print(
-            "every held-out text is in the rest too, so the scores are too high: add a --test file"
-        )
+        print("every held-out text is in the rest too; the scores are too high: add a --test file")
     test_idx = np.array(new_idx or test_idx)
     print(f"no test file: the last fifth of each class is held out, {len(test_idx):,} examples")
     train, test = dataset[train_idx], dataset[test_idx]

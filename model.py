@@ -19,6 +19,7 @@ conversion; files/hub_names.py translates the names of BERT and RoBERTa.
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +64,7 @@ class Config:
     n_types: int = 2  # token types of BERT: those of a first text and those of a second
     unused_positions: int = 0  # rows of RoBERTa's table before the first position
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.family not in FAMILIES:
             raise ValueError(f"family {self.family!r} is none of {', '.join(FAMILIES)}")
         for field in dataclasses.fields(self):
@@ -342,6 +343,8 @@ class Pooler(nn.Module):
 
 def mean_pool(states: Tensor, cu_seqlens: Tensor) -> Tensor:
     """The mean state of each sequence: (T, d_model) to (S, d_model), in float32 at least."""
+    if states.device.type == "mps":  # which has no segment_reduce
+        return mean_pool(states.cpu(), cu_seqlens.cpu()).to(states.device)
     lengths = cu_seqlens.diff()
     states = states.to(torch.promote_types(states.dtype, torch.float32))
     sums = torch.segment_reduce(states, "sum", lengths=lengths.long(), unsafe=True)
@@ -378,18 +381,18 @@ class MaskedLM(nn.Module):
         self.decoder.weight = self.model.embeddings.tok_embeddings.weight
         init_weights(self, config, seed)
 
-    def logits(self, *inputs) -> Tensor:
+    def logits(self, *inputs: Any) -> Tensor:
         """The logits of every token, (T, vocab_size), of the inputs of `Encoder.forward`."""
         return self.decoder(self.head(self.model(*inputs)))
 
     @staticmethod
-    def loss_counts(batch) -> dict[str, int]:
+    def loss_counts(batch: Any) -> dict[str, int]:
         """How many elements each loss of `forward` sums over, known before the forward pass because
         training divides by the counts of all micro-batches and ranks.
         """
         return {"masked_lm": len(batch.targets)}
 
-    def forward(self, batch) -> dict[str, tuple[Tensor, int]]:
+    def forward(self, batch: Any) -> dict[str, tuple[Tensor, int]]:
         """Compute the losses of a `data.Batch`.
 
         Returns:
@@ -400,7 +403,7 @@ class MaskedLM(nn.Module):
         counts = self.loss_counts(batch)
         return {"masked_lm": (self.masked_lm_loss(states, batch), counts["masked_lm"])}
 
-    def masked_lm_loss(self, states: Tensor, batch) -> Tensor:
+    def masked_lm_loss(self, states: Tensor, batch: Any) -> Tensor:
         """The sum of the cross-entropy over the N masked tokens, of their states (N, d_model)."""
         hidden = self.head(states)
         return linear_cross_entropy(hidden, self.decoder.weight, self.decoder.bias, batch.targets)
@@ -437,12 +440,12 @@ class Classifier(nn.Module):
         self.threshold = None  # of the probability of each of several labels; None: of one class
         init_weights(self, config, seed)
 
-    def features(self, ids: Tensor, cu_seqlens: Tensor, *inputs) -> Tensor:
+    def features(self, ids: Tensor, cu_seqlens: Tensor, *inputs: Any) -> Tensor:
         """The vector of each text that the linear layer reads, (S, d_model)."""
         pooled = POOLINGS[self.pooling](self.model(ids, cu_seqlens, *inputs), cu_seqlens)
         return self.head(pooled) if self.config.is_modern else self.pooler(pooled)
 
-    def forward(self, *inputs) -> Tensor:
+    def forward(self, *inputs: Any) -> Tensor:
         """The logits of each text, (S, n_labels), of the inputs of `Encoder.forward`."""
         logits = self.classifier(self.dropout(self.features(*inputs)))
         return logits + self.ngrams(*inputs[:2]) if self.ngrams else logits
@@ -470,7 +473,7 @@ class Tagger(nn.Module):
         self.classifier = nn.Linear(config.d_model, n_labels)
         init_weights(self, config, seed)
 
-    def forward(self, *inputs) -> Tensor:
+    def forward(self, *inputs: Any) -> Tensor:
         """The logits of each token, (T, n_labels), of the inputs of `Encoder.forward`."""
         return self.classifier(self.dropout(self.head(self.model(*inputs))))
 

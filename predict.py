@@ -9,7 +9,6 @@ Axes: T tokens of a batch, S texts of a batch, M masks of a batch, C classes or 
 
 import argparse
 import contextlib
-import json
 import sys
 import threading
 from collections.abc import Callable
@@ -27,14 +26,12 @@ from files.disk import UserError
 from files.embeddings import npy_rows, open_encoder
 from files.entities import predict_entities
 from files.model_folder import open_model
-from files.sequences import is_sequence, split_items
-from files.texts import read_items
+from files.texts import Answer, read_items, to_json, to_line
 from files.threads import answer_in_order
 from files.tokenizer import special_ids, special_tokens
 from labels import LabeledDataset, batches, encode
 from model import Classifier, Encoder, MaskedLM, Tagger, mean_pool
 
-Answer = dict[str, Any]  # one field of the JSON output: "answers", "value", "entities" or "masks"
 Answers = tuple[list[Answer], int]  # of a batch, and how many of its texts were cut
 
 
@@ -149,50 +146,29 @@ def make_answer(
     return answer
 
 
-def predict_texts(folder: str | Path, texts: list[str]) -> list[tuple[str, float]]:
+def predict_texts(folder: str | Path, texts: list[str]) -> list[Any]:
     """Classify texts from Python.
 
     Returns:
-        (most probable class, its probability) of each text.
+        Of each text (most probable class, its probability); of a model of several labels, a list of
+        such pairs for those above its threshold; of a model of numbers, a float.
 
     Raises:
         UserError: `folder` holds no classifier of finetune.py.
     """
     device, dtype = choose_hardware(None, "auto")
     model, tokenizer, names = open_model(Path(folder), device)
-    if not isinstance(model, Classifier) or names is None:
+    if not isinstance(model, Classifier):
         raise UserError(f"{folder}: not a classifier; finetune.py makes one")
-    answer = make_answer(model, tokenizer, names, 1, dtype)
+    is_multilabel = model.threshold is not None
+    answer = make_answer(model, tokenizer, names, 0 if is_multilabel else 1, dtype)
     items = (Item("", text) for text in texts)
     predictions: list[Answer] = []
     answer_in_order(items, answer, lambda _, answers: predictions.extend(answers[0]))
-    return [tuple(prediction["answers"][0].values()) for prediction in predictions]
-
-
-# --------------------------------------------------------------------------------------- output
-
-
-def to_json(item: Item, answer: Answer) -> str:
-    pair = {} if item.pair is None else {"pair": item.pair}
-    text = {"items": split_items(item.text)} if is_sequence(item.text) else {"text": item.text}
-    record = {"place": item.source, **text, **pair, **answer}
-    return json.dumps(record, ensure_ascii=False)
-
-
-def to_line(item: Item, answer: Answer) -> str:
-    """The answer and the text in one line, separated by tabs, which cut and awk understand."""
-    [(kind, value)] = answer.items()
-    if kind == "value":
-        columns = [f"{value:.4g}"]
-    elif kind == "entities":
-        columns = [f"{entity['type']} {entity['text']}" for entity in value] or ["-"]
-    else:
-        columns = []
-        for choices in value if kind == "masks" else [value]:
-            columns += ["/"] if columns else []  # between two masks
-            columns += [f"{name} {p:.3f}" for name, p in map(dict.values, choices)] or ["-"]
-    columns += [" ".join(text.split()) for text in (item.text, item.pair) if text is not None]
-    return "\t".join(columns)
+    if names is None:
+        return [prediction["value"] for prediction in predictions]
+    pairs = [[tuple(c.values()) for c in prediction["answers"]] for prediction in predictions]
+    return pairs if is_multilabel else [pair for [pair] in pairs]
 
 
 def main(argv: list[str] | None = None) -> dict[str, int]:

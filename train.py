@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from analysis import plots
+from analysis.curve import make_recorder, require_tensorboard
 from data import Batch, Corpus
 from files import hub_names, machine, model_folder, run_folder
 from files.cli import Parser, choose_hardware, flags_to_json, number, run_script
@@ -88,6 +88,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--keep", type=positive, default=2, help="last checkpoints to keep, beside the best one")
     add("--keep-best", action="store_true", help="save the best checkpoint, not the last weights")
     add("--snapshots", type=number(int, 0), default=0, help="models to save in OUT/snapshots")
+    add("--tensorboard", action="store_true", help="write event files into OUT/tensorboard too")
     args = parser.parse_args(argv)
 
     of_a_new_tokenizer = ("vocab_size", "tokenizer_kind", "cased")
@@ -99,6 +100,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
                 flag = f"--{name.replace('_', '-')}"
                 parser.error(f"{flag} is of a new {other}; --{other} brings its own")
     args.preset = args.preset or (None if args.model else "tiny")
+    if args.tensorboard:
+        require_tensorboard()
     return args
 
 
@@ -187,7 +190,7 @@ def weighted_sum(losses: dict[str, Any]) -> Any:
 
 
 def add_gradients(
-    model: MaskedLM, autocast, scaler, batch: Batch, counts: dict[str, Tensor]
+    model: MaskedLM, autocast: torch.autocast, scaler: Any, batch: Batch, counts: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Add the gradients of a micro-batch to those of the others, and return its losses.
 
@@ -202,7 +205,7 @@ def add_gradients(
 
 
 @torch.no_grad()
-def validate(model: MaskedLM, batches: list[Batch], autocast) -> dict[str, float]:
+def validate(model: MaskedLM, batches: list[Batch], autocast: torch.autocast) -> dict[str, float]:
     """Mean losses over the validation batches, and their weighted sum."""
     model.eval()
     with autocast:
@@ -259,6 +262,7 @@ def main(argv: list[str] | None = None, data: Corpus | None = None) -> dict[str,
             ranks.log(f"resuming after step {state['step']}")
         start_time -= state["seconds"]
         points = state.setdefault("points", [])
+        record_points = make_recorder(args, points, ranks)
         built_in = [] if args.corpus or data else list(REVIEWS)
         if args.compile:
             machine.compile_blocks(model.model.layers, device, ranks.log)
@@ -319,9 +323,7 @@ def main(argv: list[str] | None = None, data: Corpus | None = None) -> dict[str,
                 validation_loss = new_points[-1]["validation_loss"]
                 ranks.log(f"step {done}: validation loss {validation_loss:.3f}")
                 must_save = math.isfinite(validation_loss)  # skipped steps changed no weight
-            points += new_points
-            if ranks.is_first:
-                run_folder.append_metrics(args.out, new_points)
+            record_points(new_points)
             if ranks.is_first and must_save:
                 state |= {"step": done, "points": points, "seconds": time.time() - start_time}
                 run_folder.save_checkpoint(args.out, training, corpus.tokenizer, state, args.keep)
@@ -340,7 +342,7 @@ def main(argv: list[str] | None = None, data: Corpus | None = None) -> dict[str,
         bar.close()
 
         if not args.steps:
-            points.append({"step": 0} | validate(model, validation, autocast))
+            record_points([{"step": 0} | validate(model, validation, autocast)])
         seconds = time.time() - start_time
         metrics = {"seconds": seconds, "steps": args.steps, "tokens": args.steps * step_tokens}
         metrics |= {"n_weights": n_weights, "tokens_folder": corpus.folder.name, **points[-1]}
@@ -352,7 +354,6 @@ def main(argv: list[str] | None = None, data: Corpus | None = None) -> dict[str,
                 metrics |= run_folder.load_best(args.out, model, points)
             model_folder.save_model(args.out, model, corpus.tokenizer)
             write_file(args.out / "metrics.json", to_json(metrics))
-            plots.loss_curve(points, args.out / "curve.png")
             describe_folder(args.out, args.out, built_in)
         result = f"validation loss {metrics['validation_loss']:.3f} after {seconds:.0f} s"
         ranks.log(f"{args.out}: {result}")

@@ -34,9 +34,9 @@ from files.entities import TaggedDataset, most_frequent_tags
 from files.sequences import SEPARATOR, reads_items, split_items
 from files.tokenizer import NO_SPACES
 from labels import LabeledDataset, validation_splits
-from model import Classifier
 
 BASELINES = ("ngrams", "most_frequent")
+WITH_NGRAMS = "pretrained+ngrams"
 # Inverse regularization strengths C.
 NGRAM_GRID = (
     *(("tfidf", 1.0), ("tfidf", 3.0), ("tfidf", 10.0), ("tfidf", 30.0), ("tfidf", 100.0)),
@@ -53,6 +53,21 @@ LONGEST_WORD = 32  # characters
 UNSPACED = f"{NO_SPACES}\uff66-\uff9f\u2600-\u27bf\U0001f000-\U0001faff"
 
 Fit = Callable[[Any, np.ndarray, np.ndarray], np.ndarray]
+
+
+def choose_methods(names: str | None, train: LabeledDataset | TaggedDataset) -> list[str]:
+    """What --methods names, by default all; UserError if a method is unknown or comes too soon."""
+    is_tagged = isinstance(train, TaggedDataset)
+    methods = ["most_frequent" if is_tagged else "ngrams", "random_weights", "pretrained"]
+    if not is_tagged and train.has_one_class:
+        methods.append(WITH_NGRAMS)
+    chosen = names.split(",") if names else methods
+    for i, method in enumerate(chosen):
+        if method not in methods:
+            raise UserError(f"--methods {method}: choose from {','.join(methods)}")
+        if method == WITH_NGRAMS and "pretrained" not in chosen[:i]:
+            raise UserError(f"--methods {WITH_NGRAMS}: it needs pretrained before it")
+    return chosen
 
 
 def fit_baseline(
@@ -331,25 +346,3 @@ def constant_scores(train: LabeledDataset, n_examples: int) -> np.ndarray:
         return np.tile(train.targets.mean(0), (n_examples, 1))
     frequencies = np.bincount(train.targets, minlength=len(train.names)) / len(train)
     return np.tile(frequencies, (n_examples, 1))
-
-
-def fit_head(
-    model: Classifier, features: np.ndarray, targets: np.ndarray, is_classification: bool, c: float
-) -> None:
-    """Set the last layer of a classifier to a linear fit on features (S, d_model), of inverse
-    regularization strength c."""
-    layer = model.classifier
-    layer.weight.data.zero_()
-    layer.bias.data.fill_(-10.0)  # of a class without examples
-    present = np.unique(targets) if is_classification else [0]
-    if is_classification and len(present) == 1:
-        layer.bias.data[present] = 0.0
-        return
-    fitted = linear_model(is_classification, c).fit(features, targets)
-    weight = np.atleast_2d(fitted.coef_)
-    bias = np.atleast_1d(fitted.intercept_)
-    if is_classification and len(weight) == 1:  # of the second of two classes
-        weight = np.concatenate((-weight / 2, weight / 2))
-        bias = np.concatenate((-bias / 2, bias / 2))
-    layer.weight.data[present] = torch.from_numpy(weight).to(layer.weight)
-    layer.bias.data[present] = torch.from_numpy(bias).to(layer.bias)

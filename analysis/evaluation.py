@@ -6,6 +6,7 @@ Axes: S sequences (examples) of a batch, T tokens of a batch.
 import io
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,20 @@ from analysis.baselines import constant_scores
 from files import entities
 from files.disk import to_json, write_file
 from files.entities import OUTSIDE, TaggedDataset
-from labels import LabeledDataset, batches
+from files.examples import Dataset
+from labels import batches
 from model import Classifier, Tagger
-
-Dataset = LabeledDataset | TaggedDataset
 
 BATCH_SIZE = 64
 
 
 @torch.no_grad()
 def forward_all(
-    model: nn.Module, rows: list[np.ndarray], indices: np.ndarray, autocast, function: Callable
+    model: nn.Module,
+    rows: list[np.ndarray],
+    indices: np.ndarray,
+    autocast: AbstractContextManager,
+    function: Callable,
 ) -> np.ndarray:
     """Apply a function of the model, which is left in evaluation mode, to many examples.
 
@@ -61,7 +65,7 @@ def predict(
     rows: list[np.ndarray],
     first_pieces: list[np.ndarray] | None,
     names: list[str] | None,
-    autocast,
+    autocast: torch.autocast,
 ) -> Any:
     """What a fine-tuned network predicts.
 
@@ -166,6 +170,7 @@ def write_results(
     predictions: dict[str, Any],
     about: dict[str, Any],
     draws: bool,
+    n_held_out: int = 0,
 ) -> dict[str, Any]:
     """Write metrics.json and predictions.npz, where tags of sentences are written end to end.
 
@@ -174,10 +179,12 @@ def write_results(
         predictions: Its predictions.
         about: More for metrics.json.
         draws: Whether to draw confusion.png, the confusion matrix of the pretrained network.
+        n_held_out: The first examples that are no test examples, see `measure`.
 
     Returns:
         The content of metrics.json.
     """
+    test = test[np.arange(n_held_out, len(test))]
     if isinstance(train, TaggedDataset):
         constant = [[OUTSIDE] * len(words) for words in test.words]
     else:
@@ -185,7 +192,8 @@ def write_results(
     majority = measure(test.targets, constant)
     print(f"{'majority' if train.names else 'mean':<15} {to_line(majority)}", flush=True)
     metrics = {"test": results, "majority": majority, "names": train.names} | about
-    arrays = {"targets": test.targets} | predictions
+    arrays = {"targets": test.targets}
+    arrays |= {name: values[n_held_out:] for name, values in predictions.items()}
     for name, values in arrays.items():
         arrays[name] = np.concatenate(values) if isinstance(values, list) else np.asarray(values)
     content = io.BytesIO()

@@ -20,12 +20,12 @@ from tokenizers import Tokenizer
 import finetune
 import train
 from analysis import baselines
-from analysis.baselines import Fit
+from analysis.baselines import WITH_NGRAMS, Fit
 from analysis.evaluation import forward_all, measure
 from analysis.results import USE_PRETRAINING, Plan, Run
 from files import model_folder, streams
-from files.disk import UserError
-from finetune import WITH_NGRAMS
+from files.cli import flags_to_argv
+from files.disk import UserError, file_name
 from labels import LabeledDataset, encode, subsample
 from model import Classifier
 
@@ -41,7 +41,9 @@ STARTS = ("start", START_WITH_NGRAMS)
 NETWORKS = ("pretrained", WITH_NGRAMS, *STARTS, "random_weights")
 # Flags of train.py that its step 0 does not share with the run.
 NOT_OF_THE_START = {"out", "steps", "dtype", "device", "resume", "compile", "keep_best"}
+NOT_OF_THE_START |= {"tensorboard"}
 NOT_THE_RECIPE = {"seed", "out", "device", "resume", "compile", "log_every", "save_every", "keep"}
+NOT_THE_RECIPE |= {"tensorboard"}
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity, so that it can be a key of a cache
@@ -76,7 +78,7 @@ def name_models(folders: list[Path]) -> dict[str, Path]:
         names = [str(folder) for folder in folders]
     if len(set(names)) < len(names):
         raise UserError("--model: the same folder twice")
-    return {name.replace("/", "-"): folder for name, folder in zip(names, folders, strict=True)}
+    return {file_name(name): folder for name, folder in zip(names, folders, strict=True)}
 
 
 def make_starts(models: dict[str, Path], folder: Path) -> dict[str, Path]:
@@ -102,14 +104,7 @@ def make_starts(models: dict[str, Path], folder: Path) -> dict[str, Path]:
 def flags_of_step_0(flags: dict[str, Any], out: Path) -> list[str]:
     """The command line that ends a run of train.py with these flags before its first step."""
     argv = ["--steps", "0", "--dtype", "float32", "--out", str(out)]
-    for name in flags.keys() - NOT_OF_THE_START:
-        value = flags[name]
-        if value is None or value is False or value == []:
-            continue
-        argv.append(f"--{name.replace('_', '-')}")
-        if value is not True:
-            argv += map(str, value) if isinstance(value, list) else [str(value)]
-    return argv
+    return argv + flags_to_argv({n: flags[n] for n in flags.keys() - NOT_OF_THE_START})
 
 
 def make_plan(

@@ -6,6 +6,7 @@ Axes: L tokens of a text, H heads, D head size.
 import base64
 import html
 import io
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,6 +70,20 @@ def to_png(weights: Tensor) -> str:
     buffer = io.BytesIO()
     image.imsave(buffer, weights.numpy(), vmin=0, cmap="Blues", format="png")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def pieces(explanation: Any) -> list[tuple[str, float]]:
+    """The text of an `explain.Explanation` in pieces with their strengths: -1 to 1 of a word, 0
+    between words."""
+    text, attributions = explanation.text, explanation.attributions
+    largest = max(1e-9, float(np.abs(attributions).max(initial=0)))
+    parts = []
+    end = 0
+    for (start, stop), attribution in zip(explanation.spans, attributions, strict=True):
+        parts.append((text[end:start], 0.0))
+        parts.append((text[start:stop], float(attribution) / largest))
+        end = stop
+    return [*parts, (text[end:], 0.0)]
 
 
 def section(

@@ -1,18 +1,15 @@
-"""Examples with several labels each: the threshold, the metrics, and a linear layer.
+"""Examples with several labels each: the threshold and the metrics.
 
 Axes: S examples, L labels.
 """
 
 import numpy as np
-import torch
 from sklearn.metrics import average_precision_score, f1_score, precision_recall_curve
-from torch import nn
 
-from analysis.baselines import concatenate, linear_model
+from analysis.baselines import concatenate
 from files.entities import TaggedDataset
-from labels import HOLD_OUT, LabeledDataset, cross_validation_splits
-
-Dataset = LabeledDataset | TaggedDataset
+from files.examples import Dataset
+from labels import HOLD_OUT, cross_validation_splits
 
 
 def hold_out(train: Dataset, test: Dataset) -> tuple[Dataset, Dataset, int]:
@@ -45,15 +42,3 @@ def measure(targets: np.ndarray, probabilities: np.ndarray, threshold: float) ->
         "mean_average_precision": float(precision),
         "threshold": threshold,
     }
-
-
-def fit_layer(layer: nn.Linear, features: np.ndarray, targets: np.ndarray, c: float) -> None:
-    """Set a linear layer to one logistic regression per label on features (S, d_model), of inverse
-    regularization strength c."""
-    layer.weight.data.zero_()
-    for label, is_label in enumerate(targets.T):
-        layer.bias.data[label] = 10.0 if is_label.all() else -10.0
-        if 0 < is_label.mean() < 1:
-            fitted = linear_model(True, c).fit(features, is_label)
-            layer.weight.data[label] = torch.from_numpy(fitted.coef_[0]).to(layer.weight)
-            layer.bias.data[label] = float(fitted.intercept_[0])

@@ -1,6 +1,6 @@
-"""The figures of all scripts, in one style: the colours of Okabe & Ito, which colour-blind readers
-can tell apart, and a different marker for each line."""
+"""The figures of all scripts, in one style, in colours that colour-blind readers can tell apart."""
 
+import io
 import sys
 import warnings
 from collections.abc import Callable
@@ -10,11 +10,9 @@ from typing import Any
 import numpy as np
 
 from analysis.statistics import Estimate
-from files.disk import first_line
+from files.disk import first_line, write_file
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555", "#000000")
-MARKERS = list("osD^vP*X")
-# The parts of the recipe: what stands for each in the figure.
+# The parts of the recipe: what stands for each in the figure, in a colour of Okabe & Ito.
 STAIRCASE = {
     "majority": ("majority class", "#999999"),
     "random_weights": ("network from random weights", "#56B4E9"),
@@ -42,7 +40,9 @@ def draw(path: Path, plot: Callable[[Any], None], width: float = 6.0, height: fl
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(alpha=0.25, linewidth=0.6)
             plot(axes)
-            figure.savefig(path)
+            content = io.BytesIO()
+            figure.savefig(content, format=path.suffix[1:])
+            write_file(path, content.getbuffer())
     except Exception as error:  # fonts, file systems and values each fail in their own way
         print(f"warning: {path} was not drawn: {first_line(error)}", file=sys.stderr)
 
@@ -50,7 +50,7 @@ def draw(path: Path, plot: Callable[[Any], None], width: float = 6.0, height: fl
 def loss_curve(points: list[dict[str, Any]], path: Path) -> None:
     """Training and validation loss of the points of metrics.jsonl."""
 
-    def plot(axes) -> None:
+    def plot(axes: Any) -> None:
         for key, label in (("loss", "training"), ("validation_loss", "validation (15% masked)")):
             measured = [point for point in points if key in point]
             steps = [point["step"] for point in measured]
@@ -64,7 +64,7 @@ def loss_curve(points: list[dict[str, Any]], path: Path) -> None:
 def confusion(targets: np.ndarray, classes: np.ndarray, names: list[str], path: Path) -> None:
     """The confusion matrix of a classifier; numbers are shown for up to 20 classes."""
 
-    def plot(axes) -> None:
+    def plot(axes: Any) -> None:
         if len(names) > MOST_CLASSES:
             raise ValueError(f"{len(names):,} classes are more than {MOST_CLASSES}")
         from sklearn.metrics import ConfusionMatrixDisplay
@@ -94,7 +94,7 @@ def staircase(
     middles = {n: width * group for group, n in enumerate(budgets)}
     levels = {n: estimates[best[n], n].mean for n in budgets if n in best}
 
-    def plot(axes) -> None:
+    def plot(axes: Any) -> None:
         axes.grid(False, axis="x")
         axes.set_axisbelow(True)
         for i, name in enumerate(steps):

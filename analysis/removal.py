@@ -1,5 +1,6 @@
 """The check of explain.py: do attributed words matter more than random words?"""
 
+import argparse
 import contextlib
 import itertools
 from typing import Any
@@ -10,10 +11,27 @@ import torch
 from analysis.evaluation import forward_all
 from analysis.statistics import Blocks, Score
 from files import streams
+from files.disk import UserError
+from files.readers import read_lines
+from files.reviews import load_reviews
 from model import Classifier
 
 SHARES = (0, 0.1, 0.2, 0.3, 0.4, 0.5)  # of a text's words that are removed
 N_RANDOM_ORDERS = 5
+
+
+def sample_texts(args: argparse.Namespace) -> list[str]:
+    """The texts for --check, of at least two words each."""
+    if args.file:
+        lines = [text for _, text in read_lines(args.file)]
+    else:
+        lines = [text for text, _ in load_reviews()[args.data]["test"]]
+    texts = [text for text in lines if len(text.split()) > 1]
+    if len(texts) < 2:
+        raise UserError(f"{args.file}: at least 2 texts of at least two words are needed")
+    rng = np.random.default_rng([args.seed, streams.CHECKED_TEXTS])
+    sample = rng.permutation(len(texts))[: args.sentences]
+    return [texts[i] for i in np.sort(sample)]
 
 
 def compare_removals(model: Classifier, explanations: list, seed: int) -> dict[str, Any]:

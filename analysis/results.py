@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from analysis import statistics
-from analysis.baselines import goodness
+from analysis.baselines import WITH_NGRAMS, goodness
 from analysis.statistics import Estimate, Score
 from files import disk
-from files.disk import UserError
+from files.disk import UserError, file_name
 from files.run_folder import code_digest
-from finetune import WITH_NGRAMS
 
 USE_PRETRAINING = ("pretrained", WITH_NGRAMS, "frozen")  # all other methods are baselines
 
@@ -30,17 +29,8 @@ class Run(NamedTuple):
     fingerprint: str  # see experiment.fingerprint
 
 
-COLUMNS = (
-    *Run._fields,
-    "accuracy",
-    "macro_f1",
-    "rmse",
-    "seconds",
-    "choice",
-    "on_edge",
-    "validation",
-    "code",
-)
+COLUMNS = (*Run._fields, "accuracy", "macro_f1", "rmse", "seconds")
+COLUMNS += ("choice", "on_edge", "validation", "code")
 # The code that results depend on; results.csv has its hash.
 CODE = ("*.py", "analysis/*.py", "files/*.py", "kernels/*.py")
 
@@ -96,7 +86,7 @@ class Results:
             return arrays["predictions"]
 
     def predictions_path(self, run: Run) -> Path:
-        return self.folder / ("-".join(map(str, run)).replace("/", "-") + ".npz")
+        return self.folder / file_name("-".join(map(str, run)) + ".npz")
 
 
 class Table:

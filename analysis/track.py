@@ -5,10 +5,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from analysis.baselines import WITH_NGRAMS
 from analysis.results import USE_PRETRAINING
 from files import model_folder
 from files.disk import UserError
-from finetune import WITH_NGRAMS
 
 DATA = ("mr", "imdb")
 FLAGS = ["--labels", "100,1000,all", "--methods"]

@@ -6,6 +6,8 @@ for a value raises. The Triton kernels are counted instead of run.
 
 import contextlib
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import torch
@@ -31,11 +33,13 @@ NO_LAUNCH = ("empty", "view", "detach", "prim.", "promote_types", "profiler.")
 class LaunchCounter(TorchDispatchMode):
     """Counts the operations of torch that are more than another view of a tensor."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.counts = Counter()
 
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         name = str(operation)
         self.counts[name] += not (operation.is_view or any(part in name for part in NO_LAUNCH))
         return operation(*args, **(kwargs or {}))
@@ -48,7 +52,7 @@ class CountedKernel:
         self.name = name
         self.counts = counts
 
-    def __getitem__(self, grid):
+    def __getitem__(self, grid: Any) -> Callable:
         return lambda *arguments, **options: self.counts.update([self.name])
 
 

@@ -101,13 +101,15 @@ class MatmulTimer(TorchDispatchMode):
     One is repeated when its shapes first occur; its fastest time counts whenever they occur.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.seconds = 0.0
         self.flops = 0
         self.cache: dict[tuple, float] = {}
 
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         if operation.overloadpacket.__name__ in ("mm", "bmm", "addmm", "baddbmm"):
             # the first tensor of addmm and baddbmm is a summand
             a, b = [x for x in args if isinstance(x, Tensor)][-2:]

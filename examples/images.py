@@ -402,7 +402,7 @@ def frozen_states(args: argparse.Namespace, codes: np.ndarray) -> np.ndarray:
     model, tokenizer, _ = open_model(args.out / "pretrain", device)
     rows, _ = encode(as_examples(codes), tokenizer, model.config.max_len)
 
-    def mean_state(ids: Tensor, cu_seqlens: Tensor, *rest) -> Tensor:
+    def mean_state(ids: Tensor, cu_seqlens: Tensor, *rest: Any) -> Tensor:
         return mean_pool(model.model(ids, cu_seqlens, *rest), cu_seqlens)
 
     return forward_all(model, rows, np.arange(len(rows)), nullcontext(), mean_state)

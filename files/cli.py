@@ -14,6 +14,8 @@ import torch
 import kernels.dispatch
 from files.disk import UserError, explain
 
+# What asks a process to end; Windows need not have both.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM") if hasattr(signal, name)]
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -114,7 +116,19 @@ def under_torchrun() -> bool:
 
 def flags_to_json(args: argparse.Namespace) -> dict[str, Any]:
     """The flags in JSON's types, as they are saved with a run."""
-    return json.loads(json.dumps(vars(args), default=str))
+    return json.loads(json.dumps(vars(args), default=Path.as_posix))
+
+
+def flags_to_argv(flags: dict[str, Any]) -> list[str]:
+    """The command line of these flags, without those that are not set: None, False or []."""
+    argv = []
+    for name, value in flags.items():
+        if value is None or value is False or value == []:
+            continue
+        argv.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            argv += map(str, value) if isinstance(value, list) else [str(value)]
+    return argv
 
 
 def choose_hardware(device_name: str | None, dtype_name: str) -> tuple[torch.device, torch.dtype]:
@@ -165,7 +179,8 @@ def prepare_streams() -> None:
             mode = "r" if name == "stdin" else "w"
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):  # half of a surrogate pair is escaped
-        stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+        if hasattr(stream, "reconfigure"):  # unlike that of IDLE
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 def restart_in_utf8() -> None:
@@ -192,8 +207,8 @@ def run_script(main: Callable[[], dict[str, Any]], stopped: str = "stopped") -> 
     restart_in_utf8()
     prepare_streams()
     os.environ["MPLBACKEND"] = "agg"  # figures are files, whatever a notebook's shell has set
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    for name in STOP_SIGNALS:
+        signal.signal(name, stop)
     try:
         return main()
     except BrokenPipeError:  # the reader of our output, perhaps `head`, has ended

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from files import readers
 from files.disk import UserError
 from files.hub_datasets import find_dataset, is_hub_name
-from files.multilabel import find_label_sets, merge_columns
+from files.multilabel import distinct_labels, find_label_sets, merge_columns, to_targets
 from files.readers import TABLE_SUFFIXES, Report, is_text, read_table, refuse, table_format
 
 # Usual column names, the most likely first. Without one of them the length of the values decides.
@@ -217,3 +218,55 @@ def to_number(text: str) -> float:
     except ValueError:
         return math.nan
     return value if abs(value) < 3e38 else math.nan
+
+
+def choose_names(path: Path, items: list[Item], column: str, task: str | None) -> list[str] | None:
+    """The names of the classes, None if the labels are numbers; UserError if there is one class."""
+    names = None
+    classes = "numbers (regression)"
+    is_multilabel = isinstance(items[0].label, tuple)
+    if is_multilabel:
+        names = distinct_labels(path, [item.label for item in items])
+    elif (task or guess_task(item.label for item in items)) == "classify":
+        names = _class_names(path, items, column)
+    if names:
+        classes = names if len(names) <= 10 else f"{len(names)} classes"
+    kind = "any of " if is_multilabel else ""
+    print(f"{path}: {len(items):,} examples; label {column!r}: {kind}{classes}")
+    return names
+
+
+def _class_names(path: Path, items: list[Item], column: str) -> list[str]:
+    """The distinct labels: as the file orders them, or else numbers by value, then names."""
+    counts = Counter(item.label for item in items)
+    if len(counts) < 2:
+        raise UserError(f"{path}: the label column has one class only, {items[0].label!r}")
+    if single := [item for item in items if counts[item.label] == 1]:
+        names = ", ".join(repr(item.label) for item in single[:10])
+        if len(single) == len(items):
+            raise UserError(f"{path}: each label occurs once only, such as {names}")
+        print(f"{single[0].source}: classes with one example only, for training: {names}")
+    usual = sorted(counts, key=lambda name: (np.nan_to_num(to_number(name), nan=np.inf), name))
+    order = readers.class_names(path, column)
+    return sorted(usual, key=lambda name: order.index(name) if name in order else len(order))
+
+
+def find_targets(items: list[Item], names: list[str] | None) -> np.ndarray:
+    """The targets of a LabeledDataset. Raises UserError for a label that is none of the names, or
+    no number if these are None."""
+    is_multilabel = isinstance(items[0].label, tuple)
+    problem = f"is none of the training labels {', '.join(map(repr, (names or [])[:20]))}"
+    if is_multilabel:
+        targets = to_targets([item.label for item in items], names)
+        problem = f"has one that {problem}"
+    elif names is None:
+        targets = [to_number(item.label) for item in items]
+        problem = "is no number, which --task regress needs"
+    else:
+        class_numbers = {name: i for i, name in enumerate(names)}
+        targets = [class_numbers.get(item.label, math.nan) for item in items]
+    for item, target in zip(items, targets, strict=True):
+        if np.isnan(target).any():
+            raise UserError(f"{item.source}: label {item.label!r} {problem}")
+    dtype = np.float32 if names is None or is_multilabel else np.int64
+    return np.array(targets, dtype)

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,6 +77,11 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def file_name(text: str) -> str:
+    """The text without the characters that a file name cannot have, on Windows or elsewhere."""
+    return re.sub(r'[/\\:*?"<>|]', "-", text)
 
 
 def rename(old: Path, new: Path) -> None:

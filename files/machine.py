@@ -7,7 +7,9 @@ import functools
 import os
 import platform
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from files.cli import TORCHRUN, under_torchrun
+from files.cli import STOP_SIGNALS, TORCHRUN, under_torchrun
 from files.disk import UserError, first_line
 from model import Config
 
@@ -104,7 +106,7 @@ def join_ranks(device: torch.device) -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 
-def own_stream(device: torch.device):
+def own_stream(device: torch.device) -> AbstractContextManager:
     """A context in which a GPU works on a stream of its own, because CUDA graphs are not recorded
     on the default one."""
     if device.type != "cuda":
@@ -114,11 +116,12 @@ def own_stream(device: torch.device):
 
 @contextlib.contextmanager
 def collect_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list, so that a run can end after the current step."""
+    """Collect STOP_SIGNALS in a list, so that a run can end after the current step."""
     received: list[int] = []
+    is_main = threading.current_thread() is threading.main_thread()  # the others get no signals
     handlers = {
         name: signal.signal(name, lambda signal_number, _: received.append(signal_number))
-        for name in (signal.SIGINT, signal.SIGTERM)
+        for name in (STOP_SIGNALS if is_main else [])
     }
     try:
         yield received
@@ -129,7 +132,7 @@ def collect_signals() -> Iterator[list[int]]:
 
 def exit_code(signals: list[int]) -> int:
     """128 + the signal of `collect_signals`, or SIGTERM if it has reached another rank only."""
-    return 128 + (signals[0] if signals else signal.SIGTERM)
+    return 128 + (signals[0] if signals else STOP_SIGNALS[-1])
 
 
 def cpu_name() -> str:
@@ -175,7 +178,7 @@ def check_memory(config: Config, device: torch.device) -> None:
         raise UserError(f"the model {sizes}: choose fewer --layers or a smaller --d-model")
 
 
-def compile_blocks(blocks: Iterable[nn.Module], device: torch.device, log) -> None:
+def compile_blocks(blocks: Iterable[nn.Module], device: torch.device, log: Callable) -> None:
     """Compile blocks in place, so that all names stay, where torch.compile works."""
     problem = compiler_problem(device)
     if problem:

@@ -75,6 +75,20 @@ def save_model(
     write_file(folder / "config.json", to_json(config | (extra or {})))
 
 
+def save_fine_tuned(
+    folder: Path, model: Classifier | Tagger, tokenizer: Tokenizer, names: list[str] | None
+) -> None:
+    """Save a model for predict.py and `transformers`, with the names of its classes or tags."""
+    extra = {"id2label": dict(enumerate(names or ["value"]))}
+    extra["label2id"] = {name: i for i, name in extra["id2label"].items()}
+    if isinstance(model, Classifier):
+        extra["problem_type"] = "single_label_classification" if names else "regression"
+        if model.threshold is not None:
+            extra["problem_type"] = "multi_label_classification"
+            extra["threshold"] = model.threshold
+    save_model(folder, model, tokenizer, extra)
+
+
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Turn an error in the content of a file or folder into a UserError that names it."""

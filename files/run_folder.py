@@ -40,10 +40,11 @@ LEFT_BEHIND = (
     *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
     *("metrics.json", "metrics.jsonl", "predictions.npz", "curve.png", "confusion.png"),
     *("ngrams.safetensors", "snapshots", "checkpoints", "modules.json", "1_Pooling", CARD),
+    "tensorboard",  # the folder of its event files
 )
 # Flags that a resumed run need not share with its first part: of files the content counts.
 MAY_CHANGE = {"resume", "device", "out", "keep", "keep_best", "model", "corpus", "train", "test"}
-MAY_CHANGE |= {"tokenizer"}
+MAY_CHANGE |= {"tokenizer", "tensorboard"}
 
 # The code whose change changes results, although no flag and no Config says so.
 ARITHMETIC = ("model.py", "kernels/*.py")

@@ -1,12 +1,17 @@
-"""The texts that predict.py answers: arguments, lines, or the rows of a table, read as a stream."""
+"""What predict.py answers, a stream of arguments, lines or rows of a table; and what it writes."""
 
 import argparse
 import itertools
+import json
 from collections.abc import Iterator
+from typing import Any
 
 from files.columns import N_GUESS_ROWS, Columns, Item, choose_columns, to_items
 from files.disk import UserError
 from files.readers import TABLE_SUFFIXES, Report, read_lines, read_table, table_format
+from files.sequences import is_sequence, split_items
+
+Answer = dict[str, Any]  # one field of the JSON output: "answers", "value", "entities" or "masks"
 
 
 def read_items(args: argparse.Namespace, report: Report) -> Iterator[Item]:
@@ -46,3 +51,26 @@ def _read_all(args: argparse.Namespace, report: Report) -> Iterator[Item]:
         for number, line in read_lines(path, report):
             if not line.isspace():
                 yield Item(f"{path}:{number}", line.strip())
+
+
+def to_json(item: Item, answer: Answer) -> str:
+    pair = {} if item.pair is None else {"pair": item.pair}
+    text = {"items": split_items(item.text)} if is_sequence(item.text) else {"text": item.text}
+    record = {"place": item.source, **text, **pair, **answer}
+    return json.dumps(record, ensure_ascii=False)
+
+
+def to_line(item: Item, answer: Answer) -> str:
+    """The answer and the text in one line, separated by tabs, which cut and awk understand."""
+    [(kind, value)] = answer.items()
+    if kind == "value":
+        columns = [f"{value:.4g}"]
+    elif kind == "entities":
+        columns = [f"{entity['type']} {entity['text']}" for entity in value] or ["-"]
+    else:
+        columns = []
+        for choices in value if kind == "masks" else [value]:
+            columns += ["/"] if columns else []  # between two masks
+            columns += [f"{name} {p:.3f}" for name, p in map(dict.values, choices)] or ["-"]
+    columns += [" ".join(text.split()) for text in (item.text, item.pair) if text is not None]
+    return "\t".join(columns)

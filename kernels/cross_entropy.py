@@ -93,7 +93,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, d_loss: Tensor):
+    def backward(ctx, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         return *((gradient * d_loss).to(dtype) for gradient, dtype in gradients), None, None
 

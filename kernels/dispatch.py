@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -35,6 +36,6 @@ def use_triton(x: Tensor) -> bool:
     return is_chosen and x.dtype != torch.float64
 
 
-def jit(kernel):
+def jit(kernel: Callable) -> Callable:
     """triton.jit where Triton is installed; elsewhere the kernel is never called."""
     return triton.jit(kernel) if triton else kernel

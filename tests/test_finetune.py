@@ -12,6 +12,7 @@ from conftest import FAST, sentences, write_csv
 import finetune
 import labels
 import predict
+from analysis.evaluation import forward_all
 from files import model_folder
 from files.disk import UserError
 from model import Classifier
@@ -90,7 +91,7 @@ def test_the_saved_model_is_the_one_that_was_measured(finetuned, topics):
     _, test = labels.load(None, *topics)
     rows, _ = labels.encode(test, tokenizer, 32)
     autocast = torch.autocast("cpu", enabled=False)
-    logits = finetune.forward_all(model, rows, np.arange(len(rows)), autocast, model)
+    logits = forward_all(model, rows, np.arange(len(rows)), autocast, model)
     accuracy = np.mean(logits.argmax(1) == test.targets)
     assert accuracy == metrics["test"]["pretrained"]["accuracy"]
 
@@ -312,7 +313,7 @@ def test_rates_and_eps_depend_on_the_weights_that_training_starts_from(
 
 
 def test_a_figure_that_fails_costs_no_result(topics, pretrained, tmp_path, monkeypatch, capsys):
-    def fail(*_):
+    def fail(*_, **__):
         raise MemoryError("no room for the figure")
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
@@ -328,12 +329,39 @@ def test_unknown_methods_are_refused(topics, pretrained, tmp_path, method):
         finetune.main(flags)
 
 
-def test_lists_are_learned_and_predicted_from_python(pretrained, tmp_path):
+# the 24 labels, the numbers of training and test examples, and a first answer
+LISTS = {
+    "classes": (["a"] * 12 + ["b"] * 12, (24, 8), lambda a: a[0] in "ab" and 0.5 <= a[1] <= 1),
+    "numbers of classes": ([0] * 12 + [7] * 12, (20, 4), lambda a: a[0] in ("0", "7")),
+    "several": ([["a"]] * 12 + [["b", "c"]] * 12, (22, 8), lambda a: set(dict(a)) <= set("abc")),
+    "numbers": (np.linspace(5, 6, 24), (24, 8), lambda a: 4 < a < 7),
+}
+
+
+@pytest.mark.parametrize("kind", LISTS)
+def test_lists_are_learned_and_predicted_from_python(pretrained, tmp_path, kind):
     texts = [*sentences(12, 0, 0), *sentences(12, 1, 3)]
-    train = labels.from_lists(texts, ["a"] * 12 + ["b"] * 12)
-    test = labels.from_lists(texts[:4] + texts[-4:], ["a"] * 4 + ["b"] * 4, train.names)
-    flags = ["--model", str(pretrained), "--out", str(tmp_path), "--methods", "pretrained", *FAST]
-    metrics = finetune.main(flags, data=(train, test))
-    assert metrics["n_train"] == 24 and metrics["test"]["pretrained"]["accuracy"] > 0.6
-    answers = predict.predict_texts(tmp_path, texts[:2])
-    assert [label in train.names and 0 < p <= 1 for label, p in answers] == [True, True]
+    answers, sizes, is_answer = LISTS[kind]
+    ends = np.r_[:4, 20:24]
+    test = ([texts[i] for i in ends], [answers[i] for i in ends]) if sizes[1] == 8 else None
+    flags = {"methods": "pretrained", "dtype": "float32", "epochs": 1, "max_len": 32}
+    metrics = finetune.fit(texts, answers, test, model=pretrained, out=tmp_path, **flags)
+    assert (metrics["n_train"], metrics["n_test"]) == sizes
+    predictions = predict.predict_texts(tmp_path, texts[:2])
+    assert len(predictions) == 2 and is_answer(predictions[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flags", "error", "words"),
+    [
+        ((["a", "b"], [0]), {}, ValueError, "2 texts and 1 labels"),
+        (([], []), {}, ValueError, "0 texts"),
+        ((["a", "b"], ["x", "x"]), {}, ValueError, "fewer than two"),
+        ((["a", "b"], ["x", "y"], (["c"], ["z"])), {}, ValueError, "'z' is none of"),
+        ((["a", "b"], [0.5, 1.0], (["c", "d"], "yz")), {}, ValueError, "test labels are classes"),
+        ((["a", "b"], ["x", "y"]), {"epoch": 3}, TypeError, "no flag 'epoch'"),
+    ],
+)
+def test_lists_that_do_not_fit_are_an_error(arguments, flags, error, words):
+    with pytest.raises(error, match=words):
+        finetune.fit(*arguments, **flags)

@@ -7,8 +7,6 @@ import dataclasses
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -450,23 +448,6 @@ def test_files_are_written_where_a_folder_cannot_be_opened(tmp_path, monkeypatch
     save(tmp_path)
     save_new(tmp_path)
     assert version(tmp_path) == "new"
-
-
-def test_modules_can_be_imported_without_what_windows_lacks():
-    script = """
-import importlib, os, sys
-from pathlib import Path
-for name in ("fcntl", "resource"):
-    sys.modules[name] = None
-for name in ("sysconf", "wait4", "sync", "fork"):
-    delattr(os, name)
-for path in sorted(Path("files").glob("[!_]*.py")):
-    importlib.import_module(f"files.{path.stem}")
-"""
-    process = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True
-    )
-    assert process.returncode == 0, process.stderr
 
 
 # ------------------------------------------------------------------------------ flags and hardware

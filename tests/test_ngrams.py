@@ -20,7 +20,7 @@ from analysis.fit_ngrams import STRENGTHS, fit_ngrams, ngram_features
 from files import model_folder
 from files.disk import UserError
 from files.ngrams import N_BUCKETS, NgramModel, find_ngrams, load_ngrams
-from labels import LabeledDataset, validation_splits
+from labels import LabeledDataset, load, validation_splits
 
 
 def ngrams_by_hand(ids, cu_seqlens):
@@ -134,7 +134,7 @@ def test_the_saved_model_answers_as_it_was_measured(finetuned, topics):
     with np.load(out / "predictions.npz") as arrays:
         expected = arrays["pretrained+ngrams"]
         network = arrays["pretrained"]
-    texts = finetune.load(None, *topics)[1].texts
+    texts = load(None, *topics)[1].texts
     model, tokenizer, names = model_folder.open_model(out, torch.device("cpu"))
     answer = predict.make_answer(model, tokenizer, names, len(names), torch.float32)
     answers, _ = answer([predict.Item("", text) for text in texts])

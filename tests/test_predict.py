@@ -154,9 +154,10 @@ def test_one_output_is_a_number(pretrained, tmp_path, capsys, problem_type):
         with torch.no_grad():
             value = model(ids, torch.tensor([0, len(ids)], dtype=torch.int32), len(ids))
         assert record["value"] == pytest.approx(float(value), abs=1e-5)
-    assert len({record["value"] for record in records}) == len(TEXTS)
-    with pytest.raises(predict.UserError, match="not a classifier"):
-        predict.predict_texts(tmp_path, TEXTS)
+    values = [record["value"] for record in records]
+    assert len(set(values)) == len(TEXTS)
+    # perhaps in bfloat16
+    assert predict.predict_texts(tmp_path, TEXTS) == pytest.approx(values, abs=0.01)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -119,6 +120,7 @@ def test_snapshots_are_models_along_the_way(corpus_file, tmp_path):
 def test_zero_steps_save_the_initialization(corpus_file, tmp_path):
     metrics = train.main(run(corpus_file, tmp_path, *TINY, steps=0))
     assert metrics["step"] == 0 and metrics["validation_loss"] > 0
+    assert curve(tmp_path) and (tmp_path / "curve.png").exists()
     expected = build_model(open_corpus(tmp_path), "--steps", "0", *TINY).state_dict()
     assert all(torch.equal(weight, expected[n]) for n, weight in weights(tmp_path).items())
 
@@ -249,19 +251,45 @@ def test_a_maximum_gradient_norm_of_zero_is_no_clipping(corpus_file, tmp_path):
 # ------------------------------------------------------------------------------------------- resume
 
 
+class EventFile:
+    """As torch's SummaryWriter: a new file, beside those of earlier runs."""
+
+    def __init__(self, folder, purge_step):
+        folder.mkdir(exist_ok=True)
+        self.file = open(folder / f"events-{len(list(folder.iterdir()))}", "w")  # noqa: SIM115
+        self.flush = self.file.flush
+
+    def add_scalar(self, name, value, step):
+        self.file.write(json.dumps([step, name, value]) + "\n")
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(corpus_file, tmp_path, monkeypatch):
     """Lines of the curve beyond the checkpoint, and a torn last one, are cut off."""
+    tensorboard = SimpleNamespace(SummaryWriter=EventFile)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    often = ["--save-every", "5"]
+    often = ["--save-every", "5", "--tensorboard"]
     train.main(run(corpus_file, straight, *often))
     stop_after_first_checkpoint(monkeypatch, run(corpus_file, broken, *often))
     assert curve(broken) == [point for point in curve(straight) if point["step"] <= 5]
+    assert (broken / "curve.png").exists()  # it is drawn at each validation
     with open(broken / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "loss": 9.0}\n{"step": 7, "loss": 9')
     train.main(run(corpus_file, broken, *often, "--resume"))
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (straight / name).read_bytes() == (broken / name).read_bytes()
     assert curve(broken) == curve(straight)
+    points = [json.loads(line) for line in (broken / "metrics.jsonl").read_text().splitlines()]
+    scalars = [[p["step"], name, p[name]] for p in points for name in p if name != "step"]
+    [events] = (broken / "tensorboard").iterdir()
+    assert sorted(map(json.loads, events.read_text().splitlines())) == sorted(scalars)
+
+
+def test_without_tensorboard_its_flag_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match="pip install tensorboard"):
+        train.main(["--tensorboard", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_appends_to_its_curve(corpus_file, tmp_path, monkeypatch):
@@ -276,7 +304,7 @@ def test_a_run_appends_to_its_curve(corpus_file, tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "append_metrics", append_and_measure)
     train.main(run(corpus_file, tmp_path, *TINY, "--log-every", "2", steps=4))
     assert len({inode for inode, _ in sizes}) == 1
-    assert [[p["step"] for p in points] for _, points in sizes] == [[], [2], [], [4, 4]]
+    assert [[p["step"] for p in points] for _, points in sizes] == [[2], [4, 4]]
 
 
 def test_a_run_from_before_a_flag_is_resumed_with_its_default(corpus_file, tmp_path, monkeypatch):
@@ -546,26 +574,6 @@ def test_without_a_compiler_a_run_goes_on_and_says_so(corpus_file, tmp_path, mon
     train.main(run(corpus_file, tmp_path, "--compile", *TINY, steps=2))
     message = "--compile: No working C++ compiler found: continuing without it\n"
     assert message in capsys.readouterr().out
-
-
-WITHOUT_UNIX = """
-import os, sys
-sys.modules["fcntl"] = None
-del os.sysconf
-import train
-from files import run_folder
-assert run_folder.fcntl is None
-train.main(sys.argv[1:])
-"""
-
-
-def test_a_run_needs_neither_fcntl_nor_sysconf(corpus_file, tmp_path):
-    """Windows has neither."""
-    command = [sys.executable, "-c", WITHOUT_UNIX, *run(corpus_file, tmp_path, *TINY, steps=2)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    model_folder.load_model(tmp_path)
 
 
 def test_standard_input_is_a_corpus(corpus_file, tmp_path):
