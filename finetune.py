@@ -35,7 +35,7 @@ from files.cli import Parser, choose_hardware, flags_to_argv, flags_to_json, num
 from files.disk import UserError
 from files.entities import NOT_SCORED, TaggedDataset
 from files.examples import Dataset, balanced_weights, encode_examples, load_examples, load_lists
-from files.machine import Ranks
+from files.machine import Ranks, own_stream
 from files.model_card import describe_folder
 from files.step_monitor import StepMonitor
 from kernels.graphs import Recorded
@@ -181,8 +181,8 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
             are saved nor a figure drawn then.
     """
     args = parse_args(argv)
-    with run_folder.lock(args.out, args.model):
-        device, dtype = choose_hardware(args.device, args.dtype)
+    device, dtype = choose_hardware(args.device, args.dtype)
+    with run_folder.lock(args.out, args.model), own_stream(device):
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         config, weights, tokenizer, raw = model_folder.load_model(args.model)
         config, max_len = model_folder.choose_max_len(config, args.max_len, MAX_LEN, args.model)
@@ -247,9 +247,9 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
                 losses = []
                 for step, examples in enumerate(bar, epoch * steps_per_epoch):
                     set_learning_rates([optimizer], step, args.epochs * len(groups), args.warmup)
-                    n_targets = sum(int((targets[i] != NOT_SCORED).sum()) for i in examples)
+                    n_scored = sum(int((targets[i] != NOT_SCORED).sum()) for i in examples)
+                    n_targets = torch.tensor(max(1, n_scored), device=device)
                     micro_batch_size = math.ceil(len(examples) / args.accumulate)
-                    n_targets = torch.tensor(max(1, n_targets), device=device)
                     loss = torch.zeros((), device=device)
                     for members, inputs in batches(rows, examples, micro_batch_size, device):
                         expected = torch.from_numpy(np.concatenate([targets[i] for i in members]))

@@ -5,7 +5,6 @@ same --accumulate.
 """
 
 import contextlib
-import dataclasses
 import math
 import time
 from argparse import Namespace
@@ -20,19 +19,17 @@ from tqdm import tqdm
 
 from analysis.curve import make_recorder, require_tensorboard
 from data import Batch, Corpus
-from files import hub_names, machine, model_folder, run_folder
+from files import machine, model_folder, run_folder
 from files.cli import Parser, choose_hardware, flags_to_json, number, run_script
 from files.disk import UserError, to_json, write_file
 from files.machine import MICRO_BATCH_TOKENS, STEPS, Ranks
 from files.model_card import REVIEWS, describe_folder
-from files.model_folder import SavedModel, choose_max_len
-from files.other_tokenizers import open_tokenizer
+from files.starting_point import build_config, build_model, load_corpus
 from files.step_monitor import StepMonitor
 from files.threads import compute_ahead
-from files.token_cache import prepare
 from files.tokenizer import TRAINERS
 from kernels.graphs import Recorded
-from model import PRESETS, Config, MaskedLM, preset
+from model import PRESETS, MaskedLM
 from optim import flatten_gradients, make_optimizers, set_learning_rates, update_weights
 
 # The weight of each loss of MaskedLM.forward in the sum that is minimized.
@@ -121,57 +118,6 @@ def set_defaults(args: Namespace, device: torch.device, dtype: torch.dtype, rank
     for name, default in rates.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
-
-
-def build_config(args: Namespace, initial: SavedModel | None) -> Config:
-    """The shape of the model: that of --model, or the preset's with the flags; sets --max-len."""
-    if initial:
-        config = initial.config
-        config, args.max_len = choose_max_len(config, args.max_len, config.max_len, args.model)
-        return config
-    sizes = {"n_layers": args.layers, "d_model": args.d_model, "max_len": args.max_len}
-    config = preset(args.preset, family=args.family, vocab_size=args.vocab_size, **sizes)
-    args.max_len = config.max_len
-    return config
-
-
-def load_corpus(
-    args: Namespace, config: Config, initial: SavedModel | None, ranks: Ranks
-) -> Corpus:
-    """Tokenize the text on the first rank of each machine, and open it on all."""
-
-    def tokenize() -> Path:
-        tokenizer = initial.tokenizer if initial else None
-        if args.tokenizer:
-            tokenizer = open_tokenizer(args.tokenizer)
-        new = {"kind": args.tokenizer_kind or "wordpiece", "cased": args.cased}
-        return prepare(
-            args.corpus, config.vocab_size, tokenizer, args.text_column, args.min_count, **new
-        )
-
-    folder = ranks.from_first(tokenize, of_machine=True)
-    return Corpus(folder, args.max_len, args.micro_batch_tokens, args.seed, args.mask)
-
-
-def build_model(
-    args: Namespace, config: Config, corpus: Corpus, initial: SavedModel | None, ranks: Ranks
-) -> MaskedLM:
-    """The model at step 0: that of --model, or a new one with a spectral embedding."""
-    torch.manual_seed(args.seed)
-    model = MaskedLM(dataclasses.replace(config, vocab_size=corpus.vocab_size))
-    model.model.dropout.p = args.dropout
-    # a setting that could not be saved fails here, and not at the first checkpoint
-    hub_names.config_to_json(model.config, model.task, corpus.special)
-    if initial:
-        # a classifier has no decoder, and a bare encoder no head
-        missing = ("decoder.bias", "head", "pooler")
-        model_folder.load_weights(model, initial.weights, args.model, allow_missing=missing)
-    elif args.start == "spectral":
-        # the first rank of a machine computes it, the others read it from the cache
-        ranks.from_first(lambda: corpus.spectral_embedding(config.d_model).shape, of_machine=True)
-        vectors, occurs = corpus.initial_embedding(config.d_model, config.init_std, args.seed)
-        model.model.embeddings.tok_embeddings.weight.data[occurs] = vectors[occurs]
-    return model
 
 
 def load_step(corpus: Corpus, args: Namespace, micros: range, step: int) -> list[Batch]:

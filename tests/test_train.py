@@ -20,7 +20,7 @@ from conftest import SMALL, sentences
 
 import train
 from data import Batch, Corpus
-from files import model_folder, run_folder
+from files import model_folder, run_folder, starting_point
 from files.disk import CACHE, UserError
 from files.machine import Ranks
 from model import Config, MaskedLM, mean_pool
@@ -54,7 +54,8 @@ def open_corpus(out) -> Corpus:
 def build_model(corpus, *more) -> MaskedLM:
     """The model that a run starts with."""
     args = train.parse_args(["--max-len", "32", *more])
-    return train.build_model(args, train.build_config(args, None), corpus, None, Ranks(0, 1))
+    config = starting_point.build_config(args, None)
+    return starting_point.build_model(args, config, corpus, None, Ranks(0, 1))
 
 
 class PowerFailureError(Exception):
@@ -432,7 +433,8 @@ class TwoLosses(AllStates):
 
 
 def add_loss(monkeypatch, weight):
-    monkeypatch.setattr(train, "MaskedLM", TwoLosses)
+    for module in (train, starting_point):
+        monkeypatch.setattr(module, "MaskedLM", TwoLosses)
     monkeypatch.setitem(train.LOSS_WEIGHTS, "guess", weight)
 
 
@@ -440,7 +442,8 @@ def test_a_second_loss_of_weight_zero_leaves_the_run_bit_identical(
     corpus_file, tmp_path, monkeypatch
 ):
     plain, extended = tmp_path / "plain", tmp_path / "extended"
-    monkeypatch.setattr(train, "MaskedLM", AllStates)
+    for module in (train, starting_point):
+        monkeypatch.setattr(module, "MaskedLM", AllStates)
     train.main(run(corpus_file, plain, steps=3))
     add_loss(monkeypatch, 0.0)
     metrics = train.main(run(corpus_file, extended, steps=3))
