@@ -193,6 +193,7 @@ def update_weights(
     for optimizer in optimizers:
         optimizer.found_inf = found_inf  # as a GradScaler tells fused optimizers to skip a step
         scaler.step(optimizer)
+    scaler.update()
     gradients.zero_()
     return norm
 

@@ -215,8 +215,8 @@ def main(argv: list[str] | None = None, data: Corpus | None = None) -> dict[str,
         micros = range(ranks.rank, args.accumulate, ranks.n)
         uses_graphs = device.type == "cuda" and not scaler.is_enabled()
         forward_backward = Recorded(uses_graphs, ranks.log, add_gradients, model, autocast, scaler)
-        update = (update_weights, optimizers, scaler, gradients, args.clip)
-        update = Recorded(uses_graphs and ranks.n == 1, ranks.log, *update)
+        updating = (update_weights, optimizers, scaler, gradients, args.clip)
+        update = Recorded(uses_graphs and ranks.n == 1, ranks.log, *updating)
         n_weights = sum(p.numel() for p in model.parameters())
         step_tokens = args.accumulate * args.micro_batch_tokens
         ranks.log(f"{n_weights:,} weights on {device}, {args.dtype}; {step_tokens:,} tokens a step")

@@ -180,17 +180,19 @@ def test_parameters_without_influence_do_not_change_the_joint_norm():
 
 @pytest.mark.parametrize("bad", (math.nan, math.inf))
 @pytest.mark.parametrize("lr_muon", (0.02, 0.0))
-def test_a_step_whose_loss_or_gradient_is_not_finite_changes_no_weight(bad, lr_muon):
+@pytest.mark.parametrize("is_scaled", (False, True))
+def test_a_step_whose_loss_or_gradient_is_not_finite_changes_no_weight(bad, lr_muon, is_scaled):
     torch.manual_seed(0)
     model = MaskedLM(CONFIG)
     optimizers = make_optimizers(model, lr_muon, 3e-3, 1e-3, torch.float32)
     gradients = flatten_gradients(model)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    scaler = torch.amp.GradScaler("cpu", enabled=is_scaled)
 
     def step(loss: float, gradient: float) -> bool:
         """Whether the step changes weights."""
         gradients.normal_()
         gradients[5] = gradient
+        gradients.copy_(scaler.scale(gradients))
         before = torch.nn.utils.parameters_to_vector(model.parameters())
         set_learning_rates(optimizers, 1, 10, 0.1)
         norm = update_weights(optimizers, scaler, gradients, 1.0, torch.tensor(loss))
@@ -199,4 +201,6 @@ def test_a_step_whose_loss_or_gradient_is_not_finite_changes_no_weight(bad, lr_m
         assert after.isfinite().all()
         return not torch.equal(before, after)
 
-    assert step(1.0, 0.5) and not step(bad, 0.5) and not step(1.0, bad) and step(1.0, 0.5)
+    assert step(1.0, 0.5) and not step(1.0, bad) and step(1.0, 0.5)
+    assert not step(bad, bad if is_scaled else 0.5)  # a scaled loss has gradients like itself
+    assert scaler.get_scale() == (2.0**14 if is_scaled else 1)
