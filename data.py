@@ -222,11 +222,10 @@ class Corpus:
         order = np.random.default_rng(0).permutation(len(self.held_out))
         windows = self.held_out[order]
         chunk = np.cumsum(windows.length + 2, dtype=np.int64) // VALIDATION_CHUNK
-        n_chunks = VALIDATION_TOKENS // VALIDATION_CHUNK
         key = (0, streams.VALIDATION_MASKS)
         return [
             self._assemble(windows[chunk == i], (*key, int(i)), VALIDATION_MASK_RATE, None)
-            for i in np.unique(chunk)[:n_chunks]
+            for i in np.unique(chunk)[: VALIDATION_TOKENS // VALIDATION_CHUNK]
         ]
 
     def _assemble(
