@@ -58,8 +58,7 @@ SHAPE = {"n_layers": 3, "d_model": 192, "vocab_size": TARGETS, "max_len": PLACES
 STEPS = 500
 BATCH_SIZE = 128
 MASK_RATE = 0.6
-LR_MUON = 0.01
-LR_ADAMW = 2e-3
+PRETRAINING_RATES = (0.01, 2e-3, 2e-3)  # of Muon, of AdamW, and of embeddings
 FINETUNE_RATES = {"random weights": 1e-3, "fine-tuned": 5e-4}
 HEAD_C = 0.03  # of the layer that fine-tuning starts from, of features of variance 1
 WARMUP = 0.1
@@ -279,7 +278,7 @@ def half_whiten(vectors: np.ndarray, n: int) -> Tensor:
     return F.pad(torch.from_numpy(directions.astype(np.float32)), (0, n - directions.shape[1]))
 
 
-def hard_codes(soft: np.ndarray, n_train: int) -> np.ndarray:
+def hard_codes(soft: np.ndarray, n_train: int) -> Tensor:
     """The number of the nearest of TARGETS centroids to each patch, (N, P)."""
     sample = soft[: min(SAMPLE, n_train)].reshape(-1, soft.shape[2])
     directions = half_whiten(sample[:: max(1, len(sample) // 40_000)], N_COMPONENTS)
@@ -372,12 +371,7 @@ def pretrain(model: MaskedLM, soft: np.ndarray, codes: Tensor, n_steps: int, see
         [(total, count)] = model(batch.to(device)).values()
         return total / count
 
-    minimize(
-        model,
-        make_optimizers(model, LR_MUON, LR_ADAMW, LR_ADAMW, torch.float32),
-        n_steps,
-        masked_lm,
-    )
+    minimize(model, make_optimizers(model, *PRETRAINING_RATES, torch.float32), n_steps, masked_lm)
 
 
 @torch.no_grad()
@@ -473,13 +467,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse_args(argv)
     device, _ = choose_hardware(args.device, "float32")
     make_folder(args.out)
-    seconds: dict[str, float] = {}
     start_time = time.time()
-
-    def note_time(part: str) -> None:
-        seconds[part] = round(time.time() - start_time - sum(seconds.values()), 1)
-        print(f"{part}: {seconds[part]:.0f} s", flush=True)
-
     pictures, test = read_data(args)
     n_train = len(pictures.classes)
     n_seen = min(SAMPLE, n_train)
@@ -493,7 +481,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     codes = hard_codes(soft, n_train)
     flat = both.reshape(len(both), -1).astype(np.float32) / 255
     components = PCA(min(100, *flat[:n_train].shape), random_state=0).fit(flat[:n_seen])
-    note_time("codes")
 
     torch.manual_seed(args.seed)
     config = preset("tiny", **SHAPE)
@@ -506,7 +493,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     states = apply(model, lambda *x: mean_pool(model.model(*x), x[1]), soft)
     shown = np.r_[:n_seen, n_train : min(n_train + N_DRAWN, len(both))]
     draw_figure(args.out / "pictures.png", model, both[shown], soft[shown], codes[shown])
-    note_time("pretraining")
 
     linear = {
         "raw pixels": (flat, (flat.shape[1],)),
@@ -525,7 +511,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         }
         neighbour = KNeighborsClassifier(1).fit(flat[chosen], classes)
         guesses["1-nearest neighbour"] = neighbour.predict(flat[n_train:])
-        note_time(f"baselines, {n:,} labels")
         for method, lr in FINETUNE_RATES.items():
             torch.manual_seed(args.seed)
             classifier = Classifier(config, len(pictures.names), "mean")
@@ -539,12 +524,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             fine_tune(classifier, soft[chosen], classes, lr, args.seed)
             logits = apply(classifier, classifier, soft[n_train:])
             guesses[f"network, {method}"] = logits.argmax(1)
-            note_time(f"{method}, {n:,} labels")
         for method, guess in guesses.items():
             scores.setdefault(method, {})[str(n)] = float(np.mean(guess == test.classes))
         print_table(scores)
-        write_file(args.out / "metrics.json", to_json(scores | {"seconds": seconds}))
-    return scores | {"seconds": seconds}
+        metrics = scores | {"seconds": time.time() - start_time}
+        write_file(args.out / "metrics.json", to_json(metrics))
+    return metrics
 
 
 if __name__ == "__main__":
