@@ -137,7 +137,8 @@ def make_optimizers(
     else:
         adamw_groups.append({"params": matrices})
     options = {"betas": (0.9, 0.98), "weight_decay": 0.0, "fused": True}
-    options["capturable"] = embeddings[0].is_cuda  # lets a CUDA graph record it
+    options["capturable"] = next(model.parameters()).is_cuda  # lets a CUDA graph record it
+    adamw_groups = [group for group in adamw_groups if group["params"]]
     return [*optimizers, torch.optim.AdamW(adamw_groups, lr_adamw, **options)]
 
 

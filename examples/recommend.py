@@ -263,10 +263,6 @@ def linear_methods(
             yield about, linear(matrix, weights)
 
 
-def reach_weights(reach: int, p: float) -> np.ndarray:
-    return 1 / np.arange(1, reach + 1) ** p
-
-
 MARKOV = [(p, row, column) for p in (0.5, 1.0) for row in (0.0, 0.5, 1.0) for column in (0.0, 0.3)]
 RATES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.0)
 
@@ -279,7 +275,7 @@ def baselines(corpus: Corpus) -> dict[str, tuple[Callable, list[tuple[Any, np.nd
         vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
         return vectors @ vectors.T
 
-    orders = [((n, *c), reach_weights(n, c[0])) for n in (1, 5, 10, 20) for c in MARKOV]
+    orders = [((n, *c), 1 / np.arange(1, n + 1) ** c[0]) for n in (1, 5, 10, 20) for c in MARKOV]
     return {
         "most popular": (popularity, [(None, decay(0.0))]),
         "item-kNN": (item_knn, [(k, decay(1.0)) for k in (20, 50, 100, 200)]),
@@ -408,10 +404,9 @@ def network(model: MaskedLM, special: dict[str, int]) -> Scores:
     @torch.no_grad()
     def scores(histories: list[np.ndarray]) -> np.ndarray:
         batch = ask(histories, [special["pad"]] * len(histories), special, model.config.max_len)
-        batch = batch.to(device)
-        states = model.model(batch.ids, batch.cu_seqlens, batch.max_seqlen)
-        masked = model.head(states.index_select(0, batch.masked))  # (U, d_model)
-        return model.decoder(masked).cpu().numpy()
+        inputs = batch.to(device)[:3]
+        states = model.model(*inputs, rows=batch.masked.to(device))  # (U, d_model)
+        return model.decoder(model.head(states)).cpu().numpy()
 
     return scores
 
@@ -523,11 +518,8 @@ def print_table(
             f"NDCG@10 of {method} ({len(results[method])} seeds) less that of {best}, the best "
             f"baseline on the test: {lead.mean():+.4f} ({low:+.4f} to {high:+.4f}): {verdict}"
         )
-        figures[method]["lead"] = {
-            "over": best,
-            "mean": float(lead.mean()),
-            "interval": (low, high),
-        }
+        about = {"over": best, "mean": float(lead.mean()), "interval": (low, high)}
+        figures[method]["lead"] = about
     return figures
 
 

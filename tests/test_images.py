@@ -1,4 +1,4 @@
-"""examples/images.py: the readers, the codebook and the features by hand, and a run."""
+"""examples/images.py: the readers, the codes and the masks by hand, and a run."""
 
 import gzip
 import io
@@ -6,13 +6,15 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.decomposition import PCA
 
 from examples import images
 from files.disk import UserError
+from model import MaskedLM, preset
 
-TINY = "--layers 1 --d-model 64 --mask even --lr-embedding 0.01"
+TINY = {"n_layers": 1, "d_model": 64, "vocab_size": 16, "max_len": images.PLACES}
 
 
 def bars(n=150, side=12, seed=0):
@@ -43,10 +45,10 @@ def run(tmp_path_factory):
     (folder / "x.gz").write_bytes(gzip.compress(idx(pixels)))
     (folder / "y").write_bytes(idx(classes))
     patch = pytest.MonkeyPatch()
-    patch.setattr(images, "NETWORK", TINY)
+    patch.setattr(images, "SHAPE", TINY)
+    patch.setattr(images, "TARGETS", 16)
     patch.setattr(images, "BUDGETS", (30,))
-    patch.setattr(images, "MICRO_BATCH_TOKENS", 512)
-    patch.setattr(images, "FINETUNE_SEQUENCES", 400)
+    patch.setattr(images, "BATCH_SIZE", 16)
     flags = ["--images", f"{folder}/x.gz", "--labels", f"{folder}/y", "--out", f"{folder}/out"]
     metrics = images.main([*flags, "--codes", "8", "--steps", "20"])
     patch.undo()
@@ -63,75 +65,79 @@ def test_a_run_measures_all_methods_and_learns(run):
         assert figure.size == (2 * 12 * images.N_DRAWN, 2 * 12 * 3)
 
 
-def test_pretraining_sees_each_training_picture_shifted_and_no_test_picture(run):
-    rows = [json.loads(line)["ids"] for line in (run[0] / "train.jsonl").read_text().splitlines()]
-    pixels, classes = bars()
-    part, test = images.split(images.Pictures(pixels[..., None], classes, list("abc")))
-    assert (len(part.classes), len(test.classes)) == (120, 30)
-    codebook = images.Codebook(part.pixels, 2, 8)
-    codes = np.stack([codebook.encode(copy) for copy in images.copies(part.pixels)], axis=1)
-    assert rows == codes.reshape(-1, 36).tolist()
+def tiny_model(soft):
+    torch.manual_seed(0)
+    config = preset("tiny", **TINY)
+    model = MaskedLM(config)
+    model.model.embeddings = images.PatchEmbeddings(config, soft.shape[2])
+    return model.eval()
 
 
-def test_codes_are_those_of_the_nearest_centroids():
-    pixels, _ = bars(side=10)
-    codebook = images.Codebook(pixels[..., None], 4, 5)  # the edge is repeated up to 12 x 12
-    codes = codebook.encode(pixels[..., None])
-    padded = np.pad(pixels, ((0, 0), (0, 2), (0, 2)), "edge") / 255
-    centroids = codebook.centroids.numpy()
-    for place in range(9):
-        row, column = divmod(place, 3)
-        patches = padded[:, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4].reshape(-1, 16)
-        distances = ((patches[:, None] - centroids[place]) ** 2).sum(2)
-        np.testing.assert_array_equal(codes[:, place], 5 * place + distances.argmin(1))
-        np.testing.assert_array_equal(
-            codebook.decode(codes)[:, place], centroids[place][codes[:, place] % 5]
-        )
+def test_masked_patches_are_unknown_to_the_network_and_learned_from_the_others(monkeypatch):
+    monkeypatch.setattr(images, "TARGETS", 16)
+    pixels, _ = bars()
+    soft = images.soft_codes(pixels[..., None], 120, 4, 8)
+    codes = images.hard_codes(soft, 120)
+    model = tiny_model(soft)
+    is_masked = images.draw_masks((30, images.PLACES), 0.5, np.random.default_rng(0))
+    assert (is_masked.sum(1) == images.PLACES // 2).all()
 
+    def accuracy(noise):
+        with torch.no_grad():
+            inputs = torch.from_numpy(soft[120:]) + noise * is_masked[..., None]
+            logits = model.logits(*images.make_inputs(inputs, is_masked))
+        guesses = logits.argmax(1).view(is_masked.shape)
+        return float((guesses == codes[120:])[is_masked].float().mean()), logits
 
-def test_few_distinct_patches_are_coded_without_loss():
-    pixels = np.zeros((20, 4, 4, 3), np.uint8)
-    pixels[::2, :2] = 200
-    codebook = images.Codebook(pixels, 2, 50)
-    decoded = codebook.decode(codebook.encode(pixels))
-    np.testing.assert_allclose(decoded, codebook.patches(pixels), atol=1e-6)
+    before, logits = accuracy(0.0)
+    assert torch.equal(accuracy(9.0)[1], logits)
+    images.pretrain(model, soft[:120], codes[:120], 60, seed=0)
+    assert accuracy(0.0)[0] > before + 0.2
 
 
 def test_the_vectors_of_a_picture_add_up_to_its_principal_components():
     pixels, _ = bars()
-    codebook = images.Codebook(pixels[..., None], 3, 6)
-    codes = codebook.encode(pixels[..., None])
-    vectors = codebook.vectors(codes, 8)
-    pictures = codebook.decode(codes).reshape(len(codes), -1)
-    expected = PCA(8, random_state=0).fit_transform(pictures)
-    np.testing.assert_allclose(vectors[codes].sum(1), expected, atol=1e-4)
-    sums = images.sum_vectors(vectors, np.stack((codes, codes[::-1])))
-    np.testing.assert_allclose(sums, (expected + expected[::-1]) / 2, atol=1e-4)
+    soft = images.soft_codes(pixels[..., None], 150, 4, 8)
+    embeddings = tiny_model(soft).model.embeddings
+    embeddings.start_from(soft)
+    embeddings.norm = torch.nn.Identity()
+    embeddings.positions.data.zero_()
+    codes, cu_seqlens, _ = images.make_inputs(torch.from_numpy(soft))
+    with torch.no_grad():
+        sums = embeddings(codes, cu_seqlens, None).unflatten(0, (150, -1)).sum(1)
+    components = PCA(64, random_state=0).fit_transform(soft.reshape(150, -1))
+    components /= components.std(0) ** 0.5
+    ratio = torch.pdist(sums).numpy() / torch.pdist(torch.from_numpy(components)).numpy()
+    np.testing.assert_allclose(ratio, ratio[0], rtol=1e-3)
 
 
-def test_shifted_copies_repeat_the_edge():
-    picture = np.arange(12, dtype=np.uint8).reshape(1, 3, 4, 1)
-    same, down_right, up_left = (copy[0, :, :, 0].tolist() for copy in images.copies(picture))
-    assert same == picture[0, :, :, 0].tolist()
-    assert down_right == [[0, 0, 1, 2], [0, 0, 1, 2], [4, 4, 5, 6]]
-    assert up_left == [[5, 6, 7, 7], [9, 10, 11, 11], [9, 10, 11, 11]]
+def test_hard_codes_name_the_nearest_centroids(monkeypatch):
+    monkeypatch.setattr(images, "TARGETS", 3)
+    soft = np.random.default_rng(0).normal(0, 0.1, (20, images.PLACES, 2)).astype(np.float32)
+    groups = np.arange(20 * images.PLACES).reshape(20, -1) % 3
+    soft += np.array([[0, 0], [4, 0], [0, 4]], np.float32)[groups]
+    codes = images.hard_codes(soft, 20).numpy()
+    pairs = set(zip(groups.flat, codes.flat, strict=True))
+    assert len(pairs) == 3 and len({code for _, code in pairs}) == 3
 
 
-def test_kmeans_features_are_those_by_hand(monkeypatch):
-    monkeypatch.setattr(images, "FILTERS", 7)
-    pixels, _ = bars(20, side=11)
-    features = images.PatchFeatures(pixels[..., None])
-    got = features(pixels[..., None])[3].reshape(7, 3, 3)
-    maps = np.zeros((6, 6, 7))
-    for row in range(6):
-        for column in range(6):
-            patch = pixels[3, row : row + 6, column : column + 6].reshape(-1).astype(float)
-            patch = (patch - patch.mean()) / np.sqrt(patch.var(ddof=1) + 10)
-            white = (patch - features.mean.numpy()) @ features.whiten.numpy()
-            distances = np.linalg.norm(white - features.centroids.numpy(), axis=1)
-            maps[row, column] = np.maximum(0, distances.mean() - distances)
-    expected = maps.reshape(3, 2, 3, 2, 7).mean((1, 3)).transpose(2, 0, 1)
-    np.testing.assert_allclose(got, expected, atol=1e-4)
+def test_soft_codes_are_those_by_hand(monkeypatch):
+    pixels, _ = bars(20, side=13)
+    made = []
+    monkeypatch.setattr(
+        images, "fit_kmeans", lambda v, n: made.append(v) or torch.from_numpy(v[:n])
+    )
+    soft = images.soft_codes(pixels[..., None], 20, 6, 7)
+    order = torch.randperm(20 * 64, generator=torch.Generator())
+    centroids = made[0][:7]
+    white = np.empty_like(made[0])
+    white[order] = made[0]
+    distances = np.linalg.norm(white[:, None] - centroids, axis=2)  # (windows, K)
+    active = np.maximum(0, distances.mean(1, keepdims=True) - distances)
+    pooled = active.reshape(20, 4, 2, 4, 2, 7).mean((2, 4)).reshape(20, 16, 7)
+    expected = (pooled - pooled.mean(0)) / (pooled.std(0) + 0.02)
+    np.testing.assert_allclose(soft, expected, atol=1e-3)
+    np.testing.assert_allclose(np.cov(made[0].T), np.eye(36), atol=0.4)  # white
 
 
 def test_all_forms_of_a_file_hold_the_same_pictures(tmp_path):
@@ -222,7 +228,9 @@ def test_bad_folders_and_patches_end_in_one_line(tmp_path):
         images.main(flags)
     for i, picture in enumerate(PIXELS[:4]):
         Image.fromarray(picture).save(folder / f"b/{i}.png")
-    with pytest.raises(UserError, match="--patch 13: the pictures have 12 x 12 pixels"):
+    with pytest.raises(
+        UserError, match="--patch 13: the shorter side of the pictures has 12 pixels"
+    ):
         images.main([*flags, "--patch", "13"])
     other = tmp_path / "other" / "c"
     other.mkdir(parents=True)
