@@ -138,7 +138,6 @@ def make_optimizers(
         adamw_groups.append({"params": matrices})
     options = {"betas": (0.9, 0.98), "weight_decay": 0.0, "fused": True}
     options["capturable"] = next(model.parameters()).is_cuda  # lets a CUDA graph record it
-    adamw_groups = [group for group in adamw_groups if group["params"]]
     return [*optimizers, torch.optim.AdamW(adamw_groups, lr_adamw, **options)]
 
 
@@ -212,11 +211,11 @@ def set_learning_rates(
     rising = (step + 1) / n_warmup
     falling = (n_steps - step) / max(1, n_steps - n_warmup)
     factor = min(rising, falling, 1.0)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            peak = group.setdefault("peak_lr", group["lr"])
-            device = group["params"][0].device
-            if not isinstance(group["lr"], Tensor) or group["lr"].device != device:
-                group["lr"] = torch.zeros((), device=device)  # a recorded step reads this tensor
-            group["lr"].fill_(peak * factor)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for group in groups:
+        peak = group.setdefault("peak_lr", group["lr"])
+        device = group["params"][0].device if group["params"] else "cpu"
+        if not isinstance(group["lr"], Tensor) or group["lr"].device != device:
+            group["lr"] = torch.zeros((), device=device)  # a recorded step reads this tensor
+        group["lr"].fill_(peak * factor)
     return factor
