@@ -38,7 +38,7 @@ from files.examples import Dataset, balanced_weights, encode_examples, load_exam
 from files.machine import Ranks, own_stream
 from files.model_card import describe_folder
 from files.step_monitor import StepMonitor
-from kernels.graphs import Recorded
+from kernels.graphs import Recorded, can_record
 from labels import batches
 from model import Classifier, Config, Tagger
 from optim import flatten_gradients, parameter_groups, set_learning_rates, update_weights
@@ -201,7 +201,7 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
         print_summary(about, args.epochs, max_len)
         targets, mean, scale = standardize(targets, train)
         class_weights = balanced_weights(train).to(device) if args.class_weights else None
-        uses_graphs = device.type == "cuda" and dtype != torch.float16
+        uses_graphs = can_record(device, dtype, config.head_dim)
         steps_per_epoch = math.ceil(len(train) / args.batch_size)
 
         for method in args.methods:
@@ -253,6 +253,9 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
                     loss = torch.zeros((), device=device)
                     for members, inputs in batches(rows, examples, micro_batch_size, device):
                         expected = torch.from_numpy(np.concatenate([targets[i] for i in members]))
+                        if isinstance(model, Tagger):  # one per token, those of fillers too
+                            n_fillers = len(inputs[0]) - len(expected)
+                            expected = F.pad(expected, (0, n_fillers), value=NOT_SCORED)
                         loss += forward_backward(expected.to(device), n_targets, *inputs)
 
                     grad_norm = update_weights([optimizer], scaler, gradients, args.clip, loss)

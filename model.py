@@ -277,7 +277,8 @@ class Encoder(nn.Module):
         config = self.config
         if not config.is_modern:
             return {None: None}
-        n_positions = -(-max_seqlen // 64) * 64  # few different ones, whose tables are cached
+        # so few different ones that none leaves the cache: CUDA graphs point to them
+        n_positions = 2 ** max(6, (max_seqlen - 1).bit_length())
         tables = {}
         for window in {layer.attn.window for layer in self.layers}:
             theta = config.global_rope_theta if window is None else config.local_rope_theta

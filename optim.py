@@ -136,9 +136,8 @@ def make_optimizers(
         optimizers.append(Muon(matrices, lr_muon, dtype, n_maps=n_maps))
     else:
         adamw_groups.append({"params": matrices})
-    options = {"betas": (0.9, 0.98), "weight_decay": 0.0, "fused": True}
-    options["capturable"] = next(model.parameters()).is_cuda  # lets a CUDA graph record it
-    return [*optimizers, torch.optim.AdamW(adamw_groups, lr_adamw, **options)]
+    adamw = torch.optim.AdamW(adamw_groups, lr_adamw, (0.9, 0.98), weight_decay=0.0, fused=True)
+    return [*optimizers, adamw]
 
 
 def flatten_gradients(model: nn.Module) -> Tensor:
@@ -192,7 +191,9 @@ def update_weights(
     found_inf = 1.0 - (loss + norm).isfinite().float()
     for optimizer in optimizers:
         optimizer.found_inf = found_inf  # as a GradScaler tells fused optimizers to skip a step
-        scaler.step(optimizer)
+        # an enabled one tells each optimizer of its own gradients only
+        if not (scaler.is_enabled() and found_inf):
+            scaler.step(optimizer)
     scaler.update()
     gradients.zero_()
     return norm
@@ -214,8 +215,10 @@ def set_learning_rates(
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     for group in groups:
         peak = group.setdefault("peak_lr", group["lr"])
-        device = group["params"][0].device if group["params"] else "cpu"
+        device = group["params"][0].device if group["params"] else torch.device("cpu")
         if not isinstance(group["lr"], Tensor) or group["lr"].device != device:
             group["lr"] = torch.zeros((), device=device)  # a recorded step reads this tensor
+            if "capturable" in group:  # of a checkpoint from another device
+                group["capturable"] = group["lr"].is_cuda
         group["lr"].fill_(peak * factor)
     return factor

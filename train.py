@@ -9,6 +9,7 @@ import math
 import time
 from argparse import Namespace
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from files.starting_point import build_config, build_model, load_corpus
 from files.step_monitor import StepMonitor
 from files.threads import compute_ahead
 from files.tokenizer import TRAINERS
-from kernels.graphs import Recorded
+from kernels.graphs import Recorded, can_record
 from model import PRESETS, MaskedLM
 from optim import flatten_gradients, make_optimizers, set_learning_rates, update_weights
 
@@ -213,7 +214,7 @@ def main(argv: list[str] | None = None, data: Corpus | None = None) -> dict[str,
         if args.compile:
             machine.compile_blocks(model.model.layers, device, ranks.log)
         micros = range(ranks.rank, args.accumulate, ranks.n)
-        uses_graphs = device.type == "cuda" and not scaler.is_enabled()
+        uses_graphs = can_record(device, dtype, config.head_dim)
         forward_backward = Recorded(uses_graphs, ranks.log, add_gradients, model, autocast, scaler)
         updating = (update_weights, optimizers, scaler, gradients, args.clip)
         update = Recorded(uses_graphs and ranks.n == 1, ranks.log, *updating)
@@ -224,7 +225,7 @@ def main(argv: list[str] | None = None, data: Corpus | None = None) -> dict[str,
         bar = tqdm(total=args.steps, initial=state["step"], unit="step", disable=ranks.hide_bar)
         signals = stack.enter_context(machine.collect_signals())
         durations = []  # of the steps since the last point of the curve, in seconds
-        unread: deque[dict[str, Tensor]] = deque()  # what the last steps computed
+        unread: deque[Callable] = deque()  # functions that return what the last steps computed
         interrupted = False
         steps = range(state["step"], args.steps)
         for step, batches in compute_ahead(partial(load_step, corpus, args, micros), steps):
@@ -240,7 +241,8 @@ def main(argv: list[str] | None = None, data: Corpus | None = None) -> dict[str,
             values = ranks.sum(losses | {"signals": len(signals)}, device)  # ranks decide alike
             loss = weighted_sum({name: values[name] for name in LOSS_WEIGHTS})
             ranks.sum_in_place(gradients)
-            unread.append(values | {"loss": loss, "grad_norm": update(loss)})
+            values |= {"loss": loss, "grad_norm": update(loss)}
+            unread.append(machine.start_reading(values))
             bar.update()
 
             done = step + 1
@@ -250,7 +252,7 @@ def main(argv: list[str] | None = None, data: Corpus | None = None) -> dict[str,
             # a GPU goes on with the next step while these values are read, where nothing needs them
             is_read = is_point or is_saved or not uses_graphs
             while len(unread) > 1 or (unread and (is_read or interrupted or monitor.gave_up)):
-                values = {name: float(value) for name, value in unread.popleft().items()}
+                values = unread.popleft()()
                 interrupted = values.pop("signals") > 0
                 if message := monitor.check(values["loss"], values["grad_norm"]):
                     ranks.log(f"step {done - len(unread)}: {message}")

@@ -7,13 +7,16 @@ written after each part; a part that fails leaves its error there.
     machine     the rates of copying and of a large matrix multiplication, the limits of the rest
     layer       the matrix multiplications of a layer of base
     operations  each operation forward and backward, in a CUDA graph: milliseconds
-    steps       training steps, ours and those of transformers; shares of the peak (MFU)
     profile     milliseconds of three steps by kinds of kernels
     loss        after 200 steps with and without CUDA graphs
     finetune    fine-tuning on texts as short as MR's and as long as IMDb's
+    step        training steps of a shape, ours and transformers'; shares of the peak (MFU)
 """
 
+import functools
+import gc
 import itertools
+import re
 import statistics
 import subprocess
 import sys
@@ -46,7 +49,7 @@ KINDS = {
     "add-norm": "_add_norm",
     "GeGLU": "_geglu",
     "vocabulary head": "_softmax_cross_entropy",
-    "matrix multiplication": "gemm|nvjet|cutlass|xmma",
+    "matrix multiplication": "gemm|nvjet|cutlass|xmma|splitk",
     "copies and casts": "copy|memcpy|memset|fill",
 }
 
@@ -134,6 +137,7 @@ def layer(hardware: Hardware) -> dict[str, float]:
 def operations(hardware: Hardware) -> dict[str, dict[str, float | str]]:
     result = {}
     for width in WIDTHS:
+        torch.compiler.reset()
         config = config_of(f"1x{width}")
         batch = next(random_batches(config, TOKENS[-1], hardware.device))
         for name, calls in references.operations(batch, config, hardware, compiles=True).items():
@@ -142,34 +146,45 @@ def operations(hardware: Hardware) -> dict[str, dict[str, float | str]]:
     return result
 
 
-def steps(hardware: Hardware) -> dict[str, dict[str, Any]]:
-    """Tokens per second; of ours the share of the GPU's peak too."""
+def steps(shape: str, hardware: Hardware) -> dict[str, dict[str, Any]]:
+    """Tokens per second; of ours the share of the GPU's peak too.
+
+    ModernBERT is compiled for one number of tokens only, because that takes its time.
+    """
     peaks = [peak for name, peak in PEAK.items() if name in hardware.name]
-    result: dict = defaultdict(dict)
-    for shape, n_tokens in itertools.product(SHAPES, (TOKENS[0], TOKENS[-1])):
-        config = config_of(shape)
+    config = config_of(shape)
+    compiled_for = TOKENS[0] if shape == SHAPES[0] else TOKENS[-1]
+    result = {}
+    for n_tokens in (TOKENS[0], TOKENS[-1]):
         batches = random_batches(config, n_tokens, hardware.device)
-        ours = {"eager": (False, False), "graphs": (False, True), "compiled": (True, False)}
-        calls = {
-            f"ours, {name}": our_step(config, hardware, compiled, batches, uses_graphs)
-            for name, (compiled, uses_graphs) in (ours | {"compiled, graphs": (True, True)}).items()
-        }
-        for name, compiled in itertools.product(("bert", "modernbert"), (False, True)):
-            arguments = (name, config, "sdpa", hardware, compiled, batches)
-            calls[f"{name}{', compiled' * compiled}"] = reference_step(*arguments)
-        flops = model_flops(config, next(batches))
-        for name in list(calls):
+        some = list(itertools.islice(batches, 8))
+        flops = model_flops(config, some[0])
+        ours = functools.partial(our_step, config, hardware, batches=batches)
+        makers = {"ours, eager": ours, "ours, graphs": functools.partial(ours, uses_graphs=True)}
+        makers["ours, compiled"] = functools.partial(ours, compiled=True)
+        makers["ours, compiled, graphs"] = functools.partial(makers["ours, graphs"], compiled=True)
+        inputs = itertools.cycle([references.padded_inputs(batch) for batch in some])
+        for name in ("bert", "modernbert"):
+            arguments = (reference_step, name, config, "sdpa", hardware)
+            makers[name] = functools.partial(*arguments, inputs=inputs)
+        if n_tokens == compiled_for:
+            makers["modernbert, compiled"] = functools.partial(makers["modernbert"], compiled=True)
+
+        for name, make in makers.items():
+            torch.compiler.reset()  # its limit of variants counts those of all models together
+            gc.collect()
+            torch.cuda.empty_cache()
             try:
-                time_of_step = milliseconds(calls.pop(name), n_calls=5, n_rounds=3)
-            except Exception as error:
-                result[f"{shape}, {n_tokens} tokens"][name] = repr(error)[:200]
+                time_of_step = milliseconds(make(), n_calls=5, n_rounds=3)
+            except Exception as error:  # out of memory
+                result[f"{n_tokens} tokens, {name}"] = {"error": repr(error)[:200]}
                 continue
             row = {"tokens/s": round(1e3 * n_tokens / time_of_step)}
             if peaks and name.startswith("ours"):
                 row["MFU"] = round(flops / time_of_step / 1e9 / peaks[0], 3)
-            result[f"{shape}, {n_tokens} tokens"][name] = row
-            print(f"{shape}, {n_tokens} tokens, {name}: {row}", flush=True)
-    return dict(result)
+            result[f"{n_tokens} tokens, {name}"] = row
+            print(f"step {shape}, {n_tokens} tokens, {name}: {row}", flush=True)
+    return result
 
 
 def kernel_times(hardware: Hardware) -> dict[str, float]:
@@ -183,8 +198,10 @@ def kernel_times(hardware: Hardware) -> dict[str, float]:
         torch.cuda.synchronize()
     times: dict[str, float] = defaultdict(float)
     for event in profiler.key_averages():
-        names = [k for k, parts in KINDS.items() if any(p in event.key for p in parts.split("|"))]
-        times[(names or ["other"])[0]] += event.self_device_time_total / 1e3
+        if event.is_user_annotation:
+            continue
+        kinds = [k for k, parts in KINDS.items() if re.search(parts, event.key.lower())]
+        times[(kinds or ["other"])[0]] += event.self_device_time_total / 1e3
     return {name: round(value, 2) for name, value in times.items()}
 
 
@@ -225,10 +242,10 @@ PARTS: dict[str, Callable[[Hardware], Any]] = {
     "machine": machine,
     "layer": layer,
     "operations": operations,
-    "steps": steps,
     "profile": kernel_times,
     "loss": loss,
     "finetune": finetune,
+    **{f"step {shape}": functools.partial(steps, shape) for shape in SHAPES},
 }
 
 

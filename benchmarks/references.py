@@ -36,7 +36,8 @@ IGNORED = -100  # the label of a token that is not predicted
 
 def pad(flat: Tensor, cu_seqlens: Tensor, value: int = 0, at_least: int = 0) -> Tensor:
     """Pad sequences that lie end to end, (T,), to the longest or to `at_least`: (S, L)."""
-    sequences = flat.split(cu_seqlens.diff().tolist())
+    lengths = [length for length in cu_seqlens.diff().tolist() if length]
+    sequences = flat.split(lengths)
     padded = pad_sequence(sequences, batch_first=True, padding_value=value)
     return F.pad(padded, (0, max(0, at_least - padded.shape[1])), value=value)
 
@@ -112,16 +113,19 @@ def build(name: str, config: Config, attention: str, n_labels: int = 0) -> nn.Mo
 def padded_attention(batch: Batch, rope: Rope) -> Callable[..., Tensor]:
     """Attention of qkv (T, 3, H, D) by padding and F.scaled_dot_product_attention."""
     lengths = batch.cu_seqlens.diff()
+    starts = batch.cu_seqlens[:-1][lengths > 0]
+    lengths = lengths[lengths > 0]
     position = torch.arange(len(rope[0]), device=lengths.device)
     is_token = position < lengths[:, None]  # (S, L)
-    index = (batch.cu_seqlens[:-1, None] + position).clamp(max=len(batch.ids) - 1)
+    rows = is_token.flatten().nonzero()[:, 0]  # here, because it waits for a GPU
+    index = (starts[:, None] + position).clamp(max=len(batch.ids) - 1)
 
     def attend(qkv: Tensor, *_: Any) -> Tensor:
         q, k, v = qkv[index].permute(2, 0, 3, 1, 4)  # (S, H, L, D) each
         q = rotate(q, rope)
         k = rotate(k, rope)
         heads = F.scaled_dot_product_attention(q, k, v, is_token[:, None, None])
-        return heads.transpose(1, 2)[is_token]  # (T, H, D)
+        return heads.transpose(1, 2).flatten(0, 1).index_select(0, rows)  # (T, H, D)
 
     return attend
 

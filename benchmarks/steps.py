@@ -100,16 +100,16 @@ def reference_step(
     attention: str,
     hardware: Hardware,
     compiled: bool = False,
-    batches: Iterator[Batch] | None = None,
+    inputs: Iterator[dict[str, Tensor]] | None = None,
 ) -> Call:
-    """The step of a reference implementation on the same batches, padded."""
+    """The step of a reference implementation, by default on the same batches, padded."""
     model = references.build(name, config, attention).to(hardware.device)
     if compiled:
         model.compile(dynamic=True)
-    batches = batches or pretraining_batches(hardware)
+    inputs = inputs or map(references.padded_inputs, pretraining_batches(hardware))
 
     def next_loss() -> Tensor:
-        return model(**references.padded_inputs(next(batches))).loss
+        return model(**next(inputs)).loss
 
     return training_step(model, next_loss, hardware)
 

@@ -155,6 +155,8 @@ def choose_hardware(device_name: str | None, dtype_name: str) -> tuple[torch.dev
     except ValueError as error:
         raise UserError(str(error)) from None
 
+    if device.index is not None:
+        torch.cuda.set_device(device)  # Triton launches its kernels on the current one
     if dtype_name != "auto":
         return device, getattr(torch, dtype_name)
     return device, torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32

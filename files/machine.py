@@ -3,6 +3,7 @@
 import argparse
 import atexit
 import contextlib
+import datetime
 import functools
 import os
 import platform
@@ -99,11 +100,30 @@ def join_ranks(device: torch.device) -> Ranks:
             raise ValueError("no such rank")
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # the others wait while the first one tokenizes a large corpus
+        timeout = datetime.timedelta(days=1)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{variables}: {first_line(error)}; torchrun sets them") from None
     atexit.register(dist.destroy_process_group)
     return Ranks(dist.get_rank(), dist.get_world_size())
+
+
+def start_reading(values: dict[str, Tensor]) -> Callable[[], dict[str, float]]:
+    """Copy values to the CPU; the function that is returned waits for this copy alone, and not for
+    what the GPU is given to do afterwards."""
+    copies = torch.stack(list(values.values()))
+    copied = torch.cuda.Event() if copies.is_cuda else None
+    copies = copies.to("cpu", non_blocking=True)
+    if copied:
+        copied.record()
+
+    def read() -> dict[str, float]:
+        if copied:
+            copied.synchronize()
+        return dict(zip(values, copies.tolist(), strict=True))
+
+    return read
 
 
 def own_stream(device: torch.device) -> AbstractContextManager:
@@ -184,6 +204,8 @@ def compile_blocks(blocks: Iterable[nn.Module], device: torch.device, log: Calla
     if problem:
         log(f"--compile: {problem}: continuing without it")
         return
+    # of all blocks together, which share their code: a few shapes each, in training and validation
+    torch._dynamo.config.recompile_limit = 64
     for block in blocks:
         block.compile()
 

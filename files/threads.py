@@ -36,10 +36,17 @@ def answer_in_order(
 
     n_threads = torch.get_num_threads()
     half = -(-n_threads // 2)
+    gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+    def start() -> None:
+        torch.set_num_threads(half)
+        if gpu is not None:
+            torch.cuda.set_device(gpu)
+
     previous: Future = Future()
     previous.set_result(None)
     try:
-        with ThreadPoolExecutor(min(2, n_threads), "", torch.set_num_threads, (half,)) as pool:
+        with ThreadPoolExecutor(min(2, n_threads), "", start) as pool:
             while batch := list(itertools.islice(items, batch_size)):
                 current = pool.submit(run, batch, previous)
                 previous.result()

@@ -14,8 +14,18 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from kernels import dispatch
+from kernels.attention import FLASH_HEAD_DIMS
+
 WARM_UP = 3  # calls of a shape before its recording: Triton compiles, optimizers create their state
 MAX_RECORDINGS = 64
+
+
+def can_record(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether steps never wait for a GPU, as torch's attention and the scaler of float16 do."""
+    is_triton = dispatch.triton is not None and dispatch.FORCED != "torch"
+    has_kernel = is_triton and head_dim in FLASH_HEAD_DIMS
+    return device.type == "cuda" and dtype != torch.float16 and has_kernel
 
 
 def pad_sequences(cu_seqlens: Tensor) -> Tensor:
@@ -70,7 +80,8 @@ class Recorded:
             if isinstance(leaf, Tensor):
                 own_input.copy_(leaf, non_blocking=True)
         graph.replay()
-        return tree_map(torch.clone, outputs)  # the next replay overwrites them
+        # copies: the next replay overwrites them, of another recording too, which shares the pool
+        return tree_map(torch.clone, outputs)
 
     def _record(self, leaves: list, structure: Any) -> bool:
         """Record the function on copies of the inputs, without running it; whether it worked."""
@@ -85,6 +96,7 @@ class Recorded:
                 outputs = self.function(*tree_unflatten(own_inputs, structure))
         except Exception as error:  # of CUDA, of Triton, or of the function
             self.is_enabled = False
+            self.recordings.clear()  # and their memory, which may have been what was missing
             reason = str(error).partition("\n")[0]
             self.log(f"CUDA graphs are not used: {type(error).__name__}: {reason}")
             return False

@@ -483,6 +483,7 @@ def machine(monkeypatch):
         has_cuda = capability is not None
         monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: n_devices if has_cuda else 0)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)

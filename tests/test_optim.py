@@ -188,10 +188,10 @@ def test_a_step_whose_loss_or_gradient_is_not_finite_changes_no_weight(bad, lr_m
     gradients = flatten_gradients(model)
     scaler = torch.amp.GradScaler("cpu", enabled=is_scaled)
 
-    def step(loss: float, gradient: float) -> bool:
-        """Whether the step changes weights."""
+    def step(loss: float, gradient: float, name: str = "head.dense.weight") -> bool:
+        """Whether a step changes weights; `gradient` is one of the numbers of a parameter's."""
         gradients.normal_()
-        gradients[5] = gradient
+        model.get_parameter(name).grad[0, 0] = gradient
         gradients.copy_(scaler.scale(gradients))
         before = torch.nn.utils.parameters_to_vector(model.parameters())
         set_learning_rates(optimizers, 1, 10, 0.1)
@@ -202,5 +202,6 @@ def test_a_step_whose_loss_or_gradient_is_not_finite_changes_no_weight(bad, lr_m
         return not torch.equal(before, after)
 
     assert step(1.0, 0.5) and not step(1.0, bad) and step(1.0, 0.5)
+    assert not step(1.0, bad, "model.embeddings.tok_embeddings.weight")
     assert not step(bad, bad if is_scaled else 0.5)  # a scaled loss has gradients like itself
-    assert scaler.get_scale() == (2.0**14 if is_scaled else 1)
+    assert scaler.get_scale() == (2.0**13 if is_scaled else 1)
