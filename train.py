@@ -1,7 +1,6 @@
 """Pretrain: python train.py. Reads text, and leaves a model that finetune.py and transformers load.
 
-On several GPUs: torchrun --nproc-per-node 8 train.py --accumulate 8, which equals one GPU with the
-same --accumulate.
+On several GPUs: torchrun --nproc-per-node 8 train.py --accumulate 8, with the result of one GPU.
 """
 
 import contextlib
@@ -121,15 +120,15 @@ def set_defaults(args: Namespace, device: torch.device, dtype: torch.dtype, rank
             setattr(args, name, default)
 
 
-def load_step(corpus: Corpus, args: Namespace, micros: range, step: int) -> list[Batch]:
-    """The micro-batches of a step."""
+def load_step(corpus: Corpus, args: Namespace, ranks: Ranks, step: int) -> list[Batch]:
+    """The micro-batches of a step that belong to this rank."""
+    micros = range(ranks.rank, args.accumulate, ranks.n)
     return [corpus.batch(step, micro, args.accumulate, args.mask_rate) for micro in micros]
 
 
 def total_counts(batches: list[Batch]) -> dict[str, int]:
     """How many elements each loss sums over in all of the batches."""
-    counts = [MaskedLM.loss_counts(batch) for batch in batches]
-    return {name: sum(count[name] for count in counts) for name in LOSS_WEIGHTS}
+    return {name: sum(MaskedLM.loss_counts(b)[name] for b in batches) for name in LOSS_WEIGHTS}
 
 
 def weighted_sum(losses: dict[str, Any]) -> Any:
@@ -213,7 +212,6 @@ def main(argv: list[str] | None = None, data: Corpus | None = None) -> dict[str,
         built_in = [] if args.corpus or data else list(REVIEWS)
         if args.compile:
             machine.compile_blocks(model.model.layers, device, ranks.log)
-        micros = range(ranks.rank, args.accumulate, ranks.n)
         uses_graphs = can_record(device, dtype, config.head_dim)
         forward_backward = Recorded(uses_graphs, ranks.log, add_gradients, model, autocast, scaler)
         updating = (update_weights, optimizers, scaler, gradients, args.clip)
@@ -227,8 +225,8 @@ def main(argv: list[str] | None = None, data: Corpus | None = None) -> dict[str,
         durations = []  # of the steps since the last point of the curve, in seconds
         unread: deque[Callable] = deque()  # functions that return what the last steps computed
         interrupted = False
-        steps = range(state["step"], args.steps)
-        for step, batches in compute_ahead(partial(load_step, corpus, args, micros), steps):
+        load = partial(load_step, corpus, args, ranks)
+        for step, batches in compute_ahead(load, range(state["step"], args.steps)):
             step_time = time.time()
             lr_factor = set_learning_rates(optimizers, step, args.steps, WARMUP)
             counts = ranks.sum(total_counts(batches), device)
@@ -303,8 +301,8 @@ def main(argv: list[str] | None = None, data: Corpus | None = None) -> dict[str,
             model_folder.save_model(args.out, model, corpus.tokenizer)
             write_file(args.out / "metrics.json", to_json(metrics))
             describe_folder(args.out, args.out, built_in)
-        result = f"validation loss {metrics['validation_loss']:.3f} after {seconds:.0f} s"
-        ranks.log(f"{args.out}: {result}")
+        validation_loss = metrics["validation_loss"]
+        ranks.log(f"{args.out}: validation loss {validation_loss:.3f} after {seconds:.0f} s")
     return metrics
 
 
