@@ -56,14 +56,15 @@ class Batch(NamedTuple):
     key: tuple[int, ...] = ()  # seed, stream (files/streams.py), step, micro-batch
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on a device; for a GPU with empty sequences, see `pad_sequences`."""
-        if device.type != "cuda":
-            return self
-
-        def copy(x: Any) -> Any:  # from memory that the GPU reads while Python goes on
-            return x.pin_memory().to(device, non_blocking=True) if isinstance(x, Tensor) else x
-
-        return Batch(*map(copy, self._replace(cu_seqlens=pad_sequences(self.cu_seqlens))))
+        """The batch on a device; for CUDA with empty sequences, see `pad_sequences`."""
+        batch = self
+        if device.type == "cuda":
+            batch = self._replace(cu_seqlens=pad_sequences(self.cu_seqlens))
+            # in memory that the GPU reads while Python goes on
+            batch = Batch(*(x.pin_memory() if isinstance(x, Tensor) else x for x in batch))
+        return Batch(
+            *(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in batch)
+        )
 
     def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
         """A random generator that depends only on seed, step and micro-batch."""

@@ -159,7 +159,8 @@ def clip_gradients(gradients: Tensor, max_norm: float) -> Tensor:
     Those whose norm is not finite become zero. A `max_norm` of 0 is no clipping. The squares are
     added in float64, so that parameters whose gradients are zero change no bit of the norm.
     """
-    norm = torch.linalg.vector_norm(gradients, dtype=torch.float64).float()
+    exact = torch.float32 if gradients.device.type == "mps" else torch.float64  # which MPS lacks
+    norm = torch.linalg.vector_norm(gradients, dtype=exact).float()
     if max_norm:
         gradients *= (max_norm / (norm + 1e-6)).clamp(max=1.0)
     gradients.masked_fill_(~norm.isfinite(), 0.0)

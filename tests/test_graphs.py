@@ -38,6 +38,13 @@ def test_a_step_never_waits_for_the_gpu_and_launches_few_kernels():
     assert deeper["optimizers"].total() == updates.total()
 
 
+def test_a_batch_moves_to_any_device():
+    batch = make_batch()
+    moved = batch.to(torch.device("meta"))
+    assert all(tensor.is_meta for tensor in moved if isinstance(tensor, torch.Tensor))
+    assert len(moved.cu_seqlens) == len(batch.cu_seqlens)  # padded for CUDA graphs only
+
+
 def test_sequences_are_padded_to_a_power_of_2():
     for n_sequences, n_padded in ((1, 64), (64, 64), (65, 128), (411, 512)):
         padded = pad_sequences(torch.arange(n_sequences + 1, dtype=torch.int32))
