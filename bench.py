@@ -52,7 +52,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--shape", default="2x256,6x384", help="layers x d_model of the step, heads of 64")
     add("--parts", default=",".join(PARTS), help="what to measure")
     add("--rounds", type=number(int, 1), default=5, help="of each comparison, after a warm-up")
-    add("--gpu", action="store_true", help="measure everything on a GPU instead, in ten minutes")
+    add("--gpu", action="store_true", help="measure what benchmarks/gpu.py lists instead")
     add("--aot", action="store_true", help="compile the kernels for A100 to MI300 instead")
     add("--json", action="store_true", help="print one JSON object, and the table on stderr")
     parser.add_device()

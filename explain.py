@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import labels
-from analysis.html_page import attention_maps, html_report, pieces, section
+from analysis.html_page import attention_maps, html_report, section, split_into_pieces
 from analysis.removal import compare_removals, print_check, sample_texts
 from files.cli import Parser, choose_hardware, number, run_script
 from files.disk import UserError, write_file
@@ -222,7 +222,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if args.html:
             tokens = [tokenizer.id_to_token(token) for token in explanation.row[:, 0]]
             maps = attention_maps(model, explanation.row)
-            words = pieces(explanation)
+            words = split_into_pieces(explanation)
             sections.append(section(explanation.answer, words, explanation.gap, tokens, maps))
     if args.html:
         write_file(args.html, html_report(sections).encode())

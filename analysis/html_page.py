@@ -72,7 +72,7 @@ def to_png(weights: Tensor) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def pieces(explanation: Any) -> list[tuple[str, float]]:
+def split_into_pieces(explanation: Any) -> list[tuple[str, float]]:
     """The text of an `explain.Explanation` in pieces with their strengths: -1 to 1 of a word, 0
     between words."""
     text, attributions = explanation.text, explanation.attributions

@@ -1,4 +1,4 @@
-"""What only a GPU can decide, measured in ten minutes: python bench.py --gpu.
+"""What only a GPU can decide, in about ten minutes: python bench.py --gpu.
 
 No data are needed: the tokens are random, and the windows as long as those of text. bench.json is
 written after each part; a part that fails leaves its error there.
@@ -59,7 +59,7 @@ def random_batches(config: Config, n_tokens: int, device: torch.device) -> Itera
     rng = np.random.default_rng(0)
     batches = []
     for i in range(8):
-        lengths = rng.integers(54, config.max_len, 2 * n_tokens // config.max_len)
+        lengths = rng.integers(54, config.max_len, n_tokens // 54)  # more than fill the batch
         ends = np.cumsum([0, *lengths])
         cu_seqlens = np.append(ends[ends < n_tokens], n_tokens).astype(np.int32)
         ids = torch.from_numpy(rng.integers(5, config.vocab_size, n_tokens))

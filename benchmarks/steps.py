@@ -15,7 +15,7 @@ import train
 from benchmarks import references
 from benchmarks.timing import Call, Hardware
 from data import Batch, Corpus
-from files.machine import Ranks
+from files.machine import Ranks, compile_blocks
 from files.token_cache import prepare
 from kernels.graphs import Recorded
 from model import Classifier, Config, MaskedLM, preset
@@ -73,8 +73,8 @@ def our_step(
 ) -> Call:
     """The pretraining step of train.py, Muon included, by default on the default corpus."""
     model = MaskedLM(config).to(hardware.device)
-    for layer in model.model.layers if compiled else ():
-        layer.compile()
+    if compiled:
+        compile_blocks(model.model.layers, hardware.device, print)
     optimizers = make_optimizers(model, 1e-3, 1e-4, 1e-4, hardware.dtype)
     gradients = flatten_gradients(model)
     scaler = torch.amp.GradScaler(hardware.device.type, enabled=False)

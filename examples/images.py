@@ -200,7 +200,8 @@ def read_folder(folder: Path) -> Pictures:
     files = sorted(f for f in folder.glob("*/*") if f.suffix.lower() in (".png", ".jpg", ".jpeg"))
     if not files:
         raise UserError(f"{folder}: no PNG or JPEG pictures in folders, one for each class")
-    sizes, parts = [], []
+    sizes = []
+    parts = []
     for file in files:
         try:
             with Image.open(file) as image:
@@ -388,6 +389,11 @@ def apply(model: nn.Module, function: Callable, soft: np.ndarray) -> np.ndarray:
     return torch.cat([function(*make_inputs(part.to(device))).cpu() for part in parts]).numpy()
 
 
+def mean_states(model: MaskedLM, soft: np.ndarray) -> np.ndarray:
+    """What a linear layer reads of each picture, (N, d_model)."""
+    return apply(model, lambda *inputs: mean_pool(model.model(*inputs), inputs[1]), soft)
+
+
 def fine_tune(
     model: Classifier, soft: np.ndarray, classes: np.ndarray, lr: float, seed: int
 ) -> None:
@@ -496,11 +502,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     model.model.embeddings = PatchEmbeddings(config, soft.shape[2])
     model.model.embeddings.start_from(soft[:n_seen])
     model.to(device)
-    untrained = apply(model, lambda *x: mean_pool(model.model(*x), x[1]), soft)
+    untrained = mean_states(model, soft)
     pretrain(model, soft[:n_train], codes[:n_train], args.steps, args.seed)
-    states = apply(model, lambda *x: mean_pool(model.model(*x), x[1]), soft)
-    shown = np.r_[:n_seen, n_train : min(n_train + N_DRAWN, len(both))]
-    draw_figure(args.out / "pictures.png", model, both[shown], soft[shown], codes[shown])
+    states = mean_states(model, soft)
+    of_figure = np.r_[:n_seen, n_train : min(n_train + N_DRAWN, len(both))]
+    figure = (both[of_figure], soft[of_figure], codes[of_figure])
+    draw_figure(args.out / "pictures.png", model, *figure)
 
     linear = {
         "raw pixels": (flat, (flat.shape[1],)),

@@ -1,4 +1,4 @@
-"""Which optimizer steps of a run are skipped, and when a run should end."""
+"""Counts the steps of a run that are skipped, and says when a run should end."""
 
 import math
 from typing import Any
@@ -7,10 +7,11 @@ import numpy as np
 
 
 class StepMonitor:
-    """Decides which optimizer steps are skipped, and reports spikes of the loss.
+    """Counts skipped steps, and reports spikes of the loss.
 
-    A step whose loss or gradient norm is not finite is skipped; after several in a row the run
-    should end. A GradScaler may halve its 2**16 at 16 skipped steps before the gradients fit.
+    A step whose loss or gradient norm is not finite is skipped (`optim.update_weights`); after
+    several in a row the run should end. A GradScaler may halve its 2**16 at 16 skipped steps before
+    the gradients fit.
 
     A spike is a loss more than 6 standard deviations above the mean of the recent losses, which
     the noise of batches does not reach, and more than 0.1 above it, for losses that hardly vary.
@@ -25,11 +26,6 @@ class StepMonitor:
         self.n_spikes = 0
         self.n_skipped = 0
         self.n_skipped_in_a_row = 0
-
-    @property
-    def skip(self) -> bool:
-        """Whether the step that was checked last must be skipped."""
-        return self.n_skipped_in_a_row > 0
 
     @property
     def gave_up(self) -> bool:

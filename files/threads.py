@@ -61,11 +61,7 @@ def compute_ahead(compute: Callable[[Any], Any], items: Iterable) -> Iterator[tu
     is in use.
     """
     with ThreadPoolExecutor(1) as pool:
-        previous = None
-        for item in items:
-            current = (item, pool.submit(compute, item))
-            if previous:
-                yield previous[0], previous[1].result()
-            previous = current
-        if previous:
-            yield previous[0], previous[1].result()
+        started = ((item, pool.submit(compute, item)) for item in items)
+        # `pairwise` starts the next one before it gives the current one
+        for (item, computed), _ in itertools.pairwise(itertools.chain(started, [None])):
+            yield item, computed.result()

@@ -71,8 +71,9 @@ class Recorded:
         shape = tuple(_shape(leaf) for leaf in leaves)
         self.n_calls[shape] += 1
         if shape not in self.recordings:
-            is_full = len(self.recordings) == MAX_RECORDINGS
-            if self.n_calls[shape] <= WARM_UP or is_full or not self._record(leaves, structure):
+            if self.n_calls[shape] <= WARM_UP or len(self.recordings) == MAX_RECORDINGS:
+                return self.function(*inputs)
+            if not self._record(shape, leaves, structure):
                 return self.function(*inputs)
 
         graph, own_inputs, outputs = self.recordings[shape]
@@ -83,7 +84,7 @@ class Recorded:
         # copies: the next replay overwrites them, of another recording too, which shares the pool
         return tree_map(torch.clone, outputs)
 
-    def _record(self, leaves: list, structure: Any) -> bool:
+    def _record(self, shape: tuple, leaves: list, structure: Any) -> bool:
         """Record the function on copies of the inputs, without running it; whether it worked."""
         own_inputs = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
         own_inputs = [None if type(x) is tuple else x for x in own_inputs]
@@ -100,7 +101,7 @@ class Recorded:
             reason = str(error).partition("\n")[0]
             self.log(f"CUDA graphs are not used: {type(error).__name__}: {reason}")
             return False
-        self.recordings[tuple(map(_shape, leaves))] = (graph, own_inputs, outputs)
+        self.recordings[shape] = (graph, own_inputs, outputs)
         return True
 
 

@@ -13,7 +13,7 @@ from test_model import randomize
 
 import explain
 import predict
-from analysis.html_page import attention_maps, pieces
+from analysis.html_page import attention_maps, split_into_pieces
 from files import model_folder
 from files.disk import UserError
 from files.tokenizer import train_tokenizer
@@ -84,7 +84,7 @@ def test_spans_and_tokens_are_those_of_whole_words(family):
         assert np.concatenate(explanation.tokens).tolist() == list(
             range(1, len(explanation.row) - 1)
         )
-        assert "".join(piece for piece, _ in pieces(explanation)) == text
+        assert "".join(piece for piece, _ in split_into_pieces(explanation)) == text
     long = " ".join(WORDS[i % len(WORDS)] for i in range(90))
     explanation = explain.explain(model, tokenizer, ["a", "b"], long)  # is cut to head and tail
     assert (
@@ -92,8 +92,8 @@ def test_spans_and_tokens_are_those_of_whole_words(family):
         and explanation.spans[0][0] == 0
         and explanation.spans[-1][1] == len(long)
     )
-    assert [text for text, _ in pieces(explanation)][1] == WORDS[0]
-    assert "".join(piece for piece, _ in pieces(explanation)) == long
+    assert [text for text, _ in split_into_pieces(explanation)][1] == WORDS[0]
+    assert "".join(piece for piece, _ in split_into_pieces(explanation)) == long
 
 
 @each_family
