@@ -202,7 +202,7 @@ def compile_blocks(blocks: Iterable[nn.Module], device: torch.device, log: Calla
     """Compile blocks in place, so that all names stay, where torch.compile works."""
     problem = compiler_problem(device)
     if problem:
-        log(f"--compile: {problem}: continuing without it")
+        log(f"torch.compile does not work here: {problem}: continuing without it")
         return
     # of all blocks together, which share their code: a few shapes each, in training and validation
     torch._dynamo.config.recompile_limit = 64
