@@ -62,9 +62,8 @@ class Batch(NamedTuple):
             batch = self._replace(cu_seqlens=pad_sequences(self.cu_seqlens))
             # in memory that the GPU reads while Python goes on
             batch = Batch(*(x.pin_memory() if isinstance(x, Tensor) else x for x in batch))
-        return Batch(
-            *(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in batch)
-        )
+        moved = (x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in batch)
+        return Batch(*moved)
 
     def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
         """A random generator that depends only on seed, step and micro-batch."""
@@ -131,9 +130,8 @@ class Corpus:
         windows = self._cut_documents()
         is_held_out = _last_of_each_part(windows, part_ends)
         if is_held_out.all():
-            raise UserError(
-                "the corpus is a single window: give it more text, or a lower --max-len"
-            )
+            advice = "give it more text, or a lower --max-len"
+            raise UserError(f"the corpus is a single window: {advice}")
         self.train = windows[~is_held_out]
         self.held_out = windows[is_held_out]
         n_tokens = int(self.train.length.sum()) + 2 * len(self.train)
@@ -353,8 +351,7 @@ class Corpus:
 
 def _last_of_each_part(windows: Windows, part_ends: list[int]) -> np.ndarray:
     """Which windows are for validation, (windows,) bool: the last VALIDATION_SHARE of the tokens
-    of each part, at least one window; `part_ends` are in tokens.
-    """
+    of each part, at least one window; `part_ends` are in tokens."""
     is_last = np.zeros(len(windows), dtype=bool)
     for start, end in itertools.pairwise([0, *part_ends]):
         if start == end:  # an empty file
