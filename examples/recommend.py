@@ -133,6 +133,8 @@ class Histories(Corpus):
     def __init__(self, users: list[tuple[list[str], list]], args: argparse.Namespace):
         n_held_out = args.last + 1
         rows = [items[:-n_held_out] if len(items) > n_held_out else items for items, _ in users]
+        if rows == [items for items, _ in users]:
+            raise UserError(f"no user has more than {n_held_out} items, as the test needs")
         train_file = args.out / "train.jsonl"
         lines = (json.dumps({"items": row}, ensure_ascii=False) + "\n" for row in rows)
         write_file(train_file, "".join(lines).encode())
@@ -146,8 +148,6 @@ class Histories(Corpus):
             for i in range(len(rows[user]), len(items)):
                 question = Question(user, tokens[:i], tokens[i], times[i] > times[i - 1])
                 (self.validation if i == len(rows[user]) else self.test).append(question)
-        if not self.test:
-            raise UserError(f"no user has more than {n_held_out} items, as the test needs")
 
     def batch(self, step: int, micro: int, n_micro: int, mask_rate: float) -> Batch:
         """Windows that end at a random item, in some of which only this item is masked: a pure
