@@ -173,8 +173,7 @@ def read_folder(folder: Path) -> tuple[np.ndarray, np.ndarray]:
         except Exception as error:  # each format has errors of its own
             raise UserError(f"{file}: not a readable picture: {first_line(error)}") from None
         if pictures[-1].shape != pictures[0].shape:
-            sizes = "{1} x {0} pixels, but {5} has {4} x {3}"
-            sizes = sizes.format(*pictures[-1].shape, *pictures[0].shape, files[0])
+            sizes = f"{pictures[-1].shape[:2]} pixels, but {files[0]} has {pictures[0].shape[:2]}"
             raise UserError(f"{file}: {sizes}")
     pixels = np.stack(pictures)
     is_grey = (pixels == pixels[..., :1]).all()
