@@ -387,12 +387,13 @@ def draw_figure(
     probabilities = logits.softmax(1).unflatten(0, (-1, PLACES))  # (S, P, TARGETS)
     weights = probabilities[:, torch.arange(PLACES), codes[:n_seen].cpu()]  # (S, N, P)
 
-    images = torch.from_numpy(pixels[: drawn.stop]).permute(0, 3, 1, 2) / 255  # (N, C, H, W)
+    used = np.concatenate((pixels[:n_seen], pixels[drawn]))
+    images = torch.from_numpy(used).permute(0, 3, 1, 2) / 255  # (N, C, H, W)
     images = F.pad(images, (0, -pixels.shape[2] % SIDE, 0, -pixels.shape[1] % SIDE), "replicate")
     size = tuple(side // SIDE for side in images.shape[2:])
     patches = F.unfold(images, size, stride=size)  # (N, D, P)
     guesses = torch.einsum("snp,ndp->sdp", weights, patches[:n_seen]) / weights.sum(1)[:, None]
-    original = patches[drawn]
+    original = patches[n_seen:]
     is_masked = is_masked[:, None]
     rows = (original, original.masked_fill(is_masked, 0.5), original.where(~is_masked, guesses))
     tiles = F.fold(torch.cat(rows), images.shape[2:], size, stride=size)  # (3 S, C, H, W)

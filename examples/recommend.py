@@ -95,9 +95,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 # --------------------------------------------------------------------------- data and protocol
 
 
-def read_sequences(
-    path: Path, column: str | None, report: Report
-) -> Iterator[tuple[str, list[str], dict[str, Any]]]:
+def read_sequences(path: Path, column: str | None, report: Report) -> Iterator[tuple]:
     """The place, the items and the other columns of each sequence of a file."""
     for line, row in read_table(path, report, column):
         text = str(row.get(column or "text"))
@@ -310,17 +308,15 @@ def baselines(corpus: Corpus) -> Iterator[Candidate]:
         yield from with_decay("spectral initialization", f"{width}", vectors @ vectors.T)
 
 
-def add_scores(
-    first: Scores, second: Scores, weight: float, histories: list[np.ndarray]
-) -> np.ndarray:
-    """The sum of the scores of two methods, each standardized over the tokens."""
-    parts = [np.nan_to_num(zscore(scores(histories), axis=1)) for scores in (first, second)]
-    return parts[0] + weight * parts[1]
-
-
 def sums(name: str, first: Scores, second: Scores) -> Iterator[Candidate]:
+    """Sums of the scores of two methods, each standardized over the tokens."""
+
+    def add(weight: float, histories: list[np.ndarray]) -> np.ndarray:
+        parts = [np.nan_to_num(zscore(scores(histories), axis=1)) for scores in (first, second)]
+        return parts[0] + weight * parts[1]
+
     for weight in (0.25, 0.5, 1, 2):
-        yield name, f"the second weighted {weight}", partial(add_scores, first, second, weight)
+        yield name, f"the second weighted {weight}", partial(add, weight)
 
 
 def choose(candidates: Iterable[Candidate], validation: list[Question]) -> dict[str, Scores]:
@@ -408,13 +404,14 @@ def print_table(results: dict[str, list[np.ndarray]], corpus: Histories) -> dict
         row["later"] = float(means["NDCG@10"][n:] @ is_later / max(1, is_later.sum()))
         print(f"{method:42}{row['validation']:10.3f}{row['later']:8.3f}{columns}")
         figures[method] = row
-    baselines = [method for method in results if "network" not in method]
-    best = max(baselines, key=lambda method: figures[method]["NDCG@10"])
-    for method in [method for method in results if method not in baselines]:
+    networks = [method for method in results if "network" in method]
+    best = max(results.keys() - networks, key=lambda method: figures[method]["NDCG@10"])
+    for method in networks:
         lead = ndcg(np.stack(results[method])).mean(0) - ndcg(results[best][0])
         lead = figures[method]["lead"] = estimate(lead[n:], corpus.test)
         verdict = "better" if lead.low > 0 else "worse" if lead.high < 0 else "level"
-        print(f"NDCG@10 of {method} less that of {best}, the best baseline: {lead}: {verdict}")
+        interval = "{:+.4f} [{:+.4f}, {:+.4f}]".format(*lead)
+        print(f"NDCG@10 of {method} less that of {best}, the best baseline: {interval}: {verdict}")
     return figures
 
 
@@ -427,10 +424,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     users = read_users(args)
     corpus = Histories(users, args)
     questions = corpus.validation + corpus.test
-    n_missed = sum(q.target == UNK or q.target in q.history for q in corpus.test)
-    later = np.mean([q.is_later for q in corpus.test])
     print(f"{len(users):,} users, of whom {len(corpus.validation):,} have items to test on")
+    later = np.mean([q.is_later for q in corpus.test])
     print(f"{len(corpus.test):,} test targets, {later:.0%} strictly later than the history")
+    n_missed = sum(q.target == UNK or q.target in q.history for q in corpus.test)
     print(f"{n_missed:,} of them missed: the user has the item, or the training part lacks it")
 
     scores = choose(baselines(corpus), corpus.validation)

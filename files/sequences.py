@@ -48,11 +48,8 @@ def as_sequences(
 
     The text is in the column `column`, by default "text"; the other columns are those of the row.
     Of interactions they are "user", "times", and what is the same in all rows of the user.
-
-    Args:
-        column: the flag --text-column: the list, or USER,ITEM or USER,ITEM,TIME; None: guessed.
-        report: called for each row that is broken.
-        may_mask: whether an item may be [MASK].
+    `column` is --text-column: that of the lists, or USER,ITEM or USER,ITEM,TIME; None: guessed.
+    `report` is called for each row that is broken; `may_mask` allows the item [MASK].
     """
     first = next(rows, None)
     if first is None:
