@@ -255,11 +255,10 @@ class PatchEmbeddings(nn.Module):
 
     def __init__(self, config: Config, n_codes: int):
         super().__init__()
-        self.projection = nn.Parameter(torch.empty(PLACES * (n_codes + 1), config.d_model))
-        self.positions = nn.Parameter(torch.empty(PLACES, config.d_model))
+        weights = config.init_std * torch.randn(PLACES * (n_codes + 1), config.d_model)
+        self.projection = nn.Parameter(weights)
+        self.positions = nn.Parameter(10 * config.init_std * torch.randn(PLACES, config.d_model))
         self.norm = Norm(config)
-        nn.init.normal_(self.projection, std=config.init_std)
-        nn.init.normal_(self.positions, std=10 * config.init_std)
 
     def forward(self, codes: Tensor, cu_seqlens: Tensor, token_types: Tensor | None) -> Tensor:
         at_places = codes.unflatten(0, (-1, PLACES)).transpose(0, 1)  # (P, S, K + 1)

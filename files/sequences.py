@@ -56,18 +56,19 @@ def as_sequences(
         return
     rows = itertools.chain([first], rows)
     column = None if column == "text" else column
-    if name := _find_list(first[1], column):
-        sequences = ((line, row, row.pop(name, None)) for line, row in rows)
-    elif columns := _find_interactions(path, list(first[1]), column):
-        sequences = _read_interactions(path, rows, columns, report)
-    else:
+    name = _find_list(first[1], column)
+    if not name and (columns := _find_interactions(path, list(first[1]), column)):
+        rows = _group_interactions(path, rows, columns, report)
+        name = "items"
+    if not name:
         yield from rows
         return
-    for line, row, items in sequences:
+    for line, row in rows:
+        items = row.pop(name, None)
         try:
             if name in LISTS and not row.keys().isdisjoint(LISTS):
                 raise ValueError("both 'items' and 'ids' in one file")
-            if not items or not isinstance(items, (list, tuple)):
+            if not items or not isinstance(items, list):
                 raise ValueError(f"no list of items in field {name!r}")
             text = "".join(_check_item(item, may_mask) + SEPARATOR for item in items)
         except ValueError as error:
@@ -115,10 +116,10 @@ def is_interactions(head: str) -> bool:
     return any(_usual_columns(RECBOLE_TYPE.sub("", n.strip(' "')) for n in row) for row in rows)
 
 
-def _read_interactions(
+def _group_interactions(
     path: Path, rows: Iterator[Row], columns: list[str], report: Report
-) -> Iterator[tuple[int, dict[str, Any], tuple]]:
-    """The items of each user by time; those of equal times stay in the order of the file."""
+) -> Iterator[Row]:
+    """A row for each user, whose "items" are by time; equal times stay in the order of the file."""
     user, item, *time = columns
     users: dict[str, tuple] = {}  # the first line, columns that never change, (time, item)
     for line, row in rows:
@@ -136,7 +137,7 @@ def _read_interactions(
         users[key] = (first_line, same, events)
     for key, (line, same, events) in users.items():
         times, items = zip(*sorted(events, key=itemgetter(0)), strict=True)
-        yield line, same | {"user": key, "times": times}, items
+        yield line, same | {"user": key, "times": times, "items": list(items)}
 
 
 def _to_time(value: Any) -> int | float:
