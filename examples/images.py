@@ -83,8 +83,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("runs/images"), help="folder of the run")
     parser.add_device()
     args = parser.parse_args(argv)
-    belongs = args.images or not (args.labels or args.test_images)
-    if not belongs or (args.test_labels and not args.test_images):
+    needs_images = args.labels or args.test_images
+    if (needs_images and not args.images) or (args.test_labels and not args.test_images):
         parser.error("--labels and --test-images need --images, --test-labels needs --test-images")
     return args
 
