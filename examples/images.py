@@ -203,7 +203,8 @@ def soft_codes(pixels: np.ndarray, n_train: int, window: int, n_codes: int) -> T
     sample = sample[torch.randperm(len(sample), generator=torch.Generator())[:100_000]]
     variance, axes = torch.linalg.eigh(torch.atleast_2d(sample.T.cov()))
     whiten = axes * (variance + 0.1).rsqrt() @ axes.T
-    centroids = fit_kmeans(((sample - sample.mean(0)) @ whiten).numpy(), n_codes)
+    kmeans = fit_kmeans(((sample - sample.mean(0)) @ whiten).numpy(), n_codes)
+    centroids = torch.from_numpy(kmeans.cluster_centers_)
     # results that are allocated between the large tensors would fragment the heap, by 20 GB
     soft = np.empty((len(pixels), PLACES, len(centroids)), dtype=np.float32)
     for start in range(0, len(pixels), CHUNK):
@@ -218,11 +219,10 @@ def soft_codes(pixels: np.ndarray, n_train: int, window: int, n_codes: int) -> T
     return torch.from_numpy(soft)
 
 
-def fit_kmeans(vectors: np.ndarray, n: int) -> Tensor:
-    """The centroids of at most n clusters, (n, D)."""
+def fit_kmeans(vectors: np.ndarray, n: int) -> MiniBatchKMeans:
+    """At most n clusters."""
     n = min(n, len(vectors))
-    kmeans = MiniBatchKMeans(n, batch_size=2048, n_init=1, max_iter=10, random_state=0)
-    return torch.from_numpy(kmeans.fit(vectors).cluster_centers_)
+    return MiniBatchKMeans(n, batch_size=2048, n_init=1, max_iter=10, random_state=0).fit(vectors)
 
 
 def half_whiten(vectors: np.ndarray, n: int) -> Tensor:
@@ -237,10 +237,9 @@ def hard_codes(soft: Tensor, n_train: int) -> Tensor:
     """The number of the nearest of TARGETS centroids to each patch, (N, P)."""
     sample = soft[: min(SAMPLE, n_train)].flatten(0, 1).numpy()
     directions = half_whiten(sample[:: max(1, len(sample) // 40_000)], N_COMPONENTS)
-    centroids = fit_kmeans(sample @ directions.numpy(), TARGETS)
-    half_norms = centroids.square().sum(1) / 2
-    parts = [part @ directions @ centroids.T - half_norms for part in soft.split(CHUNK)]
-    return torch.cat([part.argmax(2) for part in parts])
+    kmeans = fit_kmeans(sample @ directions.numpy(), TARGETS)
+    nearest = kmeans.predict((soft @ directions).flatten(0, 1).numpy())
+    return torch.from_numpy(nearest).long().view(soft.shape[:2])
 
 
 # ------------------------------------------------------------------------------- the network

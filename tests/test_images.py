@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -124,9 +125,12 @@ def test_hard_codes_name_the_nearest_centroids(monkeypatch):
 def test_soft_codes_are_those_by_hand(monkeypatch):
     pixels, _ = bars(20, side=13)
     made = []
-    monkeypatch.setattr(
-        images, "fit_kmeans", lambda v, n: made.append(v) or torch.from_numpy(v[:n])
-    )
+
+    def fit_kmeans(vectors, n):
+        made.append(vectors)
+        return SimpleNamespace(cluster_centers_=vectors[:n])
+
+    monkeypatch.setattr(images, "fit_kmeans", fit_kmeans)
     soft = images.soft_codes(pixels[..., None], 20, 6, 7)
     order = torch.randperm(20 * 64, generator=torch.Generator())
     centroids = made[0][:7]
