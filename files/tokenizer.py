@@ -47,7 +47,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, cased: bool = Fal
     tokenizer.model = models.WordPiece(
         vocab, unk_token=SPECIAL_TOKENS["unk"], max_input_chars_per_word=200
     )
-    return _add_cls_and_sep(tokenizer)
+    return add_cls_and_sep(tokenizer)
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int, cased: bool = False) -> Tokenizer:
@@ -65,13 +65,14 @@ def train_bpe(documents: Iterable[str], vocab_size: int, cased: bool = False) ->
         show_progress=False,
     )
     tokenizer.train_from_iterator(documents, trainer)
-    return _add_cls_and_sep(tokenizer)
+    return add_cls_and_sep(tokenizer)
 
 
 TRAINERS = {"wordpiece": train_tokenizer, "bpe": train_bpe}
 
 
-def _add_cls_and_sep(tokenizer: Tokenizer) -> Tokenizer:
+def add_cls_and_sep(tokenizer: Tokenizer) -> Tokenizer:
+    """Let a tokenizer with BERT's special tokens put each text between [CLS] and [SEP]."""
     tokens = [SPECIAL_TOKENS[role] for role in ("sep", "cls")]
     tokenizer.post_processor = BertProcessing(*((t, tokenizer.token_to_id(t)) for t in tokens))
     return tokenizer

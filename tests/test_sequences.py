@@ -91,7 +91,8 @@ def test_columns_of_interactions_are_named_by_a_flag_and_the_guess_is_printed(tm
             ]
         )
     assert read_texts(path) == [join("012")]  # without a column of times, the order of the file
-    assert "sequences of 'item' by 'User ID' in the order of the file" in capsys.readouterr().err
+    guess = "the items of each user in the order of the file; guessed: --text-column User ID,item\n"
+    assert guess in capsys.readouterr().err
     assert read_texts(path, "User ID,item,when") == [join("210")]
     assert read_texts(path, "when,other") == [join("o")] * 3
     rows = [row for _, row in readers.read_table(path, column="User ID,item")]
@@ -112,16 +113,20 @@ def test_texts_with_users_and_items_remain_texts(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "line", "problem"),
     [
-        ([{"items": ["a"]}, {"items": []}], 2, "the list in field 'items' is empty"),
-        ([{"items": [["a"], ["b"]]}], 1, "\"['a']\" is no item"),
+        ([{"items": ["a"]}, {"items": []}], 2, "no list of items in field 'items'"),
+        ([{"items": [["a"], ["b"]]}], 1, "the item \"['a']\" is no text"),
         ([{"items": ["a"]}, {"ids": [1]}], 2, "both 'items' and 'ids' in one file"),
         ([{"items": ["a"], "ids": [1]}], 1, "both 'items' and 'ids' in one file"),
-        ([{"ids": [1]}, {"ids": 5}], 2, "no list in field 'ids'"),
-        ([{"ids": [3, -1]}], 1, "the id -1 is not between 0 and 2147483647"),
-        ([{"ids": [3, 10**30]}], 1, f"the id {10**30} is not between"),
-        ([{"ids": [3.0]}], 1, "'3.0' is no item"),
-        ([{"ids": [True]}], 1, "'True' is no item"),
-        ([{"items": ["a", None]}], 1, "'None' is no item"),
+        ([{"ids": [1]}, {"ids": 5}], 2, "no list of items in field 'ids'"),
+        (
+            [{"ids": [3, -1]}],
+            1,
+            "the item '-1' is no text and no whole number from 0 to 2147483647",
+        ),
+        ([{"ids": [3, 10**30]}], 1, f"the item '{10**30}' is no text and"),
+        ([{"ids": [3.0]}], 1, "the item '3.0' is no text and"),
+        ([{"ids": [True]}], 1, "the item 'True' is no text and"),
+        ([{"items": ["a", None]}], 1, "the item 'None' is no text and"),
         ([{"items": ["a", " "]}], 1, "the item ' ' is blank"),
         ([{"items": ["a"]}, {"items": ["x[UNK]"]}], 2, "named like the special token [UNK]"),
         ([{"items": ["[MASK]"]}], 1, "named like the special token [MASK]"),
@@ -129,7 +134,7 @@ def test_texts_with_users_and_items_remain_texts(tmp_path):
         ([{"user": 1, "item": 2, "time": "nan"}], 1, "the time 'nan' is no number"),
         ([{"user": 1, "item": 2, "time": 1}, {"user": 1, "item": 2}], 2, "the time None is no"),
         ([{"user": "", "item": 2}], 1, "the item '' is blank"),
-        ([{"user": 1, "item": -2}], 1, "the id -2 is not between"),
+        ([{"user": 1, "item": -2}], 1, "the item '-2' is no text and"),
     ],
 )
 def test_a_broken_sequence_is_named_with_its_line(tmp_path, rows, line, problem):
