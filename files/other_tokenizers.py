@@ -11,26 +11,24 @@ from typing import Any
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from files.disk import UserError, first_line
-from files.model_folder import download, read_tokenizer, tokenizer_file
+from files.disk import reading
+from files.model_folder import TOKENIZER_FILES, download, first_file, read_tokenizer
 from files.tokenizer import SPECIAL_TOKENS
 
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
-HUB_FILES = (*SETTINGS, "tokenizer.json", "vocab.txt", "vocab.json", "merges.txt")
+HUB_FILES = (*SETTINGS, *TOKENIZER_FILES, "merges.txt")
 
 
 def open_tokenizer(name: str) -> Tokenizer:
     """Read a tokenizer, and add the special tokens and the post-processor that it lacks."""
     path = Path(name) if Path(name).exists() else download(Path(name), HUB_FILES)
-    path = tokenizer_file(path) if path.is_dir() else path
-    try:
+    path = first_file(path, TOKENIZER_FILES) if path.is_dir() else path
+    with reading(path):
         tokenizer = read_tokenizer(path)
         special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
         roles = _find_roles(tokenizer, special, path.parent)
         if max(tokenizer.get_vocab().values()) >= tokenizer.get_vocab_size():
             raise ValueError("its token ids have gaps")
-    except Exception as error:  # tokenizers has no errors of its own
-        raise UserError(f"--tokenizer {path}: {first_line(error)}") from None
 
     missing = {role: token for role, token in roles.items() if tokenizer.token_to_id(token) is None}
     if missing:

@@ -13,14 +13,13 @@ import json
 import os
 import re
 import sys
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from files import parquet
-from files.disk import UserError
+from files.disk import UserError, reading
 from files.hub_datasets import is_hub_name, parquet_files
 from files.sequences import SEPARATOR, as_sequences, is_interactions
 
@@ -89,23 +88,18 @@ def read_lines(
 @contextlib.contextmanager
 def open_bytes(path: Path) -> Iterator[io.BufferedReader]:
     """Open the bytes of a file, or of standard input. Raises UserError if they cannot be read."""
-    zstd_errors = (zstd.ZstdError,) if zstd else ()
-    try:
-        with contextlib.ExitStack() as stack:
-            file = sys.stdin.buffer
-            if str(path) != "-":
-                file = stack.enter_context(open(path, "rb", 2**16))
-            head = file.peek(4)
-            if path.suffix == ".gz" or head.startswith(GZIP_START):
-                file = stack.enter_context(gzip.GzipFile(fileobj=file))
-            elif path.suffix == ".zst" or head.startswith(ZSTD_START):
-                if zstd is None:
-                    raise UserError(f"{path}: .zst files need backports.zstd: pip install it")
-                file = stack.enter_context(zstd.ZstdFile(file))
-            yield file
-    except (OSError, EOFError, zlib.error, *zstd_errors) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot be read: {reason}") from None
+    with reading(path), contextlib.ExitStack() as stack:
+        file = sys.stdin.buffer
+        if str(path) != "-":
+            file = stack.enter_context(open(path, "rb", 2**16))
+        head = file.peek(4)
+        if path.suffix == ".gz" or head.startswith(GZIP_START):
+            file = stack.enter_context(gzip.GzipFile(fileobj=file))
+        elif path.suffix == ".zst" or head.startswith(ZSTD_START):
+            if zstd is None:
+                raise UserError(f"{path}: .zst files need backports.zstd: pip install it")
+            file = stack.enter_context(zstd.ZstdFile(file))
+        yield file
 
 
 def text_suffix(path: Path) -> str:

@@ -85,7 +85,7 @@ FINETUNE = {
     "--model {}/nothing": "{}/nothing: no checkpoint",
     "--model {}/folder": "{}/folder: no checkpoint",
     "--model {}/good.txt": "{}/good.txt: no checkpoint",
-    "--model {}/model": "{}/model: cannot be used",
+    "--model {}/model": "{}/model: cannot be read",
     "--model {}/model --out {}/model": "--out {}/model: this is the folder of --model",
     "--pooling pooler": "--pooling pooler",
     "--methods most_frequent": "--methods most_frequent: choose from ngrams,",
@@ -234,7 +234,7 @@ def test_damaged_metrics_are_named_where_the_corpus_is_looked_up(folder, pretrai
     model = folder / "unreadable"
     shutil.copytree(pretrained, model, ignore=shutil.ignore_patterns("checkpoints"))
     (model / "metrics.json").write_text('{"tokens_folder": 5}')
-    with pytest.raises(UserError, match=f"{model}/metrics.json: cannot be used"):
+    with pytest.raises(UserError, match=f"{model}/metrics.json: cannot be read"):
         pretraining_corpus(model)
 
 

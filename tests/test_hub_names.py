@@ -304,8 +304,8 @@ def test_a_config_of_another_model_or_of_absurd_sizes_is_refused(tmp_path, chang
 
 
 @pytest.mark.parametrize("name", ("bert", "roberta", "modern"))
-def test_a_config_without_model_type(tmp_path, name):
-    """As in Google's bert_config.json, which names no architectures either."""
+def test_a_config_without_architectures(tmp_path, name):
+    """As Google's bert_config.json."""
     if name == "modern":
         tokenizer = bert_tokenizer()
         config = dataclasses.replace(config_of("modern"), vocab_size=tokenizer.get_vocab_size())
@@ -314,7 +314,7 @@ def test_a_config_without_model_type(tmp_path, name):
         their_folder(tmp_path, name, "ForMaskedLM")
     expected, _, _ = model_folder.open_model(tmp_path, torch.device("cpu"))
     raw = json.loads((tmp_path / "config.json").read_text())
-    del raw["model_type"], raw["architectures"]
+    del raw["architectures"]
     (tmp_path / "config.json").write_text(json.dumps(raw))
     model, _, names = model_folder.open_model(tmp_path, torch.device("cpu"))
     assert type(model) is MaskedLM and names is None
@@ -324,8 +324,7 @@ def test_a_config_without_model_type(tmp_path, name):
 
 
 @pytest.mark.parametrize("model_type", (None, "", "electra"))
-def test_a_model_type_that_the_weights_do_not_tell_is_asked_for(tmp_path, model_type):
-    """The names of a bare encoder may be BERT's or RoBERTa's, whose positions differ."""
+def test_a_missing_or_unknown_model_type_is_asked_for(tmp_path, model_type):
     their_folder(tmp_path, "bert", "Model")
     raw = json.loads((tmp_path / "config.json").read_text()) | {"model_type": model_type}
     (tmp_path / "config.json").write_text(json.dumps(raw))
