@@ -69,22 +69,16 @@ def choose_columns(path: Path, rows: list[Row], columns: Columns) -> Columns:
 
     def text_length(name: str) -> int:
         values = [row.get(name) for _, row in rows[:N_GUESS_ROWS]]
-        return sum(
-            len(value) for value in values if is_text(value) and math.isnan(to_number(value))
-        )
+        return sum(len(text) for text in values if is_text(text) and math.isnan(to_number(text)))
 
     text, pair, label = columns
     usual = {name.lower(): name for name in names if name not in columns}
-    if label is None:
-        label = next((usual.pop(name) for name in LABEL_NAMES if name in usual), None)
-    if text is None and pair is None:
-        for first, second in PAIR_NAMES:
-            if text is None and first in usual and second in usual:
-                text, pair = usual[first], usual[second]
-    if text is None:
-        text = next((usual[name] for name in TEXT_NAMES if name in usual), None)
-    if text is None:
-        text = max(usual.values(), key=text_length, default=None)
+    label = label or next((usual.pop(name) for name in LABEL_NAMES if name in usual), None)
+    if not text and not pair:
+        pairs = ((usual[a], usual[b]) for a, b in PAIR_NAMES if a in usual and b in usual)
+        text, pair = next(pairs, (None, None))
+    text = text or next((usual[name] for name in TEXT_NAMES if name in usual), None)
+    text = text or max(usual.values(), key=text_length, default=None)
     if text is None:
         raise UserError(f"{path}: no text column; name it with --text-column")
     print(f"{path}: text {text!r}{f' with {pair!r}' if pair else ''}", file=sys.stderr)
@@ -222,30 +216,26 @@ def to_number(text: str) -> float:
 
 def choose_names(path: Path, items: list[Item], column: str, task: str | None) -> list[str] | None:
     """The names of the classes, None if the labels are numbers; UserError if there is one class."""
+    labels = [item.label for item in items]
     names = None
+    if isinstance(labels[0], tuple):
+        names = distinct_labels(path, labels)
+    elif (task or guess_task(labels)) == "classify":
+        names = _class_names(path, labels, column)
     classes = "numbers (regression)"
-    is_multilabel = isinstance(items[0].label, tuple)
-    if is_multilabel:
-        names = distinct_labels(path, [item.label for item in items])
-    elif (task or guess_task(item.label for item in items)) == "classify":
-        names = _class_names(path, items, column)
     if names:
         classes = names if len(names) <= 10 else f"{len(names)} classes"
-    kind = "any of " if is_multilabel else ""
-    print(f"{path}: {len(items):,} examples; label {column!r}: {kind}{classes}")
+    print(f"{path}: {len(items):,} examples; label {column!r}: {classes}")
     return names
 
 
-def _class_names(path: Path, items: list[Item], column: str) -> list[str]:
+def _class_names(path: Path, labels: list[str], column: str) -> list[str]:
     """The distinct labels: as the file orders them, or else numbers by value, then names."""
-    counts = Counter(item.label for item in items)
+    counts = Counter(labels)
     if len(counts) < 2:
-        raise UserError(f"{path}: the label column has one class only, {items[0].label!r}")
-    if single := [item for item in items if counts[item.label] == 1]:
-        names = ", ".join(repr(item.label) for item in single[:10])
-        if len(single) == len(items):
-            raise UserError(f"{path}: each label occurs once only, such as {names}")
-        print(f"{single[0].source}: classes with one example only, for training: {names}")
+        raise UserError(f"{path}: the label column has one class only, {labels[0]!r}")
+    if max(counts.values()) == 1:
+        raise UserError(f"{path}: each label occurs once only, such as {labels[0]!r}")
     usual = sorted(counts, key=lambda name: (np.nan_to_num(to_number(name), nan=np.inf), name))
     order = readers.class_names(path, column)
     return sorted(usual, key=lambda name: order.index(name) if name in order else len(order))
@@ -254,19 +244,19 @@ def _class_names(path: Path, items: list[Item], column: str) -> list[str]:
 def find_targets(items: list[Item], names: list[str] | None) -> np.ndarray:
     """The targets of a LabeledDataset. Raises UserError for a label that is none of the names, or
     no number if these are None."""
-    is_multilabel = isinstance(items[0].label, tuple)
-    problem = f"is none of the training labels {', '.join(map(repr, (names or [])[:20]))}"
+    labels = [item.label for item in items]
+    is_multilabel = isinstance(labels[0], tuple)
     if is_multilabel:
-        targets = to_targets([item.label for item in items], names)
-        problem = f"has one that {problem}"
+        targets = to_targets(labels, names)
     elif names is None:
-        targets = [to_number(item.label) for item in items]
-        problem = "is no number, which --task regress needs"
+        targets = list(map(to_number, labels))
     else:
         class_numbers = {name: i for i, name in enumerate(names)}
-        targets = [class_numbers.get(item.label, math.nan) for item in items]
+        targets = [class_numbers.get(label, math.nan) for label in labels]
     for item, target in zip(items, targets, strict=True):
         if np.isnan(target).any():
+            problem = "is no number, which --task regress needs"
+            if names:
+                problem = f"is none of the training labels {', '.join(map(repr, names[:20]))}"
             raise UserError(f"{item.source}: label {item.label!r} {problem}")
-    dtype = np.float32 if names is None or is_multilabel else np.int64
-    return np.array(targets, dtype)
+    return np.array(targets, np.float32 if names is None or is_multilabel else np.int64)

@@ -22,7 +22,7 @@ from files import disk, hub_names
 from files.disk import UserError, first_line, reading, to_json, write_file
 from files.ngrams import load_ngrams
 from files.tokenizer import read_vocabulary, special_ids, special_tokens
-from model import Classifier, Config, MaskedLM, Tagger, is_part_of
+from model import Classifier, Config, Encoder, MaskedLM, Tagger, is_part_of
 
 # The files that are fetched from the Hugging Face hub.
 HUB_FILES = ("config.json", "1_Pooling/config.json", "*.safetensors", "pytorch_model*.bin")
@@ -278,3 +278,12 @@ def open_model(folder: Path, device: torch.device) -> tuple[nn.Module, Tokenizer
     load_weights(model, weights, folder, allow_missing=("pooler",) if is_masked_lm else ())
     has_names = not is_masked_lm and (n_labels > 1 or isinstance(model, Tagger))
     return model.to(device).eval(), tokenizer, names if has_names else None
+
+
+def open_encoder(folder: Path, device: torch.device) -> tuple[Encoder, Tokenizer, None]:
+    """As `open_model`: the encoder alone of any model of a folder or of the hub."""
+    config, weights, tokenizer, _ = load_model(folder)
+    encoder = Encoder(config)
+    of_encoder = [name for name in weights if name.startswith("model.")]
+    load_weights(encoder, {n.removeprefix("model."): weights[n] for n in of_encoder}, folder)
+    return encoder.to(device).eval(), tokenizer, None

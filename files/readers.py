@@ -10,7 +10,6 @@ import gzip
 import io
 import itertools
 import json
-import os
 import re
 import sys
 from collections import deque
@@ -56,7 +55,7 @@ def refuse(error: UserError) -> None:
 def read_lines(
     path: Path, report: Report = refuse, in_pieces: bool = False
 ) -> Iterator[tuple[int, str]]:
-    """Read (line number from 1, line with its line break) of a text file.
+    """Read (line number from 1, line with "\\n" at its end) of a text file.
 
     Args:
         path: A file, perhaps compressed (.gz, .zst); "-" is standard input.
@@ -68,10 +67,7 @@ def read_lines(
     """
     number = 1
     with open_bytes(path) as file:
-        head = file.peek(1)
-        is_old_mac = b"\r" in head[:-1] and b"\n" not in head
-        newline = None if is_old_mac else "\n"
-        lines = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline)
+        lines = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape")
         while text := lines.readline(LONGEST_LINE):
             is_whole = text.endswith("\n") or len(text) < LONGEST_LINE
             if not is_whole and not in_pieces:
@@ -114,9 +110,7 @@ def is_text(value: Any) -> bool:
 
 def table_format(path: Path) -> str | None:
     """Which table a file holds: "json lines", "json array", "csv", "tsv", "parquet", or None for
-    plain text.
-
-    All but the last two of these are recognized by how the file begins, whatever its name.
+    plain text. Its content decides where it can, and then its name.
     """
     if is_hub_name(path):
         return "parquet"
@@ -291,30 +285,21 @@ def _read_column(path: Path, column: str | None) -> Iterator[str]:
 
 
 def _read_plain_text(path: Path) -> Iterator[str]:
-    is_blank = [
-        line.isspace()
-        for _, line in itertools.islice(read_lines(path, in_pieces=True), FIRST_LINES)
-    ]
+    lines = itertools.islice(read_lines(path, in_pieces=True), FIRST_LINES)
+    is_blank = [line.isspace() for _, line in lines]
     n_paragraphs = sum(not blank for blank, _ in itertools.groupby(is_blank))
     mean_length = is_blank.count(False) / max(1, n_paragraphs)  # in lines
     has_paragraphs = n_paragraphs > 1 and mean_length <= LONGEST_PARAGRAPH
-    for lines in _paragraphs(path):
-        document = ""
-        for line in lines:
-            is_long = len(document) + len(line) > LONGEST_DOCUMENT
-            if document and (is_long or not has_paragraphs):
-                yield document
-                document = ""
+    document = ""
+    for _, line in read_lines(path, in_pieces=True):
+        is_long = len(document) + len(line) > LONGEST_DOCUMENT
+        if document and (line.isspace() or is_long or not has_paragraphs):
+            yield document
+            document = ""
+        if not line.isspace():
             document += line
+    if document:
         yield document
-
-
-def _paragraphs(path: Path) -> Iterator[Iterator[str]]:
-    """The lines between blank lines."""
-    lines = (line for _, line in read_lines(path, in_pieces=True))
-    for is_blank, group in itertools.groupby(lines, str.isspace):
-        if not is_blank:
-            yield group
 
 
 def find_files(paths: Iterable[str]) -> list[Path]:
@@ -329,21 +314,12 @@ def find_files(paths: Iterable[str]) -> list[Path]:
     suffixes = (".txt", ".md", *TABLE_SUFFIXES)
     files: list[Path] = []
     for path in map(Path, paths):
-        if is_hub_name(path):
-            files += parquet_files(path)
-            continue
-        if not os.path.exists(path):
-            raise UserError(f"{path}: no such file or folder")
-        inside = [path]
-        if not path.is_file():
-            inside = [
-                p for p in sorted(path.rglob("*")) if p.is_file() and text_suffix(p) in suffixes
-            ]
-            inside = [p for p in inside if not HIDDEN.search(f"/{p.relative_to(path).as_posix()}")]
-        if not inside:
-            names = ", ".join(suffixes)
-            raise UserError(
-                f"{path}: no regular file, and no folder of {names} (or .gz or .zst of one)"
-            )
-        files += inside
+        inside = parquet_files(path)  # a path that is no name of the hub stands for itself
+        if path.is_dir():
+            inside = [file for file in sorted(path.rglob("*")) if text_suffix(file) in suffixes]
+            inside = [f for f in inside if not HIDDEN.search(f"/{f.relative_to(path).as_posix()}")]
+        files += filter(Path.is_file, inside)
+        if not any(map(Path.is_file, inside)):
+            problem = f"no regular file, and no folder of {', '.join(suffixes)}"
+            raise UserError(f"{path}: {problem} (or .gz or .zst of one)")
     return files

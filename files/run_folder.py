@@ -36,7 +36,7 @@ LEFT_BEHIND = (
     *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
     *("metrics.json", "metrics.jsonl", "predictions.npz", "curve.png", "confusion.png"),
     *("ngrams.safetensors", "snapshots", "checkpoints", "modules.json", "1_Pooling", CARD),
-    "tensorboard",  # the folder of its event files
+    "tensorboard",
 )
 # Flags that a resumed run need not share with its first part: of files the content counts.
 MAY_CHANGE = {"resume", "device", "out", "keep", "keep_best", "tensorboard"}
@@ -44,7 +44,6 @@ MAY_CHANGE |= {"model", "corpus", "train", "test", "tokenizer"}
 
 # The code whose change changes results, although no flag and no Config says so.
 ARITHMETIC = ("model.py", "kernels/*.py")
-
 # What every training.pt holds.
 STATE = {"step", "flags", "environment", "data", "parts", "pretraining_only"}
 
@@ -282,13 +281,12 @@ def start_or_resume(
 def restore(out: Path, state: dict[str, Any], training: tuple) -> None:
     """Move what the state holds into the model, the optimizers and the rest of the training.
 
-    Raises:
-        UserError: they do not fit.
+    UserError if they do not fit.
     """
     folder = checkpoint_folders(out)[state["step"]]
     model, *parts = training
-    weights = model_folder.load_model(folder).weights | state.pop("pretraining_only")
     with reading(folder):
+        weights = model_folder.load_model(folder).weights | state.pop("pretraining_only")
         model_folder.load_weights(model, weights, folder)
         for part, part_state in zip(parts, state.pop("parts"), strict=True):
             part.load_state_dict(part_state)

@@ -96,7 +96,9 @@ def read_vocabulary(path: str) -> Tokenizer:
         )
         return Tokenizer.from_str(tokenizer.to_str())
 
-    merges = Path(path).with_name("merges.txt").resolve(strict=True)
+    merges = Path(path).with_name("merges.txt")
+    if not merges.is_file():
+        raise ValueError("merges.txt is missing")
     spaces = {"add_prefix_space": settings.get("add_prefix_space", False)}
     tokenizer = ByteLevelBPETokenizer.from_file(path, str(merges), **spaces)
     tokenizer = Tokenizer.from_str(tokenizer.to_str())

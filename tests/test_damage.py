@@ -559,12 +559,6 @@ def test_diverged_weights_are_not_saved(flags, tmp_path, capsys):
     assert "start again with lower rates" in capsys.readouterr().out
 
 
-def test_a_spike_of_the_loss_is_logged_and_counted(flags, tmp_path, monkeypatch, capsys):
-    spoil(monkeypatch, {30}, lambda loss: 3 * loss)
-    assert train.main(flags(tmp_path, steps=32))["spikes"] == 1
-    assert "step 30: loss spike: " in capsys.readouterr().out
-
-
 def test_ranks_decide_alike_on_a_loss_that_is_bad_on_one(flags, tmp_path):
     """Its gradient is good everywhere: only the sum over the ranks shows it."""
 

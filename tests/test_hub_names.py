@@ -500,7 +500,7 @@ def test_the_vocabulary_of_another_byte_level_model_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").unlink()
     alphabet = {byte: i for i, byte in enumerate(pre_tokenizers.ByteLevel.alphabet())}
     models.BPE(alphabet, []).save(str(tmp_path))
-    with pytest.raises(UserError, match=r"vocab\.json: no token"):
+    with pytest.raises(UserError, match=r"vocab\.json: .*no token"):
         model_folder.load_model(tmp_path)
 
 

@@ -111,7 +111,7 @@ def test_a_test_label_that_training_lacks_is_named(tmp_path):
     train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
     train.write_text('{"text": "bal", "label": ["a", "b"]}\n' * 3)
     test.write_text('{"text": "dom", "label": ["c"]}\n')
-    with pytest.raises(UserError, match=r"test.jsonl:1: label \('c',\) has one that is none"):
+    with pytest.raises(UserError, match=r"test.jsonl:1: label \('c',\) is none"):
         labels.load(None, train, test)
 
 

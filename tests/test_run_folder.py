@@ -15,7 +15,6 @@ import threading
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -657,21 +656,6 @@ def test_the_folder_of_the_model_is_not_overwritten(tmp_path):
 
 
 # -------------------------------------------------------------------------------------- StepMonitor
-
-
-def test_noise_is_no_spike_and_a_jump_is_one():
-    rng, monitor = np.random.default_rng(0), StepMonitor()
-    losses = 3 + 4 * np.exp(-np.arange(5000) / 300) + 0.05 * rng.standard_normal(5000)
-    assert not any(monitor.check(loss, 1.0) for loss in losses)
-    assert monitor.check(3.2, 1.0) == "" and "loss spike: 5.0" in monitor.check(5.0, 1.0)
-    assert monitor.n_spikes == 1 and monitor.n_skipped == 0
-    assert len(monitor.recent_losses) == monitor.N_RECENT
-
-
-def test_losses_that_hardly_vary_spike_by_a_tenth_at_least():
-    monitor = StepMonitor()
-    assert not any(monitor.check(1.0, 1.0) for _ in range(200))
-    assert not monitor.check(1.05, 1.0) and monitor.check(1.2, 1.0)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
