@@ -125,7 +125,8 @@ def load_model(name: Path) -> SavedModel:
         path = first_file(folder, WEIGHT_FILES)
         weights = hub_names.import_weights(read_weights(path), config, _task(raw))
         hub_names.check_shapes(config, weights)
-        tokenizer = load_tokenizer(folder)
+        tokenizer = read_tokenizer(folder)
+        special_ids(tokenizer)  # raises an error if one is missing
         n_pieces = tokenizer.get_vocab_size()
         n_rows = config.vocab_size
         is_padded = n_rows % 8 == 0 and n_rows - n_pieces in range(MOST_PADDING)
@@ -173,22 +174,15 @@ def _task(raw: dict[str, Any]) -> str:
     return architectures[0].partition("For")[2]
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """Read the tokenizer of a model, with all special tokens."""
-    path = first_file(folder, TOKENIZER_FILES)
+def read_tokenizer(place: Path) -> Tokenizer:
+    """Read one of TOKENIZER_FILES, or that of a folder."""
+    path = first_file(place, TOKENIZER_FILES) if place.is_dir() else place
     with reading(path):
-        tokenizer = read_tokenizer(path)
-        special_ids(tokenizer)  # raises an error if one is missing
-    return tokenizer
-
-
-def read_tokenizer(path: Path) -> Tokenizer:
-    """Read one of TOKENIZER_FILES, whatever error its library raises."""
-    is_old = path.suffix == ".txt" or path.name == "vocab.json"
-    tokenizer = (read_vocabulary if is_old else Tokenizer.from_file)(str(path))
-    tokenizer.encode("\N{CUNEIFORM SIGN A}")  # an error if there is no token for the unknown
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+        is_old = path.suffix == ".txt" or path.name == "vocab.json"
+        tokenizer = (read_vocabulary if is_old else Tokenizer.from_file)(str(path))
+        tokenizer.encode("\N{CUNEIFORM SIGN A}")  # an error if there is no token for the unknown
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
     return tokenizer
 
 
@@ -251,12 +245,12 @@ def open_model(folder: Path, device: torch.device) -> tuple[nn.Module, Tokenizer
         a MaskedLM or a model of one number)
     """
     config, weights, tokenizer, raw = load_model(folder)
-    problem_type = raw.get("problem_type")
     with reading(folder):
         n_labels = len(weights.get("classifier.weight", [0]))  # load_weights refuses a missing one
         id2label = raw.get("id2label") or {}
         names = [str(id2label.get(str(i), f"LABEL_{i}")) for i in range(n_labels)]
         # one output is a number, whatever its problem_type: its softmax would always be 1
+        problem_type = raw.get("problem_type")
         is_multilabel = problem_type == "multi_label_classification" and n_labels > 1
         is_known = is_multilabel or problem_type in (None, "single_label_classification")
         if n_labels > 1 and not is_known:

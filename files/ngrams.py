@@ -30,13 +30,7 @@ class Ngrams(NamedTuple):
 
     start: Tensor  # (G,) position of the first token
     length: Tensor  # (G,) in tokens
-    text: Tensor  # (G,) the text that the n-gram is in
-    bucket: Tensor  # (G,) its hash
-
-    @property
-    def key(self) -> Tensor:
-        """(G,) equal for the occurrences of one n-gram in one text."""
-        return self.text * N_BUCKETS + self.bucket
+    key: Tensor  # (G,) the number of its text times N_BUCKETS, plus its hash
 
 
 def find_ngrams(ids: Tensor, cu_seqlens: Tensor) -> Ngrams:
@@ -51,7 +45,8 @@ def find_ngrams(ids: Tensor, cu_seqlens: Tensor) -> Ngrams:
         for i in range(length):
             code = (code + ids[start + i] + 1) * MULTIPLIER  # modulo 2**64
         bucket = (code >> 40) & (N_BUCKETS - 1)
-        parts.append((start, torch.full_like(start, length), text_of_token[start], bucket))
+        key = text_of_token[start] * N_BUCKETS + bucket
+        parts.append((start, torch.full_like(start, length), key))
     return Ngrams(*map(torch.cat, zip(*parts, strict=True)))
 
 
@@ -79,7 +74,8 @@ class NgramModel:
         """
         ngrams = find_ngrams(ids.cpu(), cu_seqlens.cpu())
         _, inverse, counts = ngrams.key.unique(return_inverse=True, return_counts=True)
-        shares = self.rows[self.row[ngrams.bucket]] / (counts[inverse] * ngrams.length)[:, None]
+        weights = self.rows[self.row[ngrams.key % N_BUCKETS]]  # (G, C)
+        shares = weights / (counts[inverse] * ngrams.length)[:, None]
         scores = torch.zeros(len(ids), self.weight.shape[1])
         for i in range(LONGEST):
             has_token = ngrams.length > i

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from files.disk import reading
-from files.model_folder import TOKENIZER_FILES, download, first_file, read_tokenizer
+from files.model_folder import TOKENIZER_FILES, download, read_tokenizer
 from files.tokenizer import SPECIAL_TOKENS
 
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
@@ -22,11 +22,10 @@ HUB_FILES = (*SETTINGS, *TOKENIZER_FILES, "merges.txt")
 def open_tokenizer(name: str) -> Tokenizer:
     """Read a tokenizer, and add the special tokens and the post-processor that it lacks."""
     path = Path(name) if Path(name).exists() else download(Path(name), HUB_FILES)
-    path = first_file(path, TOKENIZER_FILES) if path.is_dir() else path
+    tokenizer = read_tokenizer(path)
     with reading(path):
-        tokenizer = read_tokenizer(path)
         special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
-        roles = _find_roles(tokenizer, special, path.parent)
+        roles = _find_roles(tokenizer, special, path if path.is_dir() else path.parent)
         if max(tokenizer.get_vocab().values()) >= tokenizer.get_vocab_size():
             raise ValueError("its token ids have gaps")
 

@@ -388,7 +388,7 @@ def test_a_field_of_config_in_no_table_cannot_be_saved(tmp_path, family):
     config = config_of(family)
     model = MaskedLM(dataclasses.replace(config, vocab_size=tokenizer.get_vocab_size()))
     model.config = Fork(**vars(model.config))
-    with pytest.raises(ValueError, match=r"Config\.activation would be lost"):
+    with pytest.raises(ValueError, match=r"'activation': .* would be lost"):
         model_folder.save_model(tmp_path, model, tokenizer)
     assert not list(tmp_path.iterdir())
 
@@ -447,7 +447,7 @@ def test_token_ids_of_a_vocab_txt(tmp_path, settings):
     write_vocab_txt(tmp_path, sorted(set("".join(lines)) | set("".join(lines).lower())))
     settings = {"tokenizer_class": "BertTokenizer"} | settings
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    ours = model_folder.load_tokenizer(tmp_path)
+    ours = model_folder.read_tokenizer(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for line in [*lines, "a [MASK] b[SEP]"]:
         assert ours.encode(line).ids == theirs(line)["input_ids"], line
@@ -462,7 +462,7 @@ def test_a_vocab_txt_that_nothing_says_is_lower_cased(tmp_path, config, is_cased
     write_vocab_txt(tmp_path, sorted(letters))
     if config:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    ours = model_folder.load_tokenizer(tmp_path)
+    ours = model_folder.read_tokenizer(tmp_path)
     pieces = ["A", "##b", "b", "##A", "[MASK]"] if is_cased else ["a", "##b", "b", "##a", "[MASK]"]
     assert ours.encode("Ab bA [MASK]").tokens == ["[CLS]", *pieces, "[SEP]"]
     if not is_cased:
