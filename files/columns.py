@@ -15,7 +15,7 @@ from files import readers
 from files.disk import UserError
 from files.hub_datasets import find_dataset, is_hub_name
 from files.multilabel import distinct_labels, find_label_sets, merge_columns, to_targets
-from files.readers import TABLE_SUFFIXES, Report, is_text, read_table, refuse, table_format
+from files.readers import TABLES, Report, Row, is_text, read_table, refuse, table_format
 
 # Usual column names, the most likely first. Without one of them the length of the values decides.
 TEXT_NAMES = ("text", "sentence", "review", "content", "document", "body", "message", "title")
@@ -28,8 +28,6 @@ PAIR_NAMES = (
 LABEL_NAMES = ("label", "class", "category", "target", "sentiment", "stars", "rating", "score", "y")
 LABEL_NAMES += ("labels",)
 N_GUESS_ROWS = 200  # rows of which the length of the values is compared
-
-Row = tuple[int, dict[str, Any]]  # line number, {column: value}
 
 
 class Columns(NamedTuple):
@@ -63,9 +61,7 @@ def choose_columns(path: Path, rows: list[Row], columns: Columns) -> Columns:
     names = list(rows[0][1])
     for kind, name in columns._asdict().items():
         if name is not None and name not in names:
-            choices = ", ".join(map(repr, names))
-            problem = f"no such column; the columns are {choices}"
-            raise UserError(f"{path}: --{kind}-column {name}: {problem}")
+            raise UserError(f"{path}: --{kind}-column {name}: the columns are {', '.join(names)}")
 
     def text_length(name: str) -> int:
         values = [row.get(name) for _, row in rows[:N_GUESS_ROWS]]
@@ -96,14 +92,13 @@ def read_examples(
         UserError: The file is no table, lacks a column, or has a row without a text or a label.
     """
     if table_format(path) is None:
-        suffixes = ", ".join(TABLE_SUFFIXES)
-        raise UserError(f"{path}: labelled examples come as {suffixes} (or .gz or .zst of one)")
+        raise UserError(f"{path}: labelled examples come as {TABLES} (or .gz or .zst of one)")
     rows = list(read_table(path, column=columns.text))
     rows = merge_columns(path, rows, columns.label)
     columns = choose_columns(path, rows, columns)
     rows = find_label_sets(rows, columns.label, task)
     if columns.label is None:
-        names = ", ".join(map(repr, rows[0][1]))
+        names = ", ".join(rows[0][1])
         raise UserError(f"{path}: no label column among {names}; name it with --label-column")
     errors: list[UserError] = []
     items = list(to_items(path, rows, columns, errors.append if is_hub_name(path) else refuse))

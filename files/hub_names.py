@@ -104,8 +104,7 @@ def config_to_json(config: Config, task: str, special_ids: dict[str, int]) -> di
     raw |= {"bos_token_id": special_ids["cls"], "eos_token_id": special_ids["sep"]}
 
     if lost := dict(vars(config).items() - vars(config_from_json(raw)).items()):
-        problem = f"{lost} would be lost in the config.json of a {config.family} model"
-        raise ValueError(f"{problem}: add what is missing to files/hub_names.py")
+        raise ValueError(f"{lost} would be lost: a {config.family} model has no name for it")
     return raw
 
 
@@ -120,8 +119,7 @@ def config_from_json(raw: dict[str, Any]) -> Config:
         model_type = model_type.removesuffix(f"-{raw['classifier_pooling']}")
     families = {prefix.lower(): family for family, prefix in CLASS_PREFIX.items()}
     if model_type not in families:
-        problem = f"model_type {model_type!r} is none of {', '.join(families)}"
-        raise ValueError(f"{problem}; config.json must name one of them")
+        raise ValueError(f"config.json: model_type {model_type!r} is none of {', '.join(families)}")
     for name, value in FIXED_SETTINGS.items():
         if raw.get(name, value) != value:
             raise ValueError(f"{name} {raw[name]!r} is not supported, only {value!r} is")

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from files.disk import UserError
+from files.readers import Row
 
-Row = tuple[int, dict[str, Any]]  # line number, {column: value}
 SWITCHES = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
 
 

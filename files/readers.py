@@ -10,17 +10,18 @@ import gzip
 import io
 import itertools
 import json
+import os
 import re
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from files import parquet
 from files.disk import UserError, reading
 from files.hub_datasets import is_hub_name, parquet_files
-from files.sequences import SEPARATOR, as_sequences, is_interactions
+from files.sequences import SEPARATOR, Report, Row, as_sequences, is_interactions
 
 try:
     from compression import zstd  # of Python 3.14
@@ -31,6 +32,7 @@ except ImportError:
         zstd = None  # which a file that needs it says
 
 TABLE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".inter", ".parquet")
+TABLES = ", ".join(TABLE_SUFFIXES)  # for messages
 GZIP_START = b"\x1f\x8b"
 ZSTD_START = b"\x28\xb5\x2f\xfd"
 COMPRESSED = re.compile(r"\.(gz|zst)$")
@@ -44,18 +46,16 @@ JSON_START = re.compile(rf"\s*(\[\s*)?\{{\s*{STRING}\s*:|\s*\[\s*{STRING}\s*[],]
 HIDDEN = re.compile(r"/(\.|__MACOSX/)")  # in the path of a file
 NOT_TEXT = re.compile("[\0\udc80-\udcff]")  # as "surrogateescape" decodes bytes that are not UTF-8
 
-Report = Callable[[UserError], None]  # called for each broken line, which is then left out
-
 
 def refuse(error: UserError) -> None:
-    """What the first broken line is reported to by default: it ends the reading."""
+    """The default Report, which is called for each broken line: the first one ends the reading."""
     raise error
 
 
 def read_lines(
     path: Path, report: Report = refuse, in_pieces: bool = False
 ) -> Iterator[tuple[int, str]]:
-    """Read (line number from 1, line with "\\n" at its end) of a text file.
+    """Read (line number from 1, line with its line break) of a text file.
 
     Args:
         path: A file, perhaps compressed (.gz, .zst); "-" is standard input.
@@ -67,15 +67,16 @@ def read_lines(
     """
     number = 1
     with open_bytes(path) as file:
-        lines = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape")
+        head = file.peek(1)
+        is_old_mac = b"\r" in head[:-1] and b"\n" not in head
+        newline = None if is_old_mac else "\n"
+        lines = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline)
         while text := lines.readline(LONGEST_LINE):
             is_whole = text.endswith("\n") or len(text) < LONGEST_LINE
             if not is_whole and not in_pieces:
-                problem = f"a line of more than {LONGEST_LINE:,} characters"
-                raise UserError(f"{path}:{number}: {problem}")
+                raise UserError(f"{path}:{number}: a line of more than {LONGEST_LINE:,} characters")
             if NOT_TEXT.search(text):
-                problem = "not UTF-8 text, or a NUL byte; convert it, for example with iconv"
-                report(UserError(f"{path}:{number}: {problem}"))
+                report(UserError(f"{path}:{number}: not UTF-8 text, or a NUL byte; try iconv"))
                 text = "\n"
             yield number, text
             number += is_whole
@@ -129,8 +130,10 @@ def table_format(path: Path) -> str | None:
 
 def read_table(
     path: Path, report: Report = refuse, column: str | None = None, may_mask: bool = False
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Read (number of the row's first line, {column: value}) of a table.
+) -> Iterator[Row]:
+    """Read (number, {column: value}) of the rows of a table.
+
+    The number is that of the first line of the row, in parquet and an array that of the row.
 
     The first line of a .csv or .tsv file names the columns. Those without a name, or with one of
     several of the same name, are left out. Where tabs separate the fields, each tab does, and
@@ -154,7 +157,7 @@ def class_names(path: Path, column: str) -> list[str]:
     return parquet.class_names(parquet_files(path)[0]).get(column, []) if is_parquet else []
 
 
-def _read_jsonl(path: Path, report: Report) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_jsonl(path: Path, report: Report) -> Iterator[Row]:
     for number, line in read_lines(path, report):
         if line.isspace():
             continue
@@ -167,11 +170,11 @@ def _read_jsonl(path: Path, report: Report) -> Iterator[tuple[int, dict[str, Any
             yield number, row
 
 
-def _read_json_array(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Decode one object after another, so that the array need not fit into memory."""
+def _read_json_array(path: Path) -> Iterator[Row]:
+    """Decode and count one object after another: the array need not fit into memory."""
     decode = json.JSONDecoder().raw_decode
     text = ""  # what is read and not decoded yet
-    line = 1  # the number of its first line
+    number = 1  # of the next row
     min_length = 0  # of a text in which another object may have ended
     error = None
     before_row = re.compile(r"\s*\[\s*")  # before the first object; then it is a comma
@@ -187,9 +190,8 @@ def _read_json_array(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             except (ValueError, RecursionError) as problem:  # or the rest of it is not read yet
                 error = getattr(problem, "msg", problem)
                 break
-            line += text.count("\n", end, match.end())
-            yield line, row
-            line += text.count("\n", match.end(), row_end)
+            yield number, row
+            number += 1
             end = row_end
             before_row = re.compile(r"\s*,\s*")
         text = text[end:]
@@ -198,8 +200,7 @@ def _read_json_array(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         # so that an object of many lines is not decoded again for each of them
         min_length = 2 * len(text)
     if not re.fullmatch(r"(\s*\[)?\s*\]\s*", text):
-        line += re.match(r"[\s,\[]*", text)[0].count("\n")
-        raise UserError(f"{path}:{line}: broken JSON: {error or 'the array does not end here'}")
+        raise UserError(f"{path}:{number}: broken JSON: {error or 'the array does not end here'}")
 
 
 def _check_row(row: Any, source: str) -> None:
@@ -210,7 +211,7 @@ def _check_row(row: Any, source: str) -> None:
         raise ValueError('each row must be a JSON object such as {"text": "..."}')
 
 
-def _read_csv(path: Path, report: Report) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_csv(path: Path, report: Report) -> Iterator[Row]:
     csv.field_size_limit(LONGEST_LINE)
     lines = read_lines(path, report)
     again = deque(itertools.islice(lines, 1))  # lines to read, perhaps once more
@@ -278,9 +279,8 @@ def _read_column(path: Path, column: str | None) -> Iterator[str]:
         if names and row[names[0]] is None:
             continue  # as an empty field of a .csv, this is no mistake
         if not names or not isinstance(row[names[0]], str):
-            fields = ", ".join(map(repr, row)) or "none"
-            problem = f"no text in field {column or 'text'!r}; the fields are {fields}"
-            raise UserError(f"{path}:{number}: {problem}; --text-column names another")
+            problem = f"no text in field {column or 'text'!r}; --text-column names another of"
+            raise UserError(f"{path}:{number}: {problem} {', '.join(row)}")
         yield row[names[0]]
 
 
@@ -314,12 +314,12 @@ def find_files(paths: Iterable[str]) -> list[Path]:
     suffixes = (".txt", ".md", *TABLE_SUFFIXES)
     files: list[Path] = []
     for path in map(Path, paths):
-        inside = parquet_files(path)  # a path that is no name of the hub stands for itself
-        if path.is_dir():
-            inside = [file for file in sorted(path.rglob("*")) if text_suffix(file) in suffixes]
-            inside = [f for f in inside if not HIDDEN.search(f"/{f.relative_to(path).as_posix()}")]
-        files += filter(Path.is_file, inside)
-        if not any(map(Path.is_file, inside)):
-            problem = f"no regular file, and no folder of {', '.join(suffixes)}"
-            raise UserError(f"{path}: {problem} (or .gz or .zst of one)")
+        chosen = parquet_files(path)  # a path that is no name of the hub stands for itself
+        if os.path.isdir(path):
+            chosen = [file for file in sorted(path.rglob("*")) if text_suffix(file) in suffixes]
+            chosen = [f for f in chosen if not HIDDEN.search(f"/{f.relative_to(path).as_posix()}")]
+        chosen = list(filter(os.path.isfile, chosen))
+        files += chosen
+        if not chosen:
+            raise UserError(f"{path}: neither a regular file nor a folder of {', '.join(suffixes)}")
     return files

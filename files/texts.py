@@ -13,7 +13,7 @@ import numpy as np
 from files import disk
 from files.columns import N_GUESS_ROWS, Columns, Item, choose_columns, to_items
 from files.disk import UserError
-from files.readers import TABLE_SUFFIXES, Report, read_lines, read_table, table_format
+from files.readers import TABLES, Report, read_lines, read_table, table_format
 from files.sequences import is_sequence, split_items
 
 Answer = dict[str, Any]  # one field of the JSON output: "answers", "value", "entities" or "masks"
@@ -42,8 +42,7 @@ def _read_all(args: argparse.Namespace, report: Report) -> Iterator[Item]:
     path = args.file
     is_table = path is not None and table_format(path) is not None
     if not is_table and (args.text_column or args.pair_column):
-        suffixes = ", ".join(TABLE_SUFFIXES)
-        raise UserError(f"--text-column and --pair-column belong to a --file of {suffixes}")
+        raise UserError(f"--text-column and --pair-column belong to a --file of {TABLES}")
     if path is None:
         yield from (Item(f"text {i}", text) for i, text in enumerate(args.texts, 1))
     elif is_table:

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from files.disk import CACHE, UserError, to_json, using_cache, write_file
-from files.readers import TABLE_SUFFIXES, find_files, open_bytes, read_documents, table_format
+from files.readers import TABLES, find_files, open_bytes, read_documents, table_format
 from files.reviews import fetch_reviews, load_reviews
 from files.sequences import is_sequence, make_item_tokenizer, reads_items
 from files.tokenizer import TRAINERS
@@ -63,8 +63,7 @@ def prepare(
 
     files = find_files(paths)
     if text_column and not any(map(table_format, files)):
-        suffixes = ", ".join(TABLE_SUFFIXES)
-        raise UserError(f"--text-column {text_column}: it belongs to a --corpus of {suffixes}")
+        raise UserError(f"--text-column {text_column}: it belongs to a --corpus of {TABLES}")
 
     # a fork that trains another tokenizer must not find the tokens of the old one
     trainers = (TRAINERS[kind], make_item_tokenizer)
@@ -138,10 +137,7 @@ def _write_tokens(folder: Path, parts: list[Iterable[str]], tokenizer: Tokenizer
             documents = iter(tqdm(part, "tokenizing", unit=" documents", disable=None, leave=False))
             while texts := list(itertools.islice(documents, BATCH)):
                 if any(is_sequence(text) != of_items for text in texts):
-                    problem = "text and sequences, which need models of their own"
-                    raise UserError(
-                        f"the corpus, with the model that is continued, mixes {problem}"
-                    )
+                    raise UserError("the corpus, or it and --model, mix text and sequences")
                 encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
                 rows = [encoding.ids for encoding in encodings if encoding.ids]
                 ids = np.array(list(itertools.chain(*rows)), token_dtype(vocab_size))

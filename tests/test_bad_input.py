@@ -59,9 +59,9 @@ TRAIN = {  # flags -> a part of the message; {} is the folder of FILES
     "--device abacus": "abacus: not on this machine",
     "--device cuda": "cuda: not on this machine",
     "--device cuda:7": "cuda:7: not on this machine",
-    "--corpus {}/missing.txt": "{}/missing.txt: no such file",
-    "--corpus {}/good.txt {}/missing.txt": "{}/missing.txt: no such file",
-    "--corpus {}/folder": "{}/folder: no regular file, and no folder of .txt",
+    "--corpus {}/missing.txt": "{}/missing.txt: neither a regular file",
+    "--corpus {}/good.txt {}/missing.txt": "{}/missing.txt: neither a regular file",
+    "--corpus {}/folder": "{}/folder: neither a regular file nor a folder of .txt",
     "--corpus {}/empty.txt": "",
     "--corpus {}/blank.txt": "",
     "--corpus {}/picture.txt": "{}/picture.txt:1: ",
@@ -104,7 +104,7 @@ FINETUNE = {
 
 ANALYZE = {
     "--task tokens": "invalid choice: 'tokens'",
-    "--label-column mood": "--label-column mood: no such column",
+    "--label-column mood": "--label-column mood: the columns are text, label",
     "--task regress": "{}/good.csv:2: label 'x' is no number",
     "--labels 0": "--labels 0: give whole numbers or all",
     "--labels 99": "--labels 99: there are only 24",
@@ -128,9 +128,7 @@ PREDICT = {
     "--file {}/empty.txt": "{}/empty.txt: no texts",
     "--file {}/blank.txt": "{}/blank.txt: no texts",
     "--file {}/cut.txt.gz": "{}/cut.txt.gz: cannot be read",
-    "--file {}/other.jsonl --text-column text": (
-        "--text-column text: no such column; the columns are 'body'"
-    ),
+    "--file {}/other.jsonl --text-column text": ("--text-column text: the columns are body"),
 }
 
 

@@ -861,7 +861,7 @@ def test_a_long_document_is_cut_without_loss(tmp_path, monkeypatch):
 def test_pipes_and_devices_are_no_corpus(tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
     for path in (tmp_path / "pipe.txt", "/dev/zero"):
-        with pytest.raises(UserError, match=f"^{path}: no regular file"):
+        with pytest.raises(UserError, match=f"^{path}: neither a regular file"):
             readers.find_files([str(path)])
     (tmp_path / "a.txt").write_text("a")
     assert readers.find_files([str(tmp_path)]) == [

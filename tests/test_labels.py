@@ -173,7 +173,12 @@ ERRORS = {
     "blank label": (CLASSES + "g,  \n", None, {}, ":8: no label"),
     "empty text": (CLASSES + ",x\n", None, {}, ":8: no text in field 'text'"),
     "empty label in test": (CLASSES, "text,label\na,x\nb,\n", {}, ":3: no label"),
-    "no label in test": (CLASSES, "text,mood\na,x\n", {}, ": --label-column label: no such column"),
+    "no label in test": (
+        CLASSES,
+        "text,mood\na,x\n",
+        {},
+        ": --label-column label: the columns are text, mood",
+    ),
     "no number": (
         "text,label\na,1.5\nb,2.5\nc,x\n",
         None,
