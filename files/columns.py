@@ -14,7 +14,7 @@ import numpy as np
 from files import readers
 from files.disk import UserError
 from files.hub_datasets import find_dataset, is_hub_name
-from files.multilabel import distinct_labels, find_label_sets, merge_columns, to_targets
+from files.multilabel import find_label_sets, merge_columns, to_targets
 from files.readers import TABLES, Report, Row, is_text, read_table, refuse, table_format
 
 # Usual column names, the most likely first. Without one of them the length of the values decides.
@@ -213,12 +213,14 @@ def choose_names(path: Path, items: list[Item], column: str, task: str | None) -
     """The names of the classes, None if the labels are numbers; UserError if there is one class."""
     labels = [item.label for item in items]
     names = None
+    classes = "numbers (regression)"
     if isinstance(labels[0], tuple):
-        names = distinct_labels(path, labels)
+        names = sorted(set().union(*labels))
     elif (task or guess_task(labels)) == "classify":
         names = _class_names(path, labels, column)
-    classes = "numbers (regression)"
-    if names:
+    if names is not None:
+        if len(names) < 2:
+            raise UserError(f"{path}: fewer than two classes: {', '.join(map(repr, names))}")
         classes = names if len(names) <= 10 else f"{len(names)} classes"
     print(f"{path}: {len(items):,} examples; label {column!r}: {classes}")
     return names
@@ -227,9 +229,7 @@ def choose_names(path: Path, items: list[Item], column: str, task: str | None) -
 def _class_names(path: Path, labels: list[str], column: str) -> list[str]:
     """The distinct labels: as the file orders them, or else numbers by value, then names."""
     counts = Counter(labels)
-    if len(counts) < 2:
-        raise UserError(f"{path}: the label column has one class only, {labels[0]!r}")
-    if max(counts.values()) == 1:
+    if len(counts) > 1 and max(counts.values()) == 1:
         raise UserError(f"{path}: each label occurs once only, such as {labels[0]!r}")
     usual = sorted(counts, key=lambda name: (np.nan_to_num(to_number(name), nan=np.inf), name))
     order = readers.class_names(path, column)
@@ -241,17 +241,15 @@ def find_targets(items: list[Item], names: list[str] | None) -> np.ndarray:
     no number if these are None."""
     labels = [item.label for item in items]
     is_multilabel = isinstance(labels[0], tuple)
+    numbers = {name: i for i, name in enumerate(names or [])}
+    for source, *_, label in items:
+        if names is None and math.isnan(to_number(label)):
+            raise UserError(f"{source}: label {label!r} is no number, which --task regress needs")
+        if names and not numbers.keys() >= set(label if is_multilabel else [label]):
+            known = ", ".join(map(repr, names[:20]))
+            raise UserError(f"{source}: label {label!r} is none of the training labels {known}")
+    if names is None:
+        return np.array(list(map(to_number, labels)), np.float32)
     if is_multilabel:
-        targets = to_targets(labels, names)
-    elif names is None:
-        targets = list(map(to_number, labels))
-    else:
-        class_numbers = {name: i for i, name in enumerate(names)}
-        targets = [class_numbers.get(label, math.nan) for label in labels]
-    for item, target in zip(items, targets, strict=True):
-        if np.isnan(target).any():
-            problem = "is no number, which --task regress needs"
-            if names:
-                problem = f"is none of the training labels {', '.join(map(repr, names[:20]))}"
-            raise UserError(f"{item.source}: label {item.label!r} {problem}")
-    return np.array(targets, np.float32 if names is None or is_multilabel else np.int64)
+        return to_targets(labels, names)
+    return np.array([numbers[label] for label in labels])

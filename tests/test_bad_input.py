@@ -92,7 +92,7 @@ FINETUNE = {
     "--train {}/good.csv --task tokens": "{}/good.csv:1: one column; a word and its tag are needed",
     "--train {}/missing.csv": "{}/missing.csv: cannot be read",
     "--train {}/good.txt": "{}/good.txt: labelled examples come as",
-    "--train {}/one_class.csv": "{}/one_class.csv: the label column has one class",
+    "--train {}/one_class.csv": "{}/one_class.csv: fewer than two classes",
     "--train {}/broken.jsonl": "{}/broken.jsonl:2: broken JSON",
     "--train {}/fields.csv": "{}/fields.csv:3: 3 fields",
     "--train {}/good.csv --labels 25": "--labels 25: there are only 24",

@@ -166,7 +166,7 @@ ERRORS = {
         ": --text-column body: .*text.*label",
     ),
     "only a label": ("label\na\nb\n", None, {}, ": no text column"),
-    "one class": ("text,label\na,x\nb,x\n", None, {}, ": .*one class only, 'x'"),
+    "one class": ("text,label\na,x\nb,x\n", None, {}, ": fewer than two classes: 'x'"),
     "an identifier as label": ("text,label\na,x\nb,y\n", None, {}, ": each label occurs once"),
     "unseen label": (CLASSES, "text,label\na,x\n\nb,new\n", {}, ":4: label 'new' .*x.*y"),
     "empty label": (CLASSES + "g,\n", None, {}, ":8: no label"),
