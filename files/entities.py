@@ -86,15 +86,12 @@ def load(train: Path, test: Path | None) -> tuple[TaggedDataset, TaggedDataset]:
     tests = find_tests(train, test, "tags", "ner_tags")
     if not tests:
         return hold_out_last_fifth(dataset)
-    test_set = TaggedDataset([], [], names)
-    for path in tests:
-        words, tags = read_sentences(path)
-        if unknown := set(itertools.chain(*tags)) - set(names):
-            problem = f"is none of the training tags {', '.join(names)}"
-            raise UserError(f"{path}: tag {unknown.pop()!r} {problem}")
-        test_set.words.extend(words)
-        test_set.targets.extend(tags)
-    return dataset, test_set
+    parts = zip(*map(read_sentences, tests), strict=True)
+    words, tags = (list(itertools.chain(*part)) for part in parts)
+    if unknown := set(itertools.chain(*tags)) - set(names):
+        problem = f"tag {unknown.pop()!r} is none of the training tags {', '.join(names)}"
+        raise UserError(f"{', '.join(map(str, tests))}: {problem}")
+    return dataset, TaggedDataset(words, tags, names)
 
 
 def read_sentences(path: Path) -> tuple[list[list[str]], list[list[str]]]:

@@ -380,7 +380,7 @@ def test_hidden_files_of_a_folder_are_skipped(tmp_path):
     assert find_files([str(folder / "._a.txt")]) == [folder / "._a.txt"]
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / ".hidden.txt").write_text("text")
-    with pytest.raises(UserError, match="no folder of"):
+    with pytest.raises(UserError, match="nor a folder of"):
         find_files([str(tmp_path / "only")])
 
 
