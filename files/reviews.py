@@ -39,7 +39,6 @@ def load_reviews() -> dict[str, dict[str, list[tuple[str, str]]]]:
 
 
 def _split(texts_of_class: dict[str, list[str]]) -> dict[str, list[tuple[str, str]]]:
-    """The training and the test set of one source."""
     train = []
     test = []
     for label, name in (("0", "negative"), ("1", "positive")):

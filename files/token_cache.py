@@ -125,7 +125,6 @@ def _new_tokenizer(
 
 
 def _write_tokens(folder: Path, parts: list[Iterable[str]], tokenizer: Tokenizer) -> None:
-    """Write a folder of the cache."""
     folder.mkdir()
     vocab_size = tokenizer.get_vocab_size()
     of_items = reads_items(tokenizer)
