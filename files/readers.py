@@ -35,7 +35,6 @@ TABLE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".inter", ".parquet")
 TABLES = ", ".join(TABLE_SUFFIXES)  # for messages
 GZIP_START = b"\x1f\x8b"
 ZSTD_START = b"\x28\xb5\x2f\xfd"
-COMPRESSED = re.compile(r"\.(gz|zst)$")
 LONGEST_DOCUMENT = 2**20  # characters; a longer document is cut into several
 LONGEST_LINE = 2**24  # characters; a longer line or field of a table is refused
 LONGEST_PARAGRAPH = 50  # mean number of lines; above it blank lines are strays between documents
@@ -101,7 +100,7 @@ def open_bytes(path: Path) -> Iterator[io.BufferedReader]:
 
 def text_suffix(path: Path) -> str:
     """The suffix without compression: ".jsonl" of reviews.jsonl and of reviews.jsonl.gz."""
-    return Path(COMPRESSED.sub("", path.name)).suffix.lower()
+    return Path(path.name.removesuffix(".gz").removesuffix(".zst")).suffix.lower()
 
 
 def is_text(value: Any) -> bool:
