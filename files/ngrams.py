@@ -50,22 +50,12 @@ def find_ngrams(ids: Tensor, cu_seqlens: Tensor) -> Ngrams:
     return Ngrams(*map(torch.cat, zip(*parts, strict=True)))
 
 
-class NgramModel:
-    """One class against the rest: logistic regression on which n-grams a text contains.
+class NgramModel(NamedTuple):
+    """One class against the rest: logistic regression on which n-grams a text contains."""
 
-    Args:
-        buckets: (G,) int64, those with a weight.
-        weight: (G, C) float32.
-        bias: (C,) float32.
-    """
-
-    def __init__(self, buckets: Tensor, weight: Tensor, bias: Tensor):
-        self.buckets = buckets
-        self.weight = weight
-        self.bias = bias
-        self.row = torch.full((N_BUCKETS,), len(buckets))  # of each bucket; the last one is zero
-        self.row[buckets] = torch.arange(len(buckets))
-        self.rows = torch.cat((weight, torch.zeros_like(weight[:1])))
+    buckets: Tensor  # (G,) int64, those with a weight, in order
+    weight: Tensor  # (G, C) float32
+    bias: Tensor  # (C,) float32
 
     def token_scores(self, ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         """What each token contributes to the log-odds of each class, (T, C).
@@ -74,7 +64,10 @@ class NgramModel:
         """
         ngrams = find_ngrams(ids.cpu(), cu_seqlens.cpu())
         _, inverse, counts = ngrams.key.unique(return_inverse=True, return_counts=True)
-        weights = self.rows[self.row[ngrams.key % N_BUCKETS]]  # (G, C)
+        bucket = ngrams.key % N_BUCKETS
+        row = torch.searchsorted(self.buckets, bucket).clamp(max=len(self.buckets) - 1)
+        has_weight = (self.buckets[row] == bucket)[:, None]
+        weights = torch.where(has_weight, self.weight[row], 0.0)  # (G, C)
         shares = weights / (counts[inverse] * ngrams.length)[:, None]
         scores = torch.zeros(len(ids), self.weight.shape[1])
         for i in range(LONGEST):
@@ -105,8 +98,7 @@ class NgramModel:
         return scores @ gradient.mean(0)
 
     def save(self, folder: Path) -> None:
-        tensors = {"buckets": self.buckets, "weight": self.weight, "bias": self.bias}
-        write_file(folder / NGRAMS_FILE, safetensors.torch.save(tensors))
+        write_file(folder / NGRAMS_FILE, safetensors.torch.save(self._asdict()))
 
 
 def load_ngrams(folder: Path, n_classes: int) -> NgramModel | None:
