@@ -188,8 +188,7 @@ def guess_task(labels: Iterable[str]) -> str:
     A few other labels among many numbers, such as N/A, do not count.
     """
     counts = Counter(labels)
-    values = {label: to_number(label) for label in counts}
-    numbers = {label: value for label, value in values.items() if not math.isnan(value)}
+    numbers = {label: x for label in counts if not math.isnan(x := to_number(label))}
     if 2 * len(numbers) <= len(counts):
         return "classify"
     n_repeated = sum(counts[label] > 1 for label in numbers)

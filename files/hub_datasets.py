@@ -96,15 +96,13 @@ def _fetch(repo: str, file: str) -> Path:
 
     listing = _list_files(repo)
     try:
-        path = huggingface_hub.hf_hub_download(
-            repo, file, repo_type="dataset", revision=listing["commit"]
-        )
+        revision = {"repo_type": "dataset", "revision": listing["commit"]}
+        path = Path(huggingface_hub.hf_hub_download(repo, file, **revision))
     except Exception as error:
         raise UserError(f"hf:{repo}: {file}: {_explain(error)}") from None
-    blob = Path(path).resolve()
     if sha256 := listing["files"][file]:
-        check_sha256(blob, sha256, f"{blob}: delete this damaged file")
-    return Path(path)
+        check_sha256(path, sha256, f"{path.resolve()}: delete this damaged file")
+    return path
 
 
 def _explain(error: Exception) -> str:

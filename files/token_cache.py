@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -73,10 +73,11 @@ def prepare(
     folder = CACHE / f"tokens-{key}"
     if not folder.exists():
         with tempfile.TemporaryDirectory(dir=CACHE) as work:
-            train = functools.partial(TRAINERS[kind], vocab_size=vocab_size, cased=cased)
-            tokenizer = tokenizer or _new_tokenizer(
-                files, text_column, vocab_size, min_count, train
-            )
+            if tokenizer is None:
+                documents = itertools.chain.from_iterable(_read_parts(files, text_column))
+                share = TOKENIZER_SAMPLE / max(1, sum(file.stat().st_size for file in files))
+                train = functools.partial(TRAINERS[kind], vocab_size=vocab_size, cased=cased)
+                tokenizer = _new_tokenizer(documents, share, train, vocab_size, min_count)
             _write_tokens(Path(work) / "new", _read_parts(files, text_column), tokenizer)
             with contextlib.suppress(OSError):  # another process wrote the same content first
                 os.rename(Path(work) / "new", folder)
@@ -105,21 +106,14 @@ def _read_parts(files: list[Path], text_column: str | None) -> list[Iterable[str
 
 
 def _new_tokenizer(
-    files: list[Path],
-    text_column: str | None,
-    vocab_size: int,
-    min_count: int,
-    train: Callable[[Iterable[str]], Tokenizer],
+    documents: Iterator[str], share: float, train: Callable, vocab_size: int, min_count: int
 ) -> Tokenizer:
-    """The items of sequences, or word pieces that are trained on a sample of the text."""
-    documents = itertools.chain.from_iterable(_read_parts(files, text_column))
+    """The items of sequences, or what `train` makes of a share of the documents."""
     first = next(documents, "")
     documents = itertools.chain([first], documents)
     if is_sequence(first):
         return make_item_tokenizer(documents, vocab_size, min_count)
     print(f"training a tokenizer of up to {vocab_size:,} word pieces", flush=True)
-    n_bytes = sum(file.stat().st_size for file in files)
-    share = TOKENIZER_SAMPLE / max(1, n_bytes)
     rng = np.random.default_rng(0)
     return train(text for text in documents if rng.random() < share)
 
