@@ -27,13 +27,9 @@ SHARED_CONFIG = {
     "max_len": "max_position_embeddings",
     "init_std": "initializer_range",
 }
-MODERN_CONFIG = SHARED_CONFIG | {
-    "local_attention": "local_attention",
-    "global_attn_every_n_layers": "global_attn_every_n_layers",
-    "global_rope_theta": "global_rope_theta",
-    "local_rope_theta": "local_rope_theta",
-    "norm_eps": "norm_eps",
-}
+MODERN_NAMES = ("local_attention", "global_attn_every_n_layers", "global_rope_theta")
+MODERN_NAMES += ("local_rope_theta", "norm_eps")  # which are ours too
+MODERN_CONFIG = SHARED_CONFIG | {name: name for name in MODERN_NAMES}
 BERT_CONFIG = SHARED_CONFIG | {"n_types": "type_vocab_size", "norm_eps": "layer_norm_eps"}
 CONFIG_NAMES = {"modern": MODERN_CONFIG, "bert": BERT_CONFIG, "roberta": BERT_CONFIG}
 
