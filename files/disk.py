@@ -55,6 +55,11 @@ def using_cache() -> Iterator[None]:
         raise UserError(f"the cache {CACHE} cannot be used: {explain(error)}; {advice}") from None
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a file, or nothing where there is none."""
+    return json.loads(path.read_bytes()) if path.is_file() else {}
+
+
 def to_json(value: Any) -> bytes:
     """The content of a JSON file, readable for people."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -6,9 +6,8 @@ figure that the run did not measure, and a run that was stopped leaves none.
 
 import json
 from pathlib import Path
-from typing import Any
 
-from files.disk import to_json, write_file
+from files.disk import read_json, to_json, write_file
 
 CARD = "README.md"
 MARK = "This card was written by cloze"  # no README.md without it is replaced or removed
@@ -54,11 +53,6 @@ def describe_folder(folder: Path, run: Path, built_in: list[str]) -> None:
 def is_foreign(card: Path) -> bool:
     """Whether this README.md is none of our cards."""
     return card.exists() and MARK not in card.read_text(encoding="utf-8", errors="replace")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The content of a file, or nothing where there is none."""
-    return json.loads(path.read_bytes()) if path.is_file() else {}
 
 
 def make_card(folder: Path, run: Path, tag: str, built_in: list[str]) -> str:

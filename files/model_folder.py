@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from files import disk, hub_names
-from files.disk import UserError, first_line, reading, to_json, write_file
+from files.disk import UserError, first_line, read_json, reading, to_json, write_file
 from files.ngrams import load_ngrams
 from files.tokenizer import read_vocabulary, special_ids, special_tokens
 from model import Classifier, Config, Encoder, MaskedLM, Tagger, is_part_of
@@ -118,9 +118,11 @@ def load_model(name: Path) -> SavedModel:
     folder = find_model(name)
     with reading(folder):
         raw = json.loads((folder / "config.json").read_bytes())
-        pooling_path = folder / "1_Pooling" / "config.json"
-        if pooling_path.is_file():
-            raw.setdefault("classifier_pooling", read_pooling(pooling_path))
+        pooling_path = folder / "1_Pooling" / "config.json"  # of sentence-transformers
+        with reading(pooling_path):
+            if modes := read_json(pooling_path):  # another than cls counts as mean
+                is_cls = modes.get("pooling_mode_cls_token") or modes.get("pooling_mode") == "cls"
+                raw.setdefault("classifier_pooling", "cls" if is_cls else "mean")
         config = hub_names.config_from_json(raw)
         path = first_file(folder, WEIGHT_FILES)
         weights = hub_names.import_weights(read_weights(path), config, _task(raw))
@@ -130,8 +132,7 @@ def load_model(name: Path) -> SavedModel:
         n_pieces = tokenizer.get_vocab_size()
         n_rows = config.vocab_size
         is_padded = n_rows % 8 == 0 and n_rows - n_pieces in range(MOST_PADDING)
-        has_gaps = max(tokenizer.get_vocab().values()) >= n_pieces
-        if n_rows != n_pieces and (not is_padded or has_gaps):
+        if n_rows != n_pieces and not is_padded:
             raise ValueError(f"the tokenizer has {n_pieces} tokens, the model {n_rows}")
         for table in {"model.embeddings.tok_embeddings.weight", "decoder.bias"} & weights.keys():
             weights[table] = weights[table][:n_pieces]
@@ -143,14 +144,6 @@ def first_file(folder: Path, names: tuple[str, ...]) -> Path:
     """The first of these files that the folder has; the first of all if it has none."""
     paths = [folder / name for name in names]
     return next(filter(Path.is_file, paths), paths[0])
-
-
-def read_pooling(path: Path) -> str:
-    """The pooling of sentence-transformers; another than cls counts as mean."""
-    with reading(path):
-        settings = json.loads(path.read_bytes())
-        is_cls = settings.get("pooling_mode_cls_token") or settings.get("pooling_mode") == "cls"
-    return "cls" if is_cls else "mean"
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -181,6 +174,8 @@ def read_tokenizer(place: Path) -> Tokenizer:
         is_old = path.suffix == ".txt" or path.name == "vocab.json"
         tokenizer = (read_vocabulary if is_old else Tokenizer.from_file)(str(path))
         tokenizer.encode("\N{CUNEIFORM SIGN A}")  # an error if there is no token for the unknown
+        if max(tokenizer.get_vocab().values()) >= tokenizer.get_vocab_size():
+            raise ValueError("its token ids have gaps")
         tokenizer.no_truncation()
         tokenizer.no_padding()
     return tokenizer
