@@ -82,12 +82,11 @@ def _list_files(repo: str) -> dict[str, Any]:
         if not saved.exists():
             raise UserError(f"hf:{repo}: {_explain(error)}") from None
         print_once(f"hf:{repo}: {_explain(error)}; what was downloaded before is used")
-        return json.loads(saved.read_bytes())
-    files = {file.rfilename: file.lfs.sha256 if file.lfs else None for file in info.siblings}
-    CACHE.mkdir(parents=True, exist_ok=True)
-    listing = {"commit": info.sha, "files": files}
-    write_file(saved, to_json(listing))
-    return listing
+    else:
+        files = {file.rfilename: file.lfs.sha256 if file.lfs else None for file in info.siblings}
+        CACHE.mkdir(parents=True, exist_ok=True)
+        write_file(saved, to_json({"commit": info.sha, "files": files}))
+    return json.loads(saved.read_bytes())
 
 
 @functools.cache
