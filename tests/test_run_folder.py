@@ -5,6 +5,7 @@ tests/test_damage.py does it to real runs.
 """
 
 import argparse
+import fcntl
 import gzip
 import json
 import math
@@ -641,6 +642,15 @@ def test_of_many_that_start_at_once_one_gets_the_folder(tmp_path):
     for thread in threads:
         thread.join()
     assert sorted(got_lock) == [0] * 7 + [1]
+
+
+def test_a_file_system_without_locks_is_used_without(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with run_folder.lock(tmp_path), run_folder.lock(tmp_path):
+        pass
 
 
 def test_a_file_in_the_place_of_the_folder_is_an_error(tmp_path):
