@@ -27,9 +27,13 @@ SHARED_CONFIG = {
     "max_len": "max_position_embeddings",
     "init_std": "initializer_range",
 }
-MODERN_NAMES = ("local_attention", "global_attn_every_n_layers", "global_rope_theta")
-MODERN_NAMES += ("local_rope_theta", "norm_eps")  # which are ours too
-MODERN_CONFIG = SHARED_CONFIG | {name: name for name in MODERN_NAMES}
+MODERN_CONFIG = SHARED_CONFIG | {
+    "local_attention": "local_attention",
+    "global_attn_every_n_layers": "global_attn_every_n_layers",
+    "global_rope_theta": "global_rope_theta",
+    "local_rope_theta": "local_rope_theta",
+    "norm_eps": "norm_eps",
+}
 BERT_CONFIG = SHARED_CONFIG | {"n_types": "type_vocab_size", "norm_eps": "layer_norm_eps"}
 CONFIG_NAMES = {"modern": MODERN_CONFIG, "bert": BERT_CONFIG, "roberta": BERT_CONFIG}
 
@@ -99,8 +103,11 @@ def config_to_json(config: Config, task: str, special_ids: dict[str, int]) -> di
     raw |= {f"{name}_token_id": special_ids[name] for name in ("pad", "cls", "sep")}
     raw |= {"bos_token_id": special_ids["cls"], "eos_token_id": special_ids["sep"]}
 
+    known = {*MODERN_CONFIG, *BERT_CONFIG, "family", "unused_positions"}
+    if unknown := vars(config).keys() - known:
+        raise ValueError(f"Config.{unknown.pop()} would be lost: add it to files/hub_names.py")
     if lost := dict(vars(config).items() - vars(config_from_json(raw)).items()):
-        raise ValueError(f"{lost} would be lost: a {config.family} model has no name for it")
+        raise ValueError(f"{lost} would be lost in the config.json of a {config.family} model")
     return raw
 
 
