@@ -23,10 +23,9 @@ from torch import Tensor, nn
 from files.cli import Parser, choose_hardware, number, run_script
 from files.columns import Item
 from files.disk import UserError
-from files.embeddings import npy_rows, open_encoder
 from files.entities import predict_entities
-from files.model_folder import open_model
-from files.texts import Answer, read_items, to_json, to_line
+from files.model_folder import open_encoder, open_model
+from files.texts import Answer, npy_rows, read_items, to_json, to_line
 from files.threads import answer_in_order
 from files.tokenizer import special_ids, special_tokens
 from labels import LabeledDataset, batches, encode

@@ -14,8 +14,8 @@ import numpy as np
 from files import readers
 from files.disk import UserError
 from files.hub_datasets import find_dataset, is_hub_name
-from files.multilabel import distinct_labels, find_label_sets, merge_columns, to_targets
-from files.readers import TABLE_SUFFIXES, Report, is_text, read_table, refuse, table_format
+from files.multilabel import find_label_sets, merge_columns, to_targets
+from files.readers import TABLES, Report, Row, is_text, read_table, refuse, table_format
 
 # Usual column names, the most likely first. Without one of them the length of the values decides.
 TEXT_NAMES = ("text", "sentence", "review", "content", "document", "body", "message", "title")
@@ -28,8 +28,6 @@ PAIR_NAMES = (
 LABEL_NAMES = ("label", "class", "category", "target", "sentiment", "stars", "rating", "score", "y")
 LABEL_NAMES += ("labels",)
 N_GUESS_ROWS = 200  # rows of which the length of the values is compared
-
-Row = tuple[int, dict[str, Any]]  # line number, {column: value}
 
 
 class Columns(NamedTuple):
@@ -63,28 +61,20 @@ def choose_columns(path: Path, rows: list[Row], columns: Columns) -> Columns:
     names = list(rows[0][1])
     for kind, name in columns._asdict().items():
         if name is not None and name not in names:
-            choices = ", ".join(map(repr, names))
-            problem = f"no such column; the columns are {choices}"
-            raise UserError(f"{path}: --{kind}-column {name}: {problem}")
+            raise UserError(f"{path}: --{kind}-column {name}: the columns are {', '.join(names)}")
 
     def text_length(name: str) -> int:
         values = [row.get(name) for _, row in rows[:N_GUESS_ROWS]]
-        return sum(
-            len(value) for value in values if is_text(value) and math.isnan(to_number(value))
-        )
+        return sum(len(text) for text in values if is_text(text) and math.isnan(to_number(text)))
 
     text, pair, label = columns
     usual = {name.lower(): name for name in names if name not in columns}
-    if label is None:
-        label = next((usual.pop(name) for name in LABEL_NAMES if name in usual), None)
-    if text is None and pair is None:
-        for first, second in PAIR_NAMES:
-            if text is None and first in usual and second in usual:
-                text, pair = usual[first], usual[second]
-    if text is None:
-        text = next((usual[name] for name in TEXT_NAMES if name in usual), None)
-    if text is None:
-        text = max(usual.values(), key=text_length, default=None)
+    label = label or next((usual.pop(name) for name in LABEL_NAMES if name in usual), None)
+    if not text and not pair:
+        pairs = ((usual[a], usual[b]) for a, b in PAIR_NAMES if a in usual and b in usual)
+        text, pair = next(pairs, (None, None))
+    text = text or next((usual[name] for name in TEXT_NAMES if name in usual), None)
+    text = text or max(usual.values(), key=text_length, default=None)
     if text is None:
         raise UserError(f"{path}: no text column; name it with --text-column")
     print(f"{path}: text {text!r}{f' with {pair!r}' if pair else ''}", file=sys.stderr)
@@ -102,14 +92,13 @@ def read_examples(
         UserError: The file is no table, lacks a column, or has a row without a text or a label.
     """
     if table_format(path) is None:
-        suffixes = ", ".join(TABLE_SUFFIXES)
-        raise UserError(f"{path}: labelled examples come as {suffixes} (or .gz or .zst of one)")
+        raise UserError(f"{path}: labelled examples come as {TABLES} (or .gz or .zst of one)")
     rows = list(read_table(path, column=columns.text))
     rows = merge_columns(path, rows, columns.label)
     columns = choose_columns(path, rows, columns)
     rows = find_label_sets(rows, columns.label, task)
     if columns.label is None:
-        names = ", ".join(map(repr, rows[0][1]))
+        names = ", ".join(rows[0][1])
         raise UserError(f"{path}: no label column among {names}; name it with --label-column")
     errors: list[UserError] = []
     items = list(to_items(path, rows, columns, errors.append if is_hub_name(path) else refuse))
@@ -199,8 +188,7 @@ def guess_task(labels: Iterable[str]) -> str:
     A few other labels among many numbers, such as N/A, do not count.
     """
     counts = Counter(labels)
-    values = {label: to_number(label) for label in counts}
-    numbers = {label: value for label, value in values.items() if not math.isnan(value)}
+    numbers = {label: x for label in counts if not math.isnan(x := to_number(label))}
     if 2 * len(numbers) <= len(counts):
         return "classify"
     n_repeated = sum(counts[label] > 1 for label in numbers)
@@ -222,30 +210,26 @@ def to_number(text: str) -> float:
 
 def choose_names(path: Path, items: list[Item], column: str, task: str | None) -> list[str] | None:
     """The names of the classes, None if the labels are numbers; UserError if there is one class."""
+    labels = [item.label for item in items]
     names = None
     classes = "numbers (regression)"
-    is_multilabel = isinstance(items[0].label, tuple)
-    if is_multilabel:
-        names = distinct_labels(path, [item.label for item in items])
-    elif (task or guess_task(item.label for item in items)) == "classify":
-        names = _class_names(path, items, column)
-    if names:
+    if isinstance(labels[0], tuple):
+        names = sorted(set().union(*labels))
+    elif (task or guess_task(labels)) == "classify":
+        names = _class_names(path, labels, column)
+    if names is not None:
+        if len(names) < 2:
+            raise UserError(f"{path}: fewer than two classes: {', '.join(map(repr, names))}")
         classes = names if len(names) <= 10 else f"{len(names)} classes"
-    kind = "any of " if is_multilabel else ""
-    print(f"{path}: {len(items):,} examples; label {column!r}: {kind}{classes}")
+    print(f"{path}: {len(items):,} examples; label {column!r}: {classes}")
     return names
 
 
-def _class_names(path: Path, items: list[Item], column: str) -> list[str]:
+def _class_names(path: Path, labels: list[str], column: str) -> list[str]:
     """The distinct labels: as the file orders them, or else numbers by value, then names."""
-    counts = Counter(item.label for item in items)
-    if len(counts) < 2:
-        raise UserError(f"{path}: the label column has one class only, {items[0].label!r}")
-    if single := [item for item in items if counts[item.label] == 1]:
-        names = ", ".join(repr(item.label) for item in single[:10])
-        if len(single) == len(items):
-            raise UserError(f"{path}: each label occurs once only, such as {names}")
-        print(f"{single[0].source}: classes with one example only, for training: {names}")
+    counts = Counter(labels)
+    if len(counts) > 1 and max(counts.values()) == 1:
+        raise UserError(f"{path}: each label occurs once only, such as {labels[0]!r}")
     usual = sorted(counts, key=lambda name: (np.nan_to_num(to_number(name), nan=np.inf), name))
     order = readers.class_names(path, column)
     return sorted(usual, key=lambda name: order.index(name) if name in order else len(order))
@@ -254,19 +238,17 @@ def _class_names(path: Path, items: list[Item], column: str) -> list[str]:
 def find_targets(items: list[Item], names: list[str] | None) -> np.ndarray:
     """The targets of a LabeledDataset. Raises UserError for a label that is none of the names, or
     no number if these are None."""
-    is_multilabel = isinstance(items[0].label, tuple)
-    problem = f"is none of the training labels {', '.join(map(repr, (names or [])[:20]))}"
+    labels = [item.label for item in items]
+    is_multilabel = isinstance(labels[0], tuple)
+    numbers = {name: i for i, name in enumerate(names or [])}
+    for source, *_, label in items:
+        if names is None and math.isnan(to_number(label)):
+            raise UserError(f"{source}: label {label!r} is no number, which --task regress needs")
+        if names and not numbers.keys() >= set(label if is_multilabel else [label]):
+            known = ", ".join(map(repr, names[:20]))
+            raise UserError(f"{source}: label {label!r} is none of the training labels {known}")
+    if names is None:
+        return np.array(list(map(to_number, labels)), np.float32)
     if is_multilabel:
-        targets = to_targets([item.label for item in items], names)
-        problem = f"has one that {problem}"
-    elif names is None:
-        targets = [to_number(item.label) for item in items]
-        problem = "is no number, which --task regress needs"
-    else:
-        class_numbers = {name: i for i, name in enumerate(names)}
-        targets = [class_numbers.get(item.label, math.nan) for item in items]
-    for item, target in zip(items, targets, strict=True):
-        if np.isnan(target).any():
-            raise UserError(f"{item.source}: label {item.label!r} {problem}")
-    dtype = np.float32 if names is None or is_multilabel else np.int64
-    return np.array(targets, dtype)
+        return to_targets(labels, names)
+    return np.array([numbers[label] for label in labels])

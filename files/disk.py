@@ -55,9 +55,35 @@ def using_cache() -> Iterator[None]:
         raise UserError(f"the cache {CACHE} cannot be used: {explain(error)}; {advice}") from None
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a file, or nothing where there is none."""
+    return json.loads(path.read_bytes()) if path.is_file() else {}
+
+
 def to_json(value: Any) -> bytes:
     """The content of a JSON file, readable for people."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn an error in the content of a file or folder into a UserError that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # each library has errors of its own
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"{path}: cannot be read: {reason}") from None
+
+
+@contextlib.contextmanager
+def writing(place: Path | str) -> Iterator[None]:
+    """Turn what the operating system refuses into a UserError that names the place."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{place}: cannot be written: {error.strerror}") from None
 
 
 def write_file(path: Path, content: bytes | memoryview) -> None:
@@ -67,16 +93,16 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
         UserError: the file cannot be written; the old one is unchanged.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        rename(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+    with writing(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            rename(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def file_name(text: str) -> str:
@@ -108,9 +134,7 @@ def make_folder(out: Path, model: Path | None = None) -> None:
     """
     if model and out.resolve() == model.resolve():
         raise UserError(f"--out {out}: this is the folder of --model, which would be overwritten")
-    try:
+    with writing(f"--out {out}"):
         out.mkdir(parents=True, exist_ok=True)
         (out / ".try").touch()
         (out / ".try").unlink()
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written: {error.strerror}") from None

@@ -13,6 +13,7 @@ import itertools
 import re
 import unicodedata
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from files.columns import Item, find_tests
+from files.columns import find_tests
 from files.disk import UserError
 from files.readers import read_lines, read_table, table_format
 from files.tokenizer import NO_SPACES, special_ids
@@ -28,17 +29,17 @@ from labels import batches, hold_out_last_fifth
 from model import Tagger
 
 OUTSIDE = "O"
-IOB2_LETTERS = {"B": "B", "I": "I", "M": "I", "E": "I", "L": "I", "S": "B", "U": "B"}
+TAG = re.compile("O|[BIMELSU]-.+")
+IOB2_LETTERS = {"O": "O", "B": "B", "I": "I", "M": "I", "E": "I", "L": "I", "S": "B", "U": "B"}
 UNSPACED = f"{NO_SPACES}\uf900-\ufaff"  # and compatibility ideographs
 LETTERS = [chr(i) for i in range(0x12000)]  # of all scripts in use
 MARKS = "".join(c for c in LETTERS if unicodedata.category(c)[0] == "M")
 PUNCTUATION = "".join(c for c in LETTERS if unicodedata.category(c)[0] == "P") + "$+<=>^`|~"
 SINGLE = UNSPACED + re.escape(PUNCTUATION)  # that of BERT
 UNIT = re.compile(f"(?:[{SINGLE}]|[^\\s{SINGLE}]+)[{MARKS}]*")
-TAG = re.compile(f"{OUTSIDE}|[{''.join(IOB2_LETTERS)}]-.+")
 NOT_SCORED = -100  # the target of a token without a tag: cross_entropy's ignore_index
 
-Sentence = list[Item]  # words, whose labels are their tags
+Sentence = tuple[list[str], list[str]]  # its words and their tags
 Entity = tuple[str, int, int]  # type, first word, last word
 
 
@@ -75,60 +76,53 @@ def load(train: Path, test: Path | None) -> tuple[TaggedDataset, TaggedDataset]:
 
     Raises UserError if a file cannot be used, or has a tag that `train` does not have.
     """
-    sentences = read_sentences(train)
-    tags = {word.label for sentence in sentences for word in sentence} - {OUTSIDE}
-    types = sorted({tag[2:] for tag in tags})
+    words, tags = read_sentences(train)
+    types = sorted({tag[2:] for tag in itertools.chain(*tags) if tag != OUTSIDE})
     if not types:
         raise UserError(f"{train}: every word is tagged {OUTSIDE}; there is nothing to learn")
+    print(f"{train}: {len(words):,} sentences; entities of {', '.join(types)}")
     names = [OUTSIDE, *(f"{letter}-{kind}" for letter in "BI" for kind in types)]
-    print(f"{train}: {len(sentences):,} sentences; entities of {', '.join(types)}")
-    dataset = _to_dataset(sentences, names)
+    dataset = TaggedDataset(words, tags, names)
     tests = find_tests(train, test, "tags", "ner_tags")
     if not tests:
         return hold_out_last_fifth(dataset)
-    test_sentences = [sentence for path in tests for sentence in read_sentences(path)]
-    return dataset, _to_dataset(test_sentences, names)
+    parts = zip(*map(read_sentences, tests), strict=True)
+    words, tags = (list(itertools.chain(*part)) for part in parts)
+    if unknown := set(itertools.chain(*tags)) - set(names):
+        problem = f"tag {unknown.pop()!r} is none of the training tags {', '.join(names)}"
+        raise UserError(f"{', '.join(map(str, tests))}: {problem}")
+    return dataset, TaggedDataset(words, tags, names)
 
 
-def _to_dataset(sentences: list[Sentence], names: list[str]) -> TaggedDataset:
-    """Raises UserError for a tag that is none of `names`."""
-    for word in itertools.chain.from_iterable(sentences):
-        if word.label not in names:
-            problem = f"tag {word.label!r} is none of the training tags {', '.join(names)}"
-            raise UserError(f"{word.source}: {problem}")
-    words = [[word.text for word in sentence] for sentence in sentences]
-    tags = [[word.label for word in sentence] for sentence in sentences]
-    return TaggedDataset(words, tags, names)
+def read_sentences(path: Path) -> tuple[list[list[str]], list[list[str]]]:
+    """Read the words and tags of JSON or parquet with lists, or of CoNLL's columns.
 
-
-def read_sentences(path: Path) -> list[Sentence]:
-    """Read JSON or parquet with lists of words and tags, or CoNLL's columns; the tags become IOB2.
-
-    A line of columns has the word first and the tag last; a blank line ends a sentence. Raises
-    UserError if a line is not like this or has another tag; the message names the line.
+    A line of columns has the word first and the tag last; a blank line ends a sentence. The tags
+    become IOB2. Raises UserError if a line is not like this or has another tag; it names the line.
     """
     has_lists = (table_format(path) or "").startswith(("json", "parquet"))
-    read = _read_json if has_lists else _read_columns
-    sentences = [sentence for sentence in read(path) if sentence]
+    read = _read_lists if has_lists else _read_columns
+    sentences = [sentence for sentence in read(path) if sentence[0]]
     if not sentences:
         raise UserError(f"{path}: no sentences in it")
-    for word in itertools.chain.from_iterable(sentences):
-        if not TAG.fullmatch(word.label):
-            problem = f"tag {word.label!r} is none of {OUTSIDE}, B-TYPE and I-TYPE"
-            raise UserError(f"{word.source}: {problem}, or of another scheme such as BIOES")
-    return [_to_iob2(sentence) for sentence in sentences]
+    words, tags = map(list, zip(*sentences, strict=True))
+    return words, [_to_iob2(tags_of_sentence) for tags_of_sentence in tags]
 
 
-def _to_iob2(sentence: Sentence) -> Sentence:
-    letters = IOB2_LETTERS | {OUTSIDE: OUTSIDE}
-    tags = [letters[word.label[0]] + word.label[1:] for word in sentence]
+def _to_iob2(tags: list[str]) -> list[str]:
+    tags = [IOB2_LETTERS[tag[0]] + tag[1:] for tag in tags]
     for kind, first, _ in entities_of(tags):
         tags[first] = f"B-{kind}"
-    return [word._replace(label=tag) for word, tag in zip(sentence, tags, strict=True)]
+    return tags
 
 
-def _read_json(path: Path) -> list[Sentence]:
-    sentences = []
+def _check_tag(source: str, tag: str) -> None:
+    if not TAG.fullmatch(tag):
+        problem = f"tag {tag!r} is none of {OUTSIDE}, B-TYPE and I-TYPE"
+        raise UserError(f"{source}: {problem}, or of another scheme such as BIOES")
+
+
+def _read_lists(path: Path) -> Iterator[Sentence]:
     for line, row in read_table(path):
         words = row.get("words", row.get("tokens"))
         tags = row.get("tags", row.get("ner_tags"))
@@ -136,13 +130,13 @@ def _read_json(path: Path) -> list[Sentence]:
         if not are_lists or not all(isinstance(text, str) for text in words + tags):
             problem = "the fields 'words' and 'tags' must be equally long lists of text"
             raise UserError(f"{path}:{line}: {problem}, the tags by name, such as B-PER")
-        pairs = zip(words, tags, strict=True)
-        sentences.append([Item(f"{path}:{line}", word, label=tag) for word, tag in pairs])
-    return sentences
+        for tag in tags:
+            _check_tag(f"{path}:{line}", tag)
+        yield words, tags
 
 
 def _read_columns(path: Path) -> list[Sentence]:
-    sentences: list[list[tuple[int, list[str]]]] = [[]]  # line numbers and columns
+    sentences: list[list[list[str]]] = [[]]  # the columns of each line
     for line, text in read_lines(path):
         columns = [c.strip(" \r\n") for c in re.split("\t+" if "\t" in text else " +", text)]
         columns = [column for column in columns if column]
@@ -153,14 +147,12 @@ def _read_columns(path: Path) -> list[Sentence]:
         elif len(columns) == 1:
             raise UserError(f"{path}:{line}: one column; a word and its tag are needed")
         else:
-            sentences[-1].append((line, columns))
+            _check_tag(f"{path}:{line}", columns[-1])
+            sentences[-1].append(columns)
     numbered = (pair for sentence in sentences for pair in enumerate(sentence, 1))
     # as in CoNLL-U, where the second column is the word
-    has_numbers = all(len(c) > 2 and c[0] == str(i) for i, (_, c) in numbered)
-    return [
-        [Item(f"{path}:{line}", c[has_numbers], label=c[-1]) for line, c in sentence]
-        for sentence in sentences
-    ]
+    has_numbers = all(len(columns) > 2 and columns[0] == str(i) for i, columns in numbered)
+    return [([c[has_numbers] for c in lines], [c[-1] for c in lines]) for lines in sentences]
 
 
 # ---------------------------------------------------------------------- tokens and entities
@@ -247,13 +239,12 @@ def predict_entities(
     _, inputs = next(batches(rows, np.arange(len(rows)), len(rows), device))
     token_tags = model(*inputs).argmax(1).cpu().numpy()
     row_ends = np.cumsum([len(row) for row in rows])
-    answers: list[list[dict[str, Any]]] = []
+    answers: list[list[dict[str, Any]]] = [[] for _ in texts]
     for i, tags in enumerate(np.split(token_tags, row_ends)[: len(rows)]):
-        answers.append([])
         for kind, first, last in entities_of(word_tags(tags, first_pieces[i], names)):
             start, end = spans[i][first][0], spans[i][last][1]
             entity = {"type": kind, "text": texts[i][start:end], "start": start, "end": end}
-            answers[-1].append(entity)
+            answers[i].append(entity)
     return answers, n_cut
 
 

@@ -82,12 +82,11 @@ def _list_files(repo: str) -> dict[str, Any]:
         if not saved.exists():
             raise UserError(f"hf:{repo}: {_explain(error)}") from None
         print_once(f"hf:{repo}: {_explain(error)}; what was downloaded before is used")
-        return json.loads(saved.read_bytes())
-    files = {file.rfilename: file.lfs.sha256 if file.lfs else None for file in info.siblings}
-    CACHE.mkdir(parents=True, exist_ok=True)
-    listing = {"commit": info.sha, "files": files}
-    write_file(saved, to_json(listing))
-    return listing
+    else:
+        files = {file.rfilename: file.lfs.sha256 if file.lfs else None for file in info.siblings}
+        CACHE.mkdir(parents=True, exist_ok=True)
+        write_file(saved, to_json({"commit": info.sha, "files": files}))
+    return json.loads(saved.read_bytes())
 
 
 @functools.cache
@@ -96,15 +95,13 @@ def _fetch(repo: str, file: str) -> Path:
 
     listing = _list_files(repo)
     try:
-        path = huggingface_hub.hf_hub_download(
-            repo, file, repo_type="dataset", revision=listing["commit"]
-        )
+        revision = {"repo_type": "dataset", "revision": listing["commit"]}
+        path = Path(huggingface_hub.hf_hub_download(repo, file, **revision))
     except Exception as error:
         raise UserError(f"hf:{repo}: {file}: {_explain(error)}") from None
-    blob = Path(path).resolve()
     if sha256 := listing["files"][file]:
-        check_sha256(blob, sha256, f"{blob}: delete this damaged file")
-    return Path(path)
+        check_sha256(path, sha256, f"{path.resolve()}: delete this damaged file")
+    return path
 
 
 def _explain(error: Exception) -> str:

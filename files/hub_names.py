@@ -122,7 +122,7 @@ def config_from_json(raw: dict[str, Any]) -> Config:
         model_type = model_type.removesuffix(f"-{raw['classifier_pooling']}")
     families = {prefix.lower(): family for family, prefix in CLASS_PREFIX.items()}
     if model_type not in families:
-        raise ValueError(f"model_type {model_type!r} is none of {', '.join(families)}")
+        raise ValueError(f"config.json: model_type {model_type!r} is none of {', '.join(families)}")
     for name, value in FIXED_SETTINGS.items():
         if raw.get(name, value) != value:
             raise ValueError(f"{name} {raw[name]!r} is not supported, only {value!r} is")
@@ -191,21 +191,6 @@ def export_weights(weights: dict[str, Tensor], config: Config, task: str) -> dic
     return exported
 
 
-def update_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename weights from the names of other versions and wrappers to today's of the family."""
-    for other, name in OTHER_NAMES.items():
-        weights = {theirs.replace(other, name): weight for theirs, weight in weights.items()}
-    return weights
-
-
-def guess_model_type(weights: dict[str, Tensor]) -> str | None:
-    """The model_type that only these weights have; None: a bare BERT may also be a RoBERTa."""
-    if any("tok_embeddings" in name for name in weights):
-        return "modernbert"
-    prefixes = {name.partition(".")[0] for name in weights}
-    return next((family for family in ("bert", "roberta") if family in prefixes), None)
-
-
 def import_weights(weights: dict[str, Tensor], config: Config, task: str) -> dict[str, Tensor]:
     """Rename weights from the family's names, perhaps of a bare encoder without prefix, to ours.
 
@@ -213,6 +198,8 @@ def import_weights(weights: dict[str, Tensor], config: Config, task: str) -> dic
     """
     if config.n_layers > len(weights):
         raise ValueError(f"the config has {config.n_layers} layers, more than there are weights")
+    for other, name in OTHER_NAMES.items():
+        weights = {theirs.replace(other, name): weight for theirs, weight in weights.items()}
     prefix = "model." if config.is_modern else f"{config.family}."
     if not any(name.startswith(prefix) for name in weights):
         weights = {prefix + name: weight for name, weight in weights.items()}

@@ -6,9 +6,8 @@ figure that the run did not measure, and a run that was stopped leaves none.
 
 import json
 from pathlib import Path
-from typing import Any
 
-from files.disk import to_json, write_file
+from files.disk import read_json, to_json, write_file
 
 CARD = "README.md"
 MARK = "This card was written by cloze"  # no README.md without it is replaced or removed
@@ -56,11 +55,6 @@ def is_foreign(card: Path) -> bool:
     return card.exists() and MARK not in card.read_text(encoding="utf-8", errors="replace")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The content of a file, or nothing where there is none."""
-    return json.loads(path.read_bytes()) if path.is_file() else {}
-
-
 def make_card(folder: Path, run: Path, tag: str, built_in: list[str]) -> str:
     """The header of model card metadata that the hub reads, and what the run was."""
     from huggingface_hub import EvalResult, ModelCardData  # which is slow to import
@@ -69,8 +63,8 @@ def make_card(folder: Path, run: Path, tag: str, built_in: list[str]) -> str:
     flags = read_json(run / "flags.json")
     metrics = read_json(folder / "metrics.json")
     methods = metrics.get("test", {})
-    if "validation_loss" in metrics:
-        methods = {"pretrained": {"validation_loss": metrics["validation_loss"]}}
+    if "validation_loss" in metrics:  # of a pretraining
+        methods = {"pretrained": {n: metrics[n] for n in ("validation_loss", "seconds")}}
     scores = {
         method: {n: x for n, x in values.items() if isinstance(x, float) and n not in NO_METRICS}
         for method, values in methods.items()
@@ -80,6 +74,7 @@ def make_card(folder: Path, run: Path, tag: str, built_in: list[str]) -> str:
     on_hub = [f.removeprefix("hf:").split(":")[0] for f in files if f.startswith("hf:")]
     source = ", ".join(built_in + on_hub) or "its author's own"
     base = flags.get("model")
+    results = [EvalResult(tag, "custom", f"held-out part of {source}", *x) for x in figures.items()]
     header = ModelCardData(
         library_name="transformers",
         pipeline_tag=tag,
@@ -89,15 +84,9 @@ def make_card(folder: Path, run: Path, tag: str, built_in: list[str]) -> str:
         metrics=list(figures) or None,
         base_model=base if base and not Path(base).exists() else None,  # a name on the hub
         model_name=name if figures else None,
-        eval_results=[
-            EvalResult(tag, "custom", f"held-out part of {source}", metric, value)
-            for metric, value in figures.items()
-        ]
-        or None,
+        eval_results=results or None,
     )
-    seconds = metrics.get("seconds")  # of a pretraining
-    if seconds is None:
-        seconds = sum(values.get("seconds", 0) for values in methods.values())
+    seconds = sum(values.get("seconds", 0) for values in methods.values())
     facts = {"data": source, "minutes": round(seconds / 60, 1) or None}
     facts |= {n: metrics.get(n) for n in ("n_weights", "tokens", "n_train", "n_test")}
     facts |= read_json(run / "environment.json")

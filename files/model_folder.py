@@ -6,12 +6,10 @@ A folder is a model if it has a config.json, which `save_model` removes first an
 where it is killed, it does not leave the weights of one model with the settings of another.
 """
 
-import contextlib
 import dataclasses
 import json
 import pickle
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,14 +19,11 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from files import disk, hub_names
-from files.disk import UserError, first_line, to_json, write_file
+from files.disk import UserError, first_line, read_json, reading, to_json, write_file
 from files.ngrams import load_ngrams
 from files.tokenizer import read_vocabulary, special_ids, special_tokens
-from model import Classifier, Config, MaskedLM, Tagger, is_part_of
+from model import Classifier, Config, Encoder, MaskedLM, Tagger, is_part_of
 
-# What the libraries raise when they read a broken config or broken weights.
-BROKEN = (OSError, EOFError, ValueError, TypeError, AttributeError, KeyError, RuntimeError)
-BROKEN += (safetensors.SafetensorError,)
 # The files that are fetched from the Hugging Face hub.
 HUB_FILES = ("config.json", "1_Pooling/config.json", "*.safetensors", "pytorch_model*.bin")
 HUB_FILES += ("*.index.json", "tokenizer*.json", "vocab.txt", "vocab.json", "merges.txt")
@@ -36,6 +31,8 @@ HUB_FILES += ("*.index.json", "tokenizer*.json", "vocab.txt", "vocab.json", "mer
 # The files of weights, one of which a folder has; an index names the files of the shards.
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 WEIGHT_FILES += ("pytorch_model.bin", "pytorch_model.bin.index.json")
+# Those of a tokenizer; the last two, of BERT and RoBERTa, are older.
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json")
 MOST_PADDING = 128  # rows that others add to the embedding, up to a multiple of 8, 64 or 128
 
 
@@ -61,13 +58,10 @@ def save_model(
     weights = {name: w for name, w in model.state_dict().items() if not is_part_of(name, skip)}
     exported = hub_names.export_weights(weights, model.config, model.task)
 
-    try:
+    with disk.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / "config.json").exists():
-            (folder / "config.json").unlink()
-            disk.sync_folder(folder)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
+        (folder / "config.json").unlink(missing_ok=True)
+        disk.sync_folder(folder)
     content = safetensors.torch.save(exported, {"format": "pt"})
     write_file(folder / "model.safetensors", content)
     write_file(folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
@@ -87,15 +81,6 @@ def save_fine_tuned(
             extra["problem_type"] = "multi_label_classification"
             extra["threshold"] = model.threshold
     save_model(folder, model, tokenizer, extra)
-
-
-@contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn an error in the content of a file or folder into a UserError that names it."""
-    try:
-        yield
-    except BROKEN as error:
-        raise UserError(f"{path}: cannot be used: {first_line(error)}") from None
 
 
 def find_model(name: Path) -> Path:
@@ -125,36 +110,40 @@ class SavedModel(NamedTuple):
     config: Config
     weights: dict[str, Tensor]  # in our names
     tokenizer: Tokenizer
-    raw: dict[str, Any]  # the content of config.json and 1_Pooling/config.json, and the model_type
+    raw: dict[str, Any]  # the content of config.json, with the pooling of sentence-transformers
 
 
 def load_model(name: Path) -> SavedModel:
     """Read a folder, or a model of the hub, written by us or by `transformers`."""
     folder = find_model(name)
-    paths = [folder / weight_file for weight_file in WEIGHT_FILES]
     with reading(folder):
         raw = json.loads((folder / "config.json").read_bytes())
-        pooling_path = folder / "1_Pooling" / "config.json"
-        if pooling_path.is_file():
-            with reading(pooling_path):
-                raw = {**json.loads(pooling_path.read_bytes()), **raw}
-        path = next(filter(Path.is_file, paths), paths[0])
-        exported = hub_names.update_names(read_weights(path))
-        raw["model_type"] = raw.get("model_type") or hub_names.guess_model_type(exported)
+        pooling_path = folder / "1_Pooling" / "config.json"  # of sentence-transformers
+        with reading(pooling_path):
+            if modes := read_json(pooling_path):  # another than cls counts as mean
+                is_cls = modes.get("pooling_mode_cls_token") or modes.get("pooling_mode") == "cls"
+                raw.setdefault("classifier_pooling", "cls" if is_cls else "mean")
         config = hub_names.config_from_json(raw)
-        weights = hub_names.import_weights(exported, config, _task(raw))
+        path = first_file(folder, WEIGHT_FILES)
+        weights = hub_names.import_weights(read_weights(path), config, _task(raw))
         hub_names.check_shapes(config, weights)
-        tokenizer = load_tokenizer(folder)
+        tokenizer = read_tokenizer(folder)
+        special_ids(tokenizer)  # raises an error if one is missing
         n_pieces = tokenizer.get_vocab_size()
         n_rows = config.vocab_size
         is_padded = n_rows % 8 == 0 and n_rows - n_pieces in range(MOST_PADDING)
-        has_gaps = max(tokenizer.get_vocab().values()) >= n_pieces
-        if n_rows != n_pieces and (not is_padded or has_gaps):
+        if n_rows != n_pieces and not is_padded:
             raise ValueError(f"the tokenizer has {n_pieces} tokens, the model {n_rows}")
         for table in {"model.embeddings.tok_embeddings.weight", "decoder.bias"} & weights.keys():
             weights[table] = weights[table][:n_pieces]
         config = dataclasses.replace(config, vocab_size=n_pieces)
     return SavedModel(config, weights, tokenizer, raw)
+
+
+def first_file(folder: Path, names: tuple[str, ...]) -> Path:
+    """The first of these files that the folder has; the first of all if it has none."""
+    paths = [folder / name for name in names]
+    return next(filter(Path.is_file, paths), paths[0])
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -178,30 +167,17 @@ def _task(raw: dict[str, Any]) -> str:
     return architectures[0].partition("For")[2]
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """Read the tokenizer of a model, with all special tokens."""
-    path = tokenizer_file(folder)
-    try:
-        tokenizer = read_tokenizer(path)
-        special_ids(tokenizer)  # raises an error if one is missing
-    except Exception as error:  # tokenizers has no errors of its own
-        raise UserError(f"{path}: {first_line(error)}") from None
-    return tokenizer
-
-
-def tokenizer_file(folder: Path) -> Path:
-    """tokenizer.json, or else what is older: BERT's vocab.txt, RoBERTa's vocab.json."""
-    paths = [folder / name for name in ("tokenizer.json", "vocab.txt", "vocab.json")]
-    return next(filter(Path.is_file, paths), paths[0])
-
-
-def read_tokenizer(path: Path) -> Tokenizer:
-    """Read a file of `tokenizer_file`, whatever error its library raises."""
-    is_old = path.suffix == ".txt" or path.name == "vocab.json"
-    tokenizer = (read_vocabulary if is_old else Tokenizer.from_file)(str(path))
-    tokenizer.encode("\N{CUNEIFORM SIGN A}")  # an error if there is no token for the unknown
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+def read_tokenizer(place: Path) -> Tokenizer:
+    """Read one of TOKENIZER_FILES, or that of a folder."""
+    path = first_file(place, TOKENIZER_FILES) if place.is_dir() else place
+    with reading(path):
+        is_old = path.suffix == ".txt" or path.name == "vocab.json"
+        tokenizer = (read_vocabulary if is_old else Tokenizer.from_file)(str(path))
+        tokenizer.encode("\N{CUNEIFORM SIGN A}")  # an error if there is no token for the unknown
+        if max(tokenizer.get_vocab().values()) >= tokenizer.get_vocab_size():
+            raise ValueError("its token ids have gaps")
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
     return tokenizer
 
 
@@ -249,19 +225,11 @@ def choose_pooling(
 ) -> str | None:
     """The pooling of a new classifier on the model `name`: --pooling, or that of a BERT's training.
 
-    A BERT of ours names it in config.json, one of sentence-transformers in 1_Pooling/config.json,
-    where another than mean and cls counts as mean. None is the default of the family.
+    None is the default of the family.
     """
     if pooling not in (None, *config.poolings):
         raise UserError(f"--pooling {pooling}: {name} is a {config.family} model")
-    if pooling or config.is_modern:
-        return pooling
-    if raw.get("classifier_pooling") in config.poolings:
-        return raw["classifier_pooling"]
-    if any(key.startswith("pooling_mode") for key in raw):  # its pooler was never trained
-        is_cls = raw.get("pooling_mode_cls_token") or raw.get("pooling_mode") == "cls"
-        return "cls" if is_cls else "mean"
-    return None
+    return pooling or (None if config.is_modern else raw.get("classifier_pooling"))
 
 
 def open_model(folder: Path, device: torch.device) -> tuple[nn.Module, Tokenizer, list[str] | None]:
@@ -272,12 +240,12 @@ def open_model(folder: Path, device: torch.device) -> tuple[nn.Module, Tokenizer
         a MaskedLM or a model of one number)
     """
     config, weights, tokenizer, raw = load_model(folder)
-    problem_type = raw.get("problem_type")
     with reading(folder):
         n_labels = len(weights.get("classifier.weight", [0]))  # load_weights refuses a missing one
         id2label = raw.get("id2label") or {}
         names = [str(id2label.get(str(i), f"LABEL_{i}")) for i in range(n_labels)]
         # one output is a number, whatever its problem_type: its softmax would always be 1
+        problem_type = raw.get("problem_type")
         is_multilabel = problem_type == "multi_label_classification" and n_labels > 1
         is_known = is_multilabel or problem_type in (None, "single_label_classification")
         if n_labels > 1 and not is_known:
@@ -299,3 +267,12 @@ def open_model(folder: Path, device: torch.device) -> tuple[nn.Module, Tokenizer
     load_weights(model, weights, folder, allow_missing=("pooler",) if is_masked_lm else ())
     has_names = not is_masked_lm and (n_labels > 1 or isinstance(model, Tagger))
     return model.to(device).eval(), tokenizer, names if has_names else None
+
+
+def open_encoder(folder: Path, device: torch.device) -> tuple[Encoder, Tokenizer, None]:
+    """As `open_model`: the encoder alone of any model of a folder or of the hub."""
+    config, weights, tokenizer, _ = load_model(folder)
+    encoder = Encoder(config)
+    of_encoder = [name for name in weights if name.startswith("model.")]
+    load_weights(encoder, {n.removeprefix("model."): weights[n] for n in of_encoder}, folder)
+    return encoder.to(device).eval(), tokenizer, None

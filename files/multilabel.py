@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from files.disk import UserError
+from files.readers import Row
 
-Row = tuple[int, dict[str, Any]]  # line number, {column: value}
 SWITCHES = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
 
 
@@ -21,8 +21,6 @@ def merge_columns(path: Path, rows: list[Row], label: str | None) -> list[Row]:
     names = [name.strip() for name in (label or "").split(",")]
     if len(names) < 2 or not rows or label in rows[0][1]:
         return rows
-    if missing := [name for name in names if name not in rows[0][1]]:
-        raise UserError(f"{path}: --label-column {label}: there is no column {missing[0]!r}")
 
     def merge(line: int, row: dict[str, Any]) -> Row:
         labels = []
@@ -55,16 +53,6 @@ def find_label_sets(rows: list[Row], label: str | None, task: str | None) -> lis
     return [(line, row | {label: split(row.get(label))}) for line, row in rows]
 
 
-def distinct_labels(path: Path, label_sets: list[tuple[str, ...]]) -> list[str]:
-    """The names of all labels. Raises UserError if there is only one."""
-    names = sorted(set().union(*label_sets))
-    if len(names) < 2:
-        raise UserError(f"{path}: {len(names)} different labels; several labels need two or more")
-    return names
-
-
 def to_targets(label_sets: list[tuple[str, ...]], names: list[str]) -> np.ndarray:
-    """(examples, names) float32, 1 where an example has a label; NaN if another label is in it."""
-    rows = [[name in labels for name in names] for labels in label_sets]
-    is_known = [set(labels) <= set(names) for labels in label_sets]
-    return np.where(np.array(is_known)[:, None], np.array(rows, np.float32), np.float32(np.nan))
+    """(examples, names) float32, 1 where an example has a label."""
+    return np.array([[name in labels for name in names] for labels in label_sets], np.float32)

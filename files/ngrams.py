@@ -30,13 +30,7 @@ class Ngrams(NamedTuple):
 
     start: Tensor  # (G,) position of the first token
     length: Tensor  # (G,) in tokens
-    text: Tensor  # (G,) the text that the n-gram is in
-    bucket: Tensor  # (G,) its hash
-
-    @property
-    def key(self) -> Tensor:
-        """(G,) equal for the occurrences of one n-gram in one text."""
-        return self.text * N_BUCKETS + self.bucket
+    key: Tensor  # (G,) the number of its text times N_BUCKETS, plus its hash
 
 
 def find_ngrams(ids: Tensor, cu_seqlens: Tensor) -> Ngrams:
@@ -51,26 +45,17 @@ def find_ngrams(ids: Tensor, cu_seqlens: Tensor) -> Ngrams:
         for i in range(length):
             code = (code + ids[start + i] + 1) * MULTIPLIER  # modulo 2**64
         bucket = (code >> 40) & (N_BUCKETS - 1)
-        parts.append((start, torch.full_like(start, length), text_of_token[start], bucket))
+        key = text_of_token[start] * N_BUCKETS + bucket
+        parts.append((start, torch.full_like(start, length), key))
     return Ngrams(*map(torch.cat, zip(*parts, strict=True)))
 
 
-class NgramModel:
-    """One class against the rest: logistic regression on which n-grams a text contains.
+class NgramModel(NamedTuple):
+    """One class against the rest: logistic regression on which n-grams a text contains."""
 
-    Args:
-        buckets: (G,) int64, those with a weight.
-        weight: (G, C) float32.
-        bias: (C,) float32.
-    """
-
-    def __init__(self, buckets: Tensor, weight: Tensor, bias: Tensor):
-        self.buckets = buckets
-        self.weight = weight
-        self.bias = bias
-        self.row = torch.full((N_BUCKETS,), len(buckets))  # of each bucket; the last one is zero
-        self.row[buckets] = torch.arange(len(buckets))
-        self.rows = torch.cat((weight, torch.zeros_like(weight[:1])))
+    buckets: Tensor  # (G,) int64, those with a weight, in order
+    weight: Tensor  # (G, C) float32
+    bias: Tensor  # (C,) float32
 
     def token_scores(self, ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         """What each token contributes to the log-odds of each class, (T, C).
@@ -79,7 +64,11 @@ class NgramModel:
         """
         ngrams = find_ngrams(ids.cpu(), cu_seqlens.cpu())
         _, inverse, counts = ngrams.key.unique(return_inverse=True, return_counts=True)
-        shares = self.rows[self.row[ngrams.bucket]] / (counts[inverse] * ngrams.length)[:, None]
+        bucket = ngrams.key % N_BUCKETS
+        row = torch.searchsorted(self.buckets, bucket).clamp(max=len(self.buckets) - 1)
+        has_weight = (self.buckets[row] == bucket)[:, None]
+        weights = torch.where(has_weight, self.weight[row], 0.0)  # (G, C)
+        shares = weights / (counts[inverse] * ngrams.length)[:, None]
         scores = torch.zeros(len(ids), self.weight.shape[1])
         for i in range(LONGEST):
             has_token = ngrams.length > i
@@ -109,8 +98,7 @@ class NgramModel:
         return scores @ gradient.mean(0)
 
     def save(self, folder: Path) -> None:
-        tensors = {"buckets": self.buckets, "weight": self.weight, "bias": self.bias}
-        write_file(folder / NGRAMS_FILE, safetensors.torch.save(tensors))
+        write_file(folder / NGRAMS_FILE, safetensors.torch.save(self._asdict()))
 
 
 def load_ngrams(folder: Path, n_classes: int) -> NgramModel | None:

@@ -4,33 +4,26 @@ Its special tokens are known by their roles, not by their names. The roles come 
 it puts around a text, its settings, or usual names, and are saved in its post-processor.
 """
 
-import json
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from files.disk import UserError, first_line
-from files.model_folder import download, read_tokenizer, tokenizer_file
+from files.disk import read_json, reading
+from files.model_folder import TOKENIZER_FILES, download, read_tokenizer
 from files.tokenizer import SPECIAL_TOKENS
 
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
-HUB_FILES = (*SETTINGS, "tokenizer.json", "vocab.txt", "vocab.json", "merges.txt")
+HUB_FILES = (*SETTINGS, *TOKENIZER_FILES, "merges.txt")
 
 
 def open_tokenizer(name: str) -> Tokenizer:
     """Read a tokenizer, and add the special tokens and the post-processor that it lacks."""
     path = Path(name) if Path(name).exists() else download(Path(name), HUB_FILES)
-    path = tokenizer_file(path) if path.is_dir() else path
-    try:
-        tokenizer = read_tokenizer(path)
+    tokenizer = read_tokenizer(path)
+    with reading(path):
         special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
-        roles = _find_roles(tokenizer, special, path.parent)
-        if max(tokenizer.get_vocab().values()) >= tokenizer.get_vocab_size():
-            raise ValueError("its token ids have gaps")
-    except Exception as error:  # tokenizers has no errors of its own
-        raise UserError(f"--tokenizer {path}: {first_line(error)}") from None
+        roles = _find_roles(tokenizer, special, path if path.is_dir() else path.parent)
 
     missing = {role: token for role, token in roles.items() if tokenizer.token_to_id(token) is None}
     if missing:
@@ -51,13 +44,10 @@ def open_tokenizer(name: str) -> Tokenizer:
 
 def _find_roles(tokenizer: Tokenizer, special: list[str], folder: Path) -> dict[str, str]:
     """The token of each role of SPECIAL_TOKENS; where no token has it, BERT's name for it."""
-    settings: dict[str, Any] = {}
-    for name in SETTINGS:
-        if (folder / name).is_file():
-            settings |= json.loads((folder / name).read_bytes())
+    config, special_tokens_map = (read_json(folder / name) for name in SETTINGS)
     tokens = {
         name.removesuffix("_token"): value["content"] if isinstance(value, dict) else value
-        for name, value in settings.items()
+        for name, value in (config | special_tokens_map).items()
         if value and name.endswith("_token")
     }
     around = tokenizer.encode("").tokens

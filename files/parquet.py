@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from files.disk import UserError, first_line
+from files.disk import UserError, reading
 
 PARQUET_START = b"PAR1\x15"  # of every file; prose has no control characters
 BATCH_ROWS = 256  # rows that are Python objects at once
@@ -20,11 +20,8 @@ def _open(path: Path) -> Iterator[Any]:
         import pyarrow.parquet
     except ImportError:
         raise UserError(f"{path}: parquet files need pyarrow: pip install pyarrow") from None
-    try:
-        with pyarrow.parquet.ParquetFile(path, **READING) as file:
-            yield file
-    except Exception as error:  # Arrow, its codecs and its dates each have errors of their own
-        raise UserError(f"{path}: cannot be read: {first_line(error)}") from None
+    with reading(path), pyarrow.parquet.ParquetFile(path, **READING) as file:
+        yield file
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:

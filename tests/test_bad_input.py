@@ -59,9 +59,9 @@ TRAIN = {  # flags -> a part of the message; {} is the folder of FILES
     "--device abacus": "abacus: not on this machine",
     "--device cuda": "cuda: not on this machine",
     "--device cuda:7": "cuda:7: not on this machine",
-    "--corpus {}/missing.txt": "{}/missing.txt: no such file",
-    "--corpus {}/good.txt {}/missing.txt": "{}/missing.txt: no such file",
-    "--corpus {}/folder": "{}/folder: no regular file, and no folder of .txt",
+    "--corpus {}/missing.txt": "{}/missing.txt: neither a regular file",
+    "--corpus {}/good.txt {}/missing.txt": "{}/missing.txt: neither a regular file",
+    "--corpus {}/folder": "{}/folder: neither a regular file nor a folder of .txt",
     "--corpus {}/empty.txt": "",
     "--corpus {}/blank.txt": "",
     "--corpus {}/picture.txt": "{}/picture.txt:1: ",
@@ -85,14 +85,14 @@ FINETUNE = {
     "--model {}/nothing": "{}/nothing: no checkpoint",
     "--model {}/folder": "{}/folder: no checkpoint",
     "--model {}/good.txt": "{}/good.txt: no checkpoint",
-    "--model {}/model": "{}/model: cannot be used",
+    "--model {}/model": "{}/model: cannot be read",
     "--model {}/model --out {}/model": "--out {}/model: this is the folder of --model",
     "--pooling pooler": "--pooling pooler",
     "--methods most_frequent": "--methods most_frequent: choose from ngrams,",
     "--train {}/good.csv --task tokens": "{}/good.csv:1: one column; a word and its tag are needed",
     "--train {}/missing.csv": "{}/missing.csv: cannot be read",
     "--train {}/good.txt": "{}/good.txt: labelled examples come as",
-    "--train {}/one_class.csv": "{}/one_class.csv: the label column has one class",
+    "--train {}/one_class.csv": "{}/one_class.csv: fewer than two classes",
     "--train {}/broken.jsonl": "{}/broken.jsonl:2: broken JSON",
     "--train {}/fields.csv": "{}/fields.csv:3: 3 fields",
     "--train {}/good.csv --labels 25": "--labels 25: there are only 24",
@@ -104,7 +104,7 @@ FINETUNE = {
 
 ANALYZE = {
     "--task tokens": "invalid choice: 'tokens'",
-    "--label-column mood": "--label-column mood: no such column",
+    "--label-column mood": "--label-column mood: the columns are text, label",
     "--task regress": "{}/good.csv:2: label 'x' is no number",
     "--labels 0": "--labels 0: give whole numbers or all",
     "--labels 99": "--labels 99: there are only 24",
@@ -128,9 +128,7 @@ PREDICT = {
     "--file {}/empty.txt": "{}/empty.txt: no texts",
     "--file {}/blank.txt": "{}/blank.txt: no texts",
     "--file {}/cut.txt.gz": "{}/cut.txt.gz: cannot be read",
-    "--file {}/other.jsonl --text-column text": (
-        "--text-column text: no such column; the columns are 'body'"
-    ),
+    "--file {}/other.jsonl --text-column text": ("--text-column text: the columns are body"),
 }
 
 
@@ -234,7 +232,7 @@ def test_damaged_metrics_are_named_where_the_corpus_is_looked_up(folder, pretrai
     model = folder / "unreadable"
     shutil.copytree(pretrained, model, ignore=shutil.ignore_patterns("checkpoints"))
     (model / "metrics.json").write_text('{"tokens_folder": 5}')
-    with pytest.raises(UserError, match=f"{model}/metrics.json: cannot be used"):
+    with pytest.raises(UserError, match=f"{model}/metrics.json: cannot be read"):
         pretraining_corpus(model)
 
 

@@ -469,9 +469,7 @@ def test_a_damaged_checkpoint_is_stepped_over_by_a_run(flags, tmp_path, capsys):
     capsys.readouterr()
     train.main(flags(damaged, "--resume", steps=6))
     log = capsys.readouterr().out
-    assert (
-        "step-6: damaged (changed: training.pt), skipped" in log and "resuming after step 3" in log
-    )
+    assert "step-6: damaged, its files are not those" in log and "resuming after step 3" in log
     assert_equal(result(damaged), result(straight))
 
 
@@ -486,12 +484,9 @@ def test_a_resumed_run_continues_on_its_own_text_only(flags, corpus_file, tmp_pa
 
 def test_another_environment_is_logged_and_the_run_continues(flags, tmp_path, monkeypatch, capsys):
     train.main(flags(tmp_path, steps=3))
-    real = run_folder.environment
-    monkeypatch.setattr(
-        run_folder, "environment", lambda *arguments: real(*arguments) | {"torch": "1.0"}
-    )
+    monkeypatch.setattr(run_folder, "code_digest", lambda names: "other code")
     train.main(flags(tmp_path, "--resume", steps=3))
-    assert f"{{'torch': '{torch.__version__}'}}, now {{'torch': '1.0'}}" in capsys.readouterr().out
+    assert "now {'arithmetic': 'other code'}" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------ going wrong
@@ -557,12 +552,6 @@ def test_diverged_weights_are_not_saved(flags, tmp_path, capsys):
         )
     assert ended.value.code == 1 and not run_folder.checkpoint_folders(tmp_path)
     assert "start again with lower rates" in capsys.readouterr().out
-
-
-def test_a_spike_of_the_loss_is_logged_and_counted(flags, tmp_path, monkeypatch, capsys):
-    spoil(monkeypatch, {30}, lambda loss: 3 * loss)
-    assert train.main(flags(tmp_path, steps=32))["spikes"] == 1
-    assert "step 30: loss spike: " in capsys.readouterr().out
 
 
 def test_ranks_decide_alike_on_a_loss_that_is_bad_on_one(flags, tmp_path):

@@ -680,7 +680,7 @@ def test_a_column_of_text_is_named_or_called_text(tmp_path, cache, name):
         decoded = corpus.tokenizer.decode(corpus.tokens.tolist())
         assert len(corpus.document_ends) == 50 and "other" not in decoded
     with pytest.raises(
-        UserError, match=f"{name}:.* 'text'; the fields are 'body', 'other'; --text"
+        UserError, match=f"{name}:.* 'text'; --text-column names another of body, other"
     ):
         prepare([str(path)], 400)
     prepare([str(path)], 400, text_column="other")

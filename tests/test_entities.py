@@ -1,5 +1,6 @@
 """Token labels: files, the alignment of tags and tokens, entities, their scores, the scripts."""
 
+import itertools
 import json
 import random
 
@@ -82,8 +83,7 @@ def test_columns_and_jsonl_hold_the_same_sentences(tmp_path):
         write_conll(tmp_path / "a.conll", sentences),
         write_jsonl(tmp_path / "a.jsonl", sentences),
     ):
-        read = read_sentences(path)
-        assert [([w.text for w in s], [w.label for w in s]) for s in read] == sentences
+        assert list(zip(*read_sentences(path), strict=True)) == sentences
         train, test = load(path, None)
         assert (len(train), len(test)) == (16, 4)
         assert train.names == ["O", "B-LOC", "B-PER", "I-LOC", "I-PER"]
@@ -155,9 +155,9 @@ def test_the_words_of_columns(tmp_path, kind):
     content, words = COLUMNS[kind]
     path = tmp_path / "a.conll"
     path.write_text(content, encoding="utf-8", newline="")
-    read = [word for sentence in read_sentences(path) for word in sentence]
-    assert [word.text for word in read] == [w.replace("_", " ") for w in words.split(" ")]
-    assert [word.label[0] for word in read] == ["B", *"O" * (len(read) - 1)]
+    read, tags = (list(itertools.chain(*lists)) for lists in read_sentences(path))
+    assert read == [word.replace("_", " ") for word in words.split(" ")]
+    assert [tag[0] for tag in tags] == ["B", *"O" * (len(read) - 1)]
 
 
 def test_a_word_of_json_may_be_blank(tmp_path, tokenizer):
@@ -179,7 +179,7 @@ def test_a_tag_that_training_never_saw(tmp_path):
     train = write_conll(tmp_path / "train.conll", tagged(5, 0))
     (tmp_path / "test.conll").write_text("a B-NEW\n")
     with pytest.raises(
-        UserError, match=r"test.conll:1: tag 'B-NEW' is none of the training tags O, B-LOC"
+        UserError, match=r"test.conll: tag 'B-NEW' is none of the training tags O, B-LOC"
     ):
         load(train, tmp_path / "test.conll")
 

@@ -304,8 +304,8 @@ def test_a_config_of_another_model_or_of_absurd_sizes_is_refused(tmp_path, chang
 
 
 @pytest.mark.parametrize("name", ("bert", "roberta", "modern"))
-def test_a_config_without_model_type(tmp_path, name):
-    """As in Google's bert_config.json, which names no architectures either."""
+def test_a_config_without_architectures(tmp_path, name):
+    """As Google's bert_config.json."""
     if name == "modern":
         tokenizer = bert_tokenizer()
         config = dataclasses.replace(config_of("modern"), vocab_size=tokenizer.get_vocab_size())
@@ -314,7 +314,7 @@ def test_a_config_without_model_type(tmp_path, name):
         their_folder(tmp_path, name, "ForMaskedLM")
     expected, _, _ = model_folder.open_model(tmp_path, torch.device("cpu"))
     raw = json.loads((tmp_path / "config.json").read_text())
-    del raw["model_type"], raw["architectures"]
+    del raw["architectures"]
     (tmp_path / "config.json").write_text(json.dumps(raw))
     model, _, names = model_folder.open_model(tmp_path, torch.device("cpu"))
     assert type(model) is MaskedLM and names is None
@@ -324,8 +324,7 @@ def test_a_config_without_model_type(tmp_path, name):
 
 
 @pytest.mark.parametrize("model_type", (None, "", "electra"))
-def test_a_model_type_that_the_weights_do_not_tell_is_asked_for(tmp_path, model_type):
-    """The names of a bare encoder may be BERT's or RoBERTa's, whose positions differ."""
+def test_a_missing_or_unknown_model_type_is_asked_for(tmp_path, model_type):
     their_folder(tmp_path, "bert", "Model")
     raw = json.loads((tmp_path / "config.json").read_text()) | {"model_type": model_type}
     (tmp_path / "config.json").write_text(json.dumps(raw))
@@ -448,7 +447,7 @@ def test_token_ids_of_a_vocab_txt(tmp_path, settings):
     write_vocab_txt(tmp_path, sorted(set("".join(lines)) | set("".join(lines).lower())))
     settings = {"tokenizer_class": "BertTokenizer"} | settings
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    ours = model_folder.load_tokenizer(tmp_path)
+    ours = model_folder.read_tokenizer(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for line in [*lines, "a [MASK] b[SEP]"]:
         assert ours.encode(line).ids == theirs(line)["input_ids"], line
@@ -463,7 +462,7 @@ def test_a_vocab_txt_that_nothing_says_is_lower_cased(tmp_path, config, is_cased
     write_vocab_txt(tmp_path, sorted(letters))
     if config:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    ours = model_folder.load_tokenizer(tmp_path)
+    ours = model_folder.read_tokenizer(tmp_path)
     pieces = ["A", "##b", "b", "##A", "[MASK]"] if is_cased else ["a", "##b", "b", "##a", "[MASK]"]
     assert ours.encode("Ab bA [MASK]").tokens == ["[CLS]", *pieces, "[SEP]"]
     if not is_cased:
@@ -501,7 +500,7 @@ def test_the_vocabulary_of_another_byte_level_model_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").unlink()
     alphabet = {byte: i for i, byte in enumerate(pre_tokenizers.ByteLevel.alphabet())}
     models.BPE(alphabet, []).save(str(tmp_path))
-    with pytest.raises(UserError, match=r"vocab\.json: no token"):
+    with pytest.raises(UserError, match=r"vocab\.json: .*no token"):
         model_folder.load_model(tmp_path)
 
 
@@ -537,20 +536,17 @@ def test_a_pair_is_laid_out_as_by_transformers(tmp_path):
 # ---------------------------------------------------------------------------------------------- hub
 
 
-@pytest.mark.parametrize("layout", ("one file", "old tokenizer, shards"))
-def test_a_model_of_the_hub(tmp_path, layout):
+def test_a_model_of_the_hub(tmp_path):
     """From a local server that answers as the hub does; offline, from the cache; then neither."""
-    family = "bert" if layout == "one file" else "roberta"
     folder = tmp_path / "files"
-    other = their_folder(folder, family, "ForMaskedLM")
-    if layout != "one file":
-        (folder / "tokenizer.json").unlink()
-        roberta_tokenizer().model.save(str(folder))
-        (folder / "model.safetensors").unlink()
-        other.save_pretrained(folder, max_shard_size="40KB")
-        assert (folder / "model.safetensors.index.json").is_file()
-        (folder / "1_Pooling").mkdir()
-        (folder / "1_Pooling" / "config.json").write_text("{}")
+    other = their_folder(folder, "roberta", "ForMaskedLM")
+    (folder / "tokenizer.json").unlink()
+    roberta_tokenizer().model.save(str(folder))
+    (folder / "model.safetensors").unlink()
+    other.save_pretrained(folder, max_shard_size="40KB")
+    assert (folder / "model.safetensors.index.json").is_file()
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text("{}")
     paths = [path for path in folder.rglob("*") if path.is_file()]
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
     commit = "0" * 40
@@ -600,7 +596,7 @@ def test_a_model_of_the_hub(tmp_path, layout):
         "--model",
         "someone/small",
         "--json",
-        f"{WORDS[0]} {'[MASK]' if family == 'bert' else '<mask>'}",
+        f"{WORDS[0]} <mask>",
     ]
     first = run(command, env=environment)
     assert first.returncode == 0, first.stderr

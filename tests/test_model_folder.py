@@ -386,11 +386,11 @@ def test_overwriting_that_is_killed_between_two_writes_leaves_no_mixture(tmp_pat
         steps_left = [None] * n_steps
 
         def step(real, steps_left=steps_left):
-            def call(*arguments):
+            def call(*arguments, **options):
                 if not steps_left:
                     raise Kill
                 steps_left.pop()
-                return real(*arguments)
+                return real(*arguments, **options)
 
             return call
 

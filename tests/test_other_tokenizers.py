@@ -40,7 +40,7 @@ def lines_of_all_scripts(n: int) -> list[str]:
 def check_equal_ids(folder, lines):
     from transformers import AutoTokenizer
 
-    tokenizer = model_folder.load_tokenizer(folder)
+    tokenizer = model_folder.read_tokenizer(folder)
     theirs = AutoTokenizer.from_pretrained(folder)
     for line, encoding in zip(lines, tokenizer.encode_batch(lines), strict=True):
         assert encoding.ids == theirs(line).input_ids, line

@@ -70,10 +70,9 @@ modules = [path for folder in ("", "files", "analysis", "kernels", "benchmarks")
            for path in Path(folder).glob("[!_]*.py")]
 for path in modules:
     importlib.import_module(".".join(path.with_suffix("").parts))
-import finetune, kernels.dispatch, predict, train
-from files import run_folder
+import filelock, finetune, kernels.dispatch, predict, train
 from files.cli import run_script
-assert run_folder.fcntl is None and kernels.dispatch.triton is None
+assert not filelock.has_fcntl and kernels.dispatch.triton is None
 corpus, topics, out = sys.argv[1:]
 small = [*SMALL, "--layers", "1", "--d-model", "64", "--save-every", "1", "--keep", "1"]
 first = ["--corpus", corpus, "--out", f"{out}/a", "--steps", "3", *small, "--snapshots", "1"]

@@ -162,7 +162,7 @@ def test_half_a_surrogate_pair_in_json_is_refused_with_its_line(tmp_path):
 MISTAKES = {  # (suffix, header, a good record, a bad line, a part of the message)
     "broken JSON": (".jsonl", "", '{"text": "é"}\n', b'{"text": ', "broken JSON"),
     "no object": (".jsonl", "", '{"text": "é"}\n\n', b'["text"]', "JSON object"),
-    "no text": (".jsonl", "", '{"text": "é"}\n', b'{"body": "x"}', "'body'"),
+    "no text": (".jsonl", "", '{"text": "é"}\n', b'{"body": "x"}', "body"),
     "number as text": (".jsonl", "", '{"text": "é"}\n', b'{"text": 3}', "'text'"),
     "many fields": (".csv", "text,n\n", '"a\nb",1\n', b"a,1,2", "3 fields"),
     "quote in field": (".csv", "text,n\n", '"a\nb",1\n', b'"a"b,1', "expected after"),
@@ -248,34 +248,34 @@ def test_json_is_recognized_by_its_content(tmp_path, form, name):
     assert [{k: v for k, v in row.items() if k in ("n", "text")} for row in rows] == RECORDS
 
 
-def test_rows_of_an_array_have_the_lines_where_they_begin(tmp_path):
+def test_rows_of_an_array_are_counted(tmp_path):
     path = write(
         tmp_path, "a.json", json.dumps([{"text": "a", "n": i} for i in range(9)], indent=1)
     )
-    assert [number for number, _ in read_table(path)] == [2 + 4 * i for i in range(9)]
+    assert [number for number, _ in read_table(path)] == [*range(1, 10)]
 
 
 @pytest.mark.parametrize(
-    ("content", "line"),
+    ("content", "number"),
     [
         ("[]", None),
         ("[ \n ]\n", None),
-        ('[{"text": "a"}', 1),
+        ('[{"text": "a"}', 2),
         ('[{"text": "a"},\n{"text": "b"', 2),
         ('[{"text": "a"}\n{"text": "b"}]', 2),
-        ('[{"text": "a"},\n\n"b"]', 3),
+        ('[{"text": "a"},\n\n"b"]', 2),
         ('["a", "b"]', 1),
         ('{\n "text": "a"\n}', 1),
         ('{"data": [{"text": "a"}]}', 1),
         ("a line of prose", 1),
     ],
 )
-def test_json_of_another_form_is_refused_with_its_line(tmp_path, content, line):
+def test_json_of_another_form_is_refused_with_its_row(tmp_path, content, number):
     path = write(tmp_path, "a.json", content)
-    if line is None:
+    if number is None:
         assert list(read_documents(path)) == []
         return
-    with pytest.raises(UserError, match=f"^{path}:{line}: (broken JSON|no text in field)"):
+    with pytest.raises(UserError, match=f"^{path}:{number}: (broken JSON|no text in field)"):
         list(read_documents(path))
 
 
@@ -380,7 +380,7 @@ def test_hidden_files_of_a_folder_are_skipped(tmp_path):
     assert find_files([str(folder / "._a.txt")]) == [folder / "._a.txt"]
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / ".hidden.txt").write_text("text")
-    with pytest.raises(UserError, match="no folder of"):
+    with pytest.raises(UserError, match="nor a folder of"):
         find_files([str(tmp_path / "only")])
 
 
