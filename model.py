@@ -126,17 +126,11 @@ class FusedLinear(nn.Linear):
         self.n_maps = n_maps
 
 
-class Norm(nn.Module):
+class Norm(nn.LayerNorm):
     """LayerNorm; the modern family has no bias."""
 
     def __init__(self, config: Config):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.d_model))
-        self.bias = None if config.is_modern else nn.Parameter(torch.zeros(config.d_model))
-        self.eps = config.norm_eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        super().__init__(config.d_model, config.norm_eps, bias=not config.is_modern)
 
     def after_add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Return (residual + x, the norm of that sum); one pass on a GPU, without a bias."""

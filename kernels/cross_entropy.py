@@ -23,9 +23,8 @@ GPU_CHUNK_LOGITS = 2**26
 GPU_CHUNKS = 4
 # Logits that go through the softmax at a time on a CPU, so that they stay in its caches.
 BLOCK_LOGITS = 2**18
-ROW_BLOCK = (
-    8192  # logits of a row that a Triton program reads at a time; more would spill registers
-)
+# Logits of a row that a Triton program reads at a time; more would spill registers.
+ROW_BLOCK = 8192
 
 
 def reference(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
