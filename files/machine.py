@@ -121,7 +121,9 @@ def start_reading(values: dict[str, Tensor]) -> Callable[[], dict[str, float]]:
 def own_stream(device: torch.device) -> AbstractContextManager:
     """A context in which a GPU works on a stream of its own, because CUDA graphs are not recorded
     on the default one."""
-    return torch.cuda.stream(torch.cuda.Stream(device) if device.type == "cuda" else None)
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    return torch.cuda.stream(torch.cuda.Stream(device))
 
 
 @contextlib.contextmanager

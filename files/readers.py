@@ -13,13 +13,14 @@ import json
 import os
 import re
 import sys
+import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from files import parquet
-from files.disk import UserError, reading
+from files.disk import UserError
 from files.hub_datasets import is_hub_name, parquet_files
 from files.sequences import SEPARATOR, Report, Row, as_sequences, is_interactions
 
@@ -84,18 +85,23 @@ def read_lines(
 @contextlib.contextmanager
 def open_bytes(path: Path) -> Iterator[io.BufferedReader]:
     """Open the bytes of a file, or of standard input. Raises UserError if they cannot be read."""
-    with reading(path), contextlib.ExitStack() as stack:
-        file = sys.stdin.buffer
-        if str(path) != "-":
-            file = stack.enter_context(open(path, "rb", 2**16))
-        head = file.peek(4)
-        if path.suffix == ".gz" or head.startswith(GZIP_START):
-            file = stack.enter_context(gzip.GzipFile(fileobj=file))
-        elif path.suffix == ".zst" or head.startswith(ZSTD_START):
-            if zstd is None:
-                raise UserError(f"{path}: .zst files need backports.zstd: pip install it")
-            file = stack.enter_context(zstd.ZstdFile(file))
-        yield file
+    zstd_errors = (zstd.ZstdError,) if zstd else ()
+    try:
+        with contextlib.ExitStack() as stack:
+            file = sys.stdin.buffer
+            if str(path) != "-":
+                file = stack.enter_context(open(path, "rb", 2**16))
+            head = file.peek(4)
+            if path.suffix == ".gz" or head.startswith(GZIP_START):
+                file = stack.enter_context(gzip.GzipFile(fileobj=file))
+            elif path.suffix == ".zst" or head.startswith(ZSTD_START):
+                if zstd is None:
+                    raise UserError(f"{path}: .zst files need backports.zstd: pip install it")
+                file = stack.enter_context(zstd.ZstdFile(file))
+            yield file
+    except (OSError, EOFError, zlib.error, *zstd_errors) as error:  # not those of who reads it
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read: {reason}") from None
 
 
 def text_suffix(path: Path) -> str:
@@ -320,5 +326,8 @@ def find_files(paths: Iterable[str]) -> list[Path]:
         chosen = list(filter(os.path.isfile, chosen))
         files += chosen
         if not chosen:
-            raise UserError(f"{path}: neither a regular file nor a folder of {', '.join(suffixes)}")
+            problem = f"neither a regular file nor a folder of {', '.join(suffixes)}"
+            if not os.path.exists(path):
+                problem = "no such file or folder"
+            raise UserError(f"{path}: {problem}")
     return files
