@@ -292,7 +292,7 @@ def main(argv: list[str] | None = None, data: Corpus | None = None) -> dict[str,
         seconds = time.time() - start_time
         metrics = {"seconds": seconds, "steps": args.steps, "tokens": args.steps * step_tokens}
         metrics |= {"n_weights": n_weights, "tokens_folder": corpus.folder.name, **points[-1]}
-        metrics["skipped"] = monitor.n_skipped
+        metrics |= {"skipped": monitor.n_skipped, "spikes": monitor.n_spikes}
         tensors = [x for batch in validation for x in (batch.ids, batch.masked, batch.targets)]
         metrics["validation_digest"] = run_folder.digest(tensors)
         if ranks.is_first:

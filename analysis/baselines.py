@@ -6,7 +6,6 @@ classes), or for regression the predicted numbers (examples,).
 """
 
 import functools
-import json
 import math
 import re
 import unicodedata
@@ -28,8 +27,7 @@ from sklearn.preprocessing import normalize
 from tokenizers import Tokenizer, pre_tokenizers
 
 from data import Corpus
-from files import model_folder
-from files.disk import CACHE, UserError, print_once
+from files.disk import CACHE, UserError, print_once, read_json, reading
 from files.entities import TaggedDataset, most_frequent_tags
 from files.sequences import SEPARATOR, reads_items, split_items
 from files.tokenizer import NO_SPACES
@@ -198,8 +196,8 @@ def pretraining_corpus(pretrained: Path, max_len: int = 256) -> Corpus | None:
     """The text that a run of train.py learned from; None where it is not in the cache, of another
     version, or of a single window."""
     path = pretrained / "metrics.json"
-    with model_folder.reading(path):
-        metrics = json.loads(path.read_bytes()) if path.is_file() else {}
+    with reading(path):
+        metrics = read_json(path)
         folder = CACHE / metrics.get("tokens_folder", "none")
     try:
         corpus = Corpus(folder, max_len, micro_batch_tokens=1, seed=0, mask="even")

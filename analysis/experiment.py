@@ -5,7 +5,6 @@ import contextlib
 import functools
 import hashlib
 import itertools
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from analysis.evaluation import forward_all, measure
 from analysis.results import USE_PRETRAINING, Plan, Run
 from files import model_folder, streams
 from files.cli import flags_to_argv
-from files.disk import UserError, file_name
+from files.disk import UserError, file_name, read_json, reading
 from labels import LabeledDataset, encode, subsample
 from model import Classifier
 
@@ -173,8 +172,8 @@ def check_pool(setup: Setup) -> None:
 def read_flags(folder: Path) -> dict[str, Any]:
     """The flags of a run of train.py; of other models there are none."""
     path = folder / "flags.json"
-    with model_folder.reading(path):
-        return dict(json.loads(path.read_bytes())) if path.is_file() else {}
+    with reading(path):
+        return dict(read_json(path))
 
 
 def run_method(run: Run, setup: Setup) -> tuple[dict[str, Any], np.ndarray]:

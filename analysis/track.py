@@ -7,8 +7,7 @@ from typing import Any
 
 from analysis.baselines import WITH_NGRAMS
 from analysis.results import USE_PRETRAINING
-from files import model_folder
-from files.disk import UserError
+from files.disk import UserError, reading
 
 DATA = ("mr", "imdb")
 FLAGS = ["--labels", "100,1000,all", "--methods"]
@@ -45,7 +44,7 @@ def duration(model: Path) -> tuple[float, str]:
     paths = (model / "metrics.json", model / "environment.json")
     if not all(path.is_file() for path in paths):
         raise UserError(f"--track: {model} is not a finished run of train.py")
-    with model_folder.reading(paths[0]):
+    with reading(paths[0]):
         metrics, environment = (json.loads(path.read_bytes()) for path in paths)
         threads = f"{environment['threads']} threads"
         return metrics["seconds"], f"{environment['device']}, {threads}"

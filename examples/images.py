@@ -36,8 +36,7 @@ from analysis.baselines import choose, fit_linear
 from analysis.last_layer import fit_classes_or_numbers
 from data import Batch
 from files.cli import Parser, choose_hardware, number, run_script
-from files.disk import UserError, first_line, make_folder, to_json, write_file
-from files.model_folder import reading
+from files.disk import UserError, first_line, make_folder, reading, to_json, write_file
 from files.readers import open_bytes
 from files.reviews import fetch_wheel
 from labels import LabeledDataset, hold_out_last_fifth, subsample

@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable
@@ -80,7 +79,8 @@ class Parser(argparse.ArgumentParser):
         """Parse the command line; a mistake in it ends the process with exit code 2."""
         argv = sys.argv[1:] if argv is None else argv
         for text in argv:
-            if re.search("[\0\ud800-\udfff]", text):  # it could not be saved as JSON
+            # Python can open a path in another encoding, but neither print it nor save it as JSON.
+            if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
                 self.error(f"{text!a}: not UTF-8 text")
         return super().parse_args(argv)
 
@@ -174,6 +174,27 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
     return False
 
 
+def prepare_streams() -> None:
+    """Print UTF-8, whatever the terminal's encoding, and nothing where a stream is closed."""
+    for name in ("stdin", "stdout", "stderr"):  # of the descriptors 0, 1 and 2, the lowest first
+        if getattr(sys, name) is None:
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):  # half of a surrogate pair is escaped
+        if hasattr(stream, "reconfigure"):  # unlike that of IDLE
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def restart_in_utf8() -> None:
+    """Start Python again in its UTF-8 mode where the locale has another encoding.
+
+    Only there are the texts and paths of the command line read as the UTF-8 that they are.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        environment = os.environ | {"PYTHONUTF8": "1"}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
 def run_script(main: Callable[[], dict[str, Any]], stopped: str = "stopped") -> dict[str, Any]:
     """Run a script's `main`, and return what it returns.
 
@@ -185,9 +206,8 @@ def run_script(main: Callable[[], dict[str, Any]], stopped: str = "stopped") -> 
         print(stopped, file=sys.stderr)
         sys.exit(128 + signal_number)
 
-    for stream in (sys.stdout, sys.stderr):  # UTF-8, whatever the terminal's encoding
-        if hasattr(stream, "reconfigure"):  # unlike that of IDLE
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    restart_in_utf8()
+    prepare_streams()
     os.environ["MPLBACKEND"] = "agg"  # figures are files, whatever a notebook's shell has set
     for name in STOP_SIGNALS:
         signal.signal(name, stop)

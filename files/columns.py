@@ -228,8 +228,12 @@ def choose_names(path: Path, items: list[Item], column: str, task: str | None) -
 def _class_names(path: Path, labels: list[str], column: str) -> list[str]:
     """The distinct labels: as the file orders them, or else numbers by value, then names."""
     counts = Counter(labels)
-    if len(counts) > 1 and max(counts.values()) == 1:
-        raise UserError(f"{path}: each label occurs once only, such as {labels[0]!r}")
+    single = [label for label in counts if counts[label] == 1]
+    if single and len(counts) > 1:
+        names = ", ".join(map(repr, single[:10]))
+        if len(single) == len(labels):
+            raise UserError(f"{path}: each label occurs once only, such as {names}")
+        print(f"{path}: classes with one example only, for training: {names}")
     usual = sorted(counts, key=lambda name: (np.nan_to_num(to_number(name), nan=np.inf), name))
     order = readers.class_names(path, column)
     return sorted(usual, key=lambda name: order.index(name) if name in order else len(order))

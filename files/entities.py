@@ -86,23 +86,23 @@ def load(train: Path, test: Path | None) -> tuple[TaggedDataset, TaggedDataset]:
     tests = find_tests(train, test, "tags", "ner_tags")
     if not tests:
         return hold_out_last_fifth(dataset)
-    parts = zip(*map(read_sentences, tests), strict=True)
+    parts = zip(*(read_sentences(path, names) for path in tests), strict=True)
     words, tags = (list(itertools.chain(*part)) for part in parts)
-    if unknown := set(itertools.chain(*tags)) - set(names):
-        problem = f"tag {unknown.pop()!r} is none of the training tags {', '.join(names)}"
-        raise UserError(f"{', '.join(map(str, tests))}: {problem}")
     return dataset, TaggedDataset(words, tags, names)
 
 
-def read_sentences(path: Path) -> tuple[list[list[str]], list[list[str]]]:
+def read_sentences(
+    path: Path, names: list[str] | None = None
+) -> tuple[list[list[str]], list[list[str]]]:
     """Read the words and tags of JSON or parquet with lists, or of CoNLL's columns.
 
     A line of columns has the word first and the tag last; a blank line ends a sentence. The tags
-    become IOB2. Raises UserError if a line is not like this or has another tag; it names the line.
+    become IOB2, and must be among `names`, if given. Raises UserError if a line is not like this or
+    has another tag; it names the line.
     """
     has_lists = (table_format(path) or "").startswith(("json", "parquet"))
     read = _read_lists if has_lists else _read_columns
-    sentences = [sentence for sentence in read(path) if sentence[0]]
+    sentences = [sentence for sentence in read(path, names) if sentence[0]]
     if not sentences:
         raise UserError(f"{path}: no sentences in it")
     words, tags = map(list, zip(*sentences, strict=True))
@@ -116,13 +116,15 @@ def _to_iob2(tags: list[str]) -> list[str]:
     return tags
 
 
-def _check_tag(source: str, tag: str) -> None:
+def _check_tag(source: str, tag: str, names: list[str] | None) -> None:
     if not TAG.fullmatch(tag):
         problem = f"tag {tag!r} is none of {OUTSIDE}, B-TYPE and I-TYPE"
         raise UserError(f"{source}: {problem}, or of another scheme such as BIOES")
+    if names and IOB2_LETTERS[tag[0]] + tag[1:] not in names:
+        raise UserError(f"{source}: tag {tag!r} is none of the training tags {', '.join(names)}")
 
 
-def _read_lists(path: Path) -> Iterator[Sentence]:
+def _read_lists(path: Path, names: list[str] | None) -> Iterator[Sentence]:
     for line, row in read_table(path):
         words = row.get("words", row.get("tokens"))
         tags = row.get("tags", row.get("ner_tags"))
@@ -131,11 +133,11 @@ def _read_lists(path: Path) -> Iterator[Sentence]:
             problem = "the fields 'words' and 'tags' must be equally long lists of text"
             raise UserError(f"{path}:{line}: {problem}, the tags by name, such as B-PER")
         for tag in tags:
-            _check_tag(f"{path}:{line}", tag)
+            _check_tag(f"{path}:{line}", tag, names)
         yield words, tags
 
 
-def _read_columns(path: Path) -> list[Sentence]:
+def _read_columns(path: Path, names: list[str] | None) -> list[Sentence]:
     sentences: list[list[list[str]]] = [[]]  # the columns of each line
     for line, text in read_lines(path):
         columns = [c.strip(" \r\n") for c in re.split("\t+" if "\t" in text else " +", text)]
@@ -147,7 +149,7 @@ def _read_columns(path: Path) -> list[Sentence]:
         elif len(columns) == 1:
             raise UserError(f"{path}:{line}: one column; a word and its tag are needed")
         else:
-            _check_tag(f"{path}:{line}", columns[-1])
+            _check_tag(f"{path}:{line}", columns[-1], names)
             sentences[-1].append(columns)
     numbered = (pair for sentence in sentences for pair in enumerate(sentence, 1))
     # as in CoNLL-U, where the second column is the word

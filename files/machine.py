@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from files.cli import STOP_SIGNALS, under_torchrun
+from files.cli import STOP_SIGNALS, TORCHRUN, under_torchrun
 from files.disk import UserError, first_line
 from model import Config
 
@@ -89,14 +89,22 @@ class Ranks(NamedTuple):
 
 
 def join_ranks(device: torch.device) -> Ranks:
-    """Under torchrun, connect the processes of the run."""
+    """Under torchrun, connect the processes of the run; UserError if its variables are wrong."""
     if not under_torchrun():
         if stray := [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]:
             print(f"one rank: {' and '.join(stray)} without the other variables of torchrun")
         return Ranks(0, 1)
-    # the others wait while the first one tokenizes a large corpus
-    timeout = datetime.timedelta(days=1)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    variables = " ".join(f"{name}={os.environ[name]}" for name in TORCHRUN)
+    try:
+        if not 0 <= int(os.environ["RANK"]) < int(os.environ["WORLD_SIZE"]):
+            raise ValueError("no such rank")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        # the others wait while the first one tokenizes a large corpus
+        timeout = datetime.timedelta(days=1)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{variables}: {first_line(error)}; torchrun sets them") from None
     atexit.register(dist.destroy_process_group)
     return Ranks(dist.get_rank(), dist.get_world_size())
 

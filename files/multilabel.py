@@ -21,6 +21,8 @@ def merge_columns(path: Path, rows: list[Row], label: str | None) -> list[Row]:
     names = [name.strip() for name in (label or "").split(",")]
     if len(names) < 2 or not rows or label in rows[0][1]:
         return rows
+    if missing := [name for name in names if name not in rows[0][1]]:
+        raise UserError(f"{path}: --label-column {label}: there is no column {missing[0]!r}")
 
     def merge(line: int, row: dict[str, Any]) -> Row:
         labels = []

@@ -138,7 +138,7 @@ def read_table(
 ) -> Iterator[Row]:
     """Read (number, {column: value}) of the rows of a table.
 
-    The number is that of the first line of the row, in parquet and an array that of the row.
+    The number is that of the first line of the row, in parquet that of the row.
 
     The first line of a .csv or .tsv file names the columns. Those without a name, or with one of
     several of the same name, are left out. Where tabs separate the fields, each tab does, and
@@ -176,10 +176,10 @@ def _read_jsonl(path: Path, report: Report) -> Iterator[Row]:
 
 
 def _read_json_array(path: Path) -> Iterator[Row]:
-    """Decode and count one object after another: the array need not fit into memory."""
+    """Decode one object after another, so that the array need not fit into memory."""
     decode = json.JSONDecoder().raw_decode
     text = ""  # what is read and not decoded yet
-    number = 1  # of the next row
+    line = 1  # the number of its first line
     min_length = 0  # of a text in which another object may have ended
     error = None
     before_row = re.compile(r"\s*\[\s*")  # before the first object; then it is a comma
@@ -195,8 +195,9 @@ def _read_json_array(path: Path) -> Iterator[Row]:
             except (ValueError, RecursionError) as problem:  # or the rest of it is not read yet
                 error = getattr(problem, "msg", problem)
                 break
-            yield number, row
-            number += 1
+            line += text.count("\n", end, match.end())
+            yield line, row
+            line += text.count("\n", match.end(), row_end)
             end = row_end
             before_row = re.compile(r"\s*,\s*")
         text = text[end:]
@@ -205,7 +206,8 @@ def _read_json_array(path: Path) -> Iterator[Row]:
         # so that an object of many lines is not decoded again for each of them
         min_length = 2 * len(text)
     if not re.fullmatch(r"(\s*\[)?\s*\]\s*", text):
-        raise UserError(f"{path}:{number}: broken JSON: {error or 'the array does not end here'}")
+        line += re.match(r"[\s,\[]*", text)[0].count("\n")
+        raise UserError(f"{path}:{line}: broken JSON: {error or 'the array does not end here'}")
 
 
 def _check_row(row: Any, source: str) -> None:

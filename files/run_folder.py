@@ -213,21 +213,28 @@ def load_best(out: Path, model: nn.Module, points: list[dict[str, Any]]) -> dict
 # ------------------------------------------------------------------------------------------ resume
 
 
-def is_whole(folder: Path, step: int) -> bool:
-    """Whether the files of a checkpoint are as its manifest says."""
+def verify(folder: Path, step: int) -> str:
+    """Compare a checkpoint with its manifest; returns what is wrong, or an empty string."""
     try:
-        return (folder / MANIFEST).read_bytes() == manifest(folder, step)
-    except OSError:
-        return False
+        stored = (folder / MANIFEST).read_bytes()
+        actual = manifest(folder, step)
+        if stored == actual:
+            return ""
+        stored, actual = json.loads(stored), json.loads(actual)
+        changed = [name for name in stored | actual if stored.get(name) != actual.get(name)]
+    except (OSError, ValueError, TypeError) as error:
+        return f"{MANIFEST}: {disk.first_line(error)}"
+    return f"changed: {', '.join(changed) or MANIFEST}"
 
 
 def latest_checkpoint(out: Path, log: Callable[[str], None]) -> Path | None:
     """The newest whole checkpoint, None if there is none yet; UserError if all are damaged."""
     folders = checkpoint_folders(out)
     for step, folder in reversed(folders.items()):
-        if is_whole(folder, step):
+        problem = verify(folder, step)
+        if not problem:
             return folder
-        log(f"{folder}: damaged, its files are not those of {MANIFEST}; skipped")
+        log(f"{folder}: damaged ({problem}), skipped")
     if folders:
         raise UserError(f"{out}: all checkpoints are damaged; without --resume a new run starts")
     log(f"{out}: no checkpoint yet; the run starts from the beginning")

@@ -59,7 +59,7 @@ def as_sequences(
     name = _find_list(first[1], column)
     if not name and (columns := _find_interactions(path, list(first[1]), column)):
         rows = _group_interactions(path, rows, columns, report)
-        name = "items"
+        name = columns[1]
     if not name:
         yield from rows
         return
@@ -119,7 +119,7 @@ def is_interactions(head: str) -> bool:
 def _group_interactions(
     path: Path, rows: Iterator[Row], columns: list[str], report: Report
 ) -> Iterator[Row]:
-    """A row for each user, whose "items" are by time; equal times stay in the order of the file."""
+    """A row for each user, with the items by time; equal times stay in the order of the file."""
     user, item, *time = columns
     users: dict[str, tuple] = {}  # the first line, columns that never change, (time, item)
     for line, row in rows:
@@ -137,7 +137,7 @@ def _group_interactions(
         users[key] = (first_line, same, events)
     for key, (line, same, events) in users.items():
         times, items = zip(*sorted(events, key=itemgetter(0)), strict=True)
-        yield line, same | {"user": key, "times": times, "items": list(items)}
+        yield line, same | {"user": key, "times": times, item: list(items)}
 
 
 def _to_time(value: Any) -> int | float:

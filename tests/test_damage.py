@@ -469,7 +469,9 @@ def test_a_damaged_checkpoint_is_stepped_over_by_a_run(flags, tmp_path, capsys):
     capsys.readouterr()
     train.main(flags(damaged, "--resume", steps=6))
     log = capsys.readouterr().out
-    assert "step-6: damaged, its files are not those" in log and "resuming after step 3" in log
+    assert (
+        "step-6: damaged (changed: training.pt), skipped" in log and "resuming after step 3" in log
+    )
     assert_equal(result(damaged), result(straight))
 
 
@@ -552,6 +554,12 @@ def test_diverged_weights_are_not_saved(flags, tmp_path, capsys):
         )
     assert ended.value.code == 1 and not run_folder.checkpoint_folders(tmp_path)
     assert "start again with lower rates" in capsys.readouterr().out
+
+
+def test_a_spike_of_the_loss_is_logged_and_counted(flags, tmp_path, monkeypatch, capsys):
+    spoil(monkeypatch, {30}, lambda loss: 3 * loss)
+    assert train.main(flags(tmp_path, steps=32))["spikes"] == 1
+    assert "step 30: loss spike: " in capsys.readouterr().out
 
 
 def test_ranks_decide_alike_on_a_loss_that_is_bad_on_one(flags, tmp_path):

@@ -179,7 +179,7 @@ def test_a_tag_that_training_never_saw(tmp_path):
     train = write_conll(tmp_path / "train.conll", tagged(5, 0))
     (tmp_path / "test.conll").write_text("a B-NEW\n")
     with pytest.raises(
-        UserError, match=r"test.conll: tag 'B-NEW' is none of the training tags O, B-LOC"
+        UserError, match=r"test.conll:1: tag 'B-NEW' is none of the training tags O, B-LOC"
     ):
         load(train, tmp_path / "test.conll")
 

@@ -542,11 +542,13 @@ LOCALES = {
 }
 
 
-def run(script, *argv, **environment):
-    """(exit code, output, errors) of a script; a variable of None is removed."""
+def run(script, *argv, closed=(), **environment):
+    """(exit code, output, errors) of a script; `closed` are descriptors that its shell has closed,
+    and a variable of None is removed."""
     variables = {name: value for name, value in os.environ.items() if name not in environment}
     variables |= {name: str(value) for name, value in environment.items() if value is not None}
-    command = [sys.executable, ROOT / script, *argv]
+    closing = "".join(f" {fd}>&-" for fd in closed)
+    command = ["sh", "-c", f'"$@"{closing}', "sh", sys.executable, ROOT / script, *argv]
     done = subprocess.run(list(map(str, command)), capture_output=True, env=variables)
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
@@ -569,8 +571,8 @@ def test_all_files_are_opened_as_utf8_whatever_the_locale():
 
 @pytest.mark.parametrize("locale", LOCALES)
 def test_answers_are_utf8_in_any_locale(finetuned, tmp_path, locale):
-    """Texts of a file, printed as JSON and as lines."""
-    path = tmp_path / "texts.txt"
+    """Texts of a file and of the command line, printed as JSON and as lines."""
+    path = tmp_path / "naïve 漢字.txt"
     path.write_text("\n".join(TEXTS), encoding="utf-8")
     flags = ["--model", finetuned[0], "--device", "cpu"]
     code, output, errors = run("predict.py", *flags, "--json", "--file", path, **LOCALES[locale])
@@ -578,18 +580,36 @@ def test_answers_are_utf8_in_any_locale(finetuned, tmp_path, locale):
     assert code == 0 and not errors
     assert [answer["text"] for answer in answers] == TEXTS
     assert answers[1]["place"] == f"{path}:2"
-    code, output, errors = run("predict.py", *flags, "--file", path, **LOCALES[locale])
+    if locale == "latin-1":  # which is that of the output only
+        return
+    code, output, errors = run("predict.py", *flags, *TEXTS, **LOCALES[locale])
     assert code == 0 and not errors
     assert [line.split("\t")[1] for line in output.splitlines()] == TEXTS
     assert {line.split()[0] for line in output.splitlines()} <= {"Birds", "кошки", "2"}
 
 
 def test_training_prints_utf8_in_any_locale(pretrained, topics, tmp_path):
-    out = tmp_path / "out"
+    out = tmp_path / "données"
     flags = ["--model", pretrained, "--train", topics[0], "--methods", "ngrams", "--out", out]
     code, output, errors = run("finetune.py", *flags, **LOCALES["C"])
     assert code == 0 and "кошки" in output and "Traceback" not in errors
     assert json.loads((out / "metrics.json").read_bytes())["names"][-1] == "кошки"
+
+
+@pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)])
+def test_closed_streams_do_no_harm(finetuned, closed):
+    flags = ["--model", finetuned[0], "--device", "cpu"]
+    code, output, errors = run("predict.py", *flags, "bal dom", closed=closed)
+    assert code == 0 and not errors
+    assert bool(output) == (1 not in closed)
+
+
+def test_a_closed_standard_input_is_an_empty_one(finetuned, tmp_path):
+    flags = ["--corpus", "-", "--out", tmp_path, "--steps", "1", *SMALL]
+    code, _, errors = run("train.py", *flags, closed=(0,))
+    assert code == 2 and errors == "train.py: the corpus has no text\n"
+    code, _, errors = run("predict.py", "--model", finetuned[0], "-", closed=(0,))
+    assert code == 2 and errors == "predict.py: -: no texts in it\n"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
@@ -622,11 +642,30 @@ def test_a_run_in_an_odd_environment(corpus_file, tmp_path, stray):
     assert (line in output) == bool(stray)
 
 
-def test_an_empty_variable_of_torchrun_is_as_good_as_none(monkeypatch, capsys):
-    for name, value in (TORCHRUN | {"WORLD_SIZE": ""}).items():
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"RANK": "x"},
+        {"RANK": "2"},
+        {"RANK": "-1"},
+        {"WORLD_SIZE": "0"},
+        {"WORLD_SIZE": ""},
+        {"MASTER_PORT": "http"},
+    ],
+    ids=str,
+)
+def test_ranks_that_torchrun_would_not_give(change, monkeypatch, capsys):
+    for name, value in (TORCHRUN | change).items():
         monkeypatch.setenv(name, value)
-    assert machine.join_ranks(torch.device("cpu")) == Ranks(0, 1)
-    assert capsys.readouterr().out.startswith("one rank: RANK")
+    if "" in change.values():  # as good as not set
+        assert machine.join_ranks(torch.device("cpu")) == Ranks(0, 1)
+        assert capsys.readouterr().out.startswith("one rank: RANK")
+        return
+    [(name, value)] = change.items()
+    with pytest.raises(UserError, match=r"torchrun sets them$") as error:
+        machine.join_ranks(torch.device("cpu"))
+    assert_one_line(error.value)
+    assert f"{name}={value}" in str(error.value)
 
 
 def test_analyze_takes_the_columns_that_its_message_asks_for(pretrained, tmp_path, capsys):

@@ -536,17 +536,20 @@ def test_a_pair_is_laid_out_as_by_transformers(tmp_path):
 # ---------------------------------------------------------------------------------------------- hub
 
 
-def test_a_model_of_the_hub(tmp_path):
+@pytest.mark.parametrize("layout", ("one file", "old tokenizer, shards"))
+def test_a_model_of_the_hub(tmp_path, layout):
     """From a local server that answers as the hub does; offline, from the cache; then neither."""
+    family = "bert" if layout == "one file" else "roberta"
     folder = tmp_path / "files"
-    other = their_folder(folder, "roberta", "ForMaskedLM")
-    (folder / "tokenizer.json").unlink()
-    roberta_tokenizer().model.save(str(folder))
-    (folder / "model.safetensors").unlink()
-    other.save_pretrained(folder, max_shard_size="40KB")
-    assert (folder / "model.safetensors.index.json").is_file()
-    (folder / "1_Pooling").mkdir()
-    (folder / "1_Pooling" / "config.json").write_text("{}")
+    other = their_folder(folder, family, "ForMaskedLM")
+    if layout != "one file":
+        (folder / "tokenizer.json").unlink()
+        roberta_tokenizer().model.save(str(folder))
+        (folder / "model.safetensors").unlink()
+        other.save_pretrained(folder, max_shard_size="40KB")
+        assert (folder / "model.safetensors.index.json").is_file()
+        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling" / "config.json").write_text("{}")
     paths = [path for path in folder.rglob("*") if path.is_file()]
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
     commit = "0" * 40
@@ -596,7 +599,7 @@ def test_a_model_of_the_hub(tmp_path):
         "--model",
         "someone/small",
         "--json",
-        f"{WORDS[0]} <mask>",
+        f"{WORDS[0]} {'[MASK]' if family == 'bert' else '<mask>'}",
     ]
     first = run(command, env=environment)
     assert first.returncode == 0, first.stderr

@@ -445,6 +445,7 @@ def test_each_part_has_each_class_where_that_is_possible(tmp_path, capsys, n_rar
     train, test = load(None, write(tmp_path / "a.csv", ["text", "label"], rows))
     is_single = n_rare == 1
     printed = capsys.readouterr().out
+    assert ("one example only, for training: 'z'" in printed) == is_single
     assert ("1 of the classes have no test example" in printed) == is_single
     assert (2 in train.targets) and (2 in test.targets) == (not is_single)
     for part in (train, subsample(train, 1500, 0), subsample(train, 9, 0)):

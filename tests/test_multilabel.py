@@ -89,7 +89,7 @@ def test_a_bar_or_lists_of_one_label_do_not_change_what_labels_mean(tmp_path):
     ("name", "content", "column", "message"),
     [
         ("a.csv", "text,a,b\nbal,1,2\n", "a,b", "a.csv:2: column 'b' has '2', neither 0 nor 1"),
-        ("a.csv", "text,a,b\nbal,1,0\n", "a,c", "a.csv:2: column 'c' has None, neither"),
+        ("a.csv", "text,a,b\nbal,1,0\n", "a,c", "there is no column 'c'"),
         (
             "a.jsonl",
             '{"text": "bal", "label": ["a", "b"]}\n{"text": "c", "label": "d"}\n',

@@ -248,34 +248,34 @@ def test_json_is_recognized_by_its_content(tmp_path, form, name):
     assert [{k: v for k, v in row.items() if k in ("n", "text")} for row in rows] == RECORDS
 
 
-def test_rows_of_an_array_are_counted(tmp_path):
+def test_rows_of_an_array_have_the_lines_where_they_begin(tmp_path):
     path = write(
         tmp_path, "a.json", json.dumps([{"text": "a", "n": i} for i in range(9)], indent=1)
     )
-    assert [number for number, _ in read_table(path)] == [*range(1, 10)]
+    assert [number for number, _ in read_table(path)] == [2 + 4 * i for i in range(9)]
 
 
 @pytest.mark.parametrize(
-    ("content", "number"),
+    ("content", "line"),
     [
         ("[]", None),
         ("[ \n ]\n", None),
-        ('[{"text": "a"}', 2),
+        ('[{"text": "a"}', 1),
         ('[{"text": "a"},\n{"text": "b"', 2),
         ('[{"text": "a"}\n{"text": "b"}]', 2),
-        ('[{"text": "a"},\n\n"b"]', 2),
+        ('[{"text": "a"},\n\n"b"]', 3),
         ('["a", "b"]', 1),
         ('{\n "text": "a"\n}', 1),
         ('{"data": [{"text": "a"}]}', 1),
         ("a line of prose", 1),
     ],
 )
-def test_json_of_another_form_is_refused_with_its_row(tmp_path, content, number):
+def test_json_of_another_form_is_refused_with_its_line(tmp_path, content, line):
     path = write(tmp_path, "a.json", content)
-    if number is None:
+    if line is None:
         assert list(read_documents(path)) == []
         return
-    with pytest.raises(UserError, match=f"^{path}:{number}: (broken JSON|no text in field)"):
+    with pytest.raises(UserError, match=f"^{path}:{line}: (broken JSON|no text in field)"):
         list(read_documents(path))
 
 

@@ -16,6 +16,7 @@ import threading
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -542,17 +543,17 @@ def corrupt(rng, folder, other):
     elif kind == "moved":  # a whole checkpoint, under the name of another step
         shutil.rmtree(folder)
         shutil.copytree(other, folder)
-        return kind
+        return kind, "changed: step)"
     elif kind == "swapped":
         second = rng.choice([file for file in files if file != path])
         (folder / path.name).write_bytes(second.read_bytes())
         second.write_bytes(raw)
-        return kind
+        return kind, ""
     if kind == "missing":
         path.unlink()
     else:
         path.write_bytes(raw)
-    return kind
+    return kind, "" if path.name == "manifest.json" or kind == "foreign" else path.name
 
 
 def test_every_one_of_200_damages_is_detected_and_stepped_over(tmp_path):
@@ -563,15 +564,17 @@ def test_every_one_of_200_damages_is_detected_and_stepped_over(tmp_path):
         out = tmp_path / "damaged"
         shutil.copytree(tmp_path / "whole", out)
         newest = [3, 2][: rng.randint(1, 2)]
+        names = []
         for step in newest:
             checkpoints = out / "checkpoints"
-            kind = corrupt(rng, checkpoints / f"step-{step}", checkpoints / "step-1")
+            kind, name = corrupt(rng, checkpoints / f"step-{step}", checkpoints / "step-1")
             kinds.add(kind)
+            names.append(name)
         latest_step, messages = latest(out)
         assert latest_step == 3 - len(newest), (i, kind)
         assert len(messages) == len(newest)
-        for step, line in zip(newest, messages, strict=True):
-            assert f"step-{step}: damaged, its files are not those of manifest.json" in line
+        for step, line, name in zip(newest, messages, names, strict=True):
+            assert f"step-{step}: damaged (" in line and name in line
             assert len(line.splitlines()) == 1
         shutil.rmtree(out)
     assert len(kinds) == 9
@@ -583,7 +586,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_anew(started):
     messages = []
     with pytest.raises(UserError, match="all checkpoints are damaged"):
         run_folder.latest_checkpoint(started, messages.append)
-    assert len(messages) == 1 and "step-1: damaged" in messages[0] and steps(started) == ["step-1"]
+    assert len(messages) == 1 and "config.json" in messages[0] and steps(started) == ["step-1"]
 
 
 def test_a_damaged_checkpoint_is_replaced_and_a_stray_folder_ignored(started):
@@ -666,6 +669,21 @@ def test_the_folder_of_the_model_is_not_overwritten(tmp_path):
 
 
 # -------------------------------------------------------------------------------------- StepMonitor
+
+
+def test_losses_that_hardly_vary_spike_by_a_tenth_at_least():
+    monitor = StepMonitor()
+    assert not any(monitor.check(1.0, 1.0) for _ in range(200))
+    assert not monitor.check(1.05, 1.0) and monitor.check(1.2, 1.0)
+
+
+def test_noise_is_no_spike_and_a_jump_is_one():
+    rng, monitor = np.random.default_rng(0), StepMonitor()
+    losses = 3 + 4 * np.exp(-np.arange(5000) / 300) + 0.05 * rng.standard_normal(5000)
+    assert not any(monitor.check(loss, 1.0) for loss in losses)
+    assert monitor.check(3.2, 1.0) == "" and "loss spike: 5.0" in monitor.check(5.0, 1.0)
+    assert monitor.n_spikes == 1 and monitor.n_skipped == 0
+    assert len(monitor.recent_losses) == monitor.N_RECENT
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
