@@ -92,10 +92,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def read_data(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, list[str], int]:
-    """Pixels (N, H, W, C) uint8 and classes (N,) of the training pictures and then of the test
-    pictures, by default a fifth of each class; the names of the classes; the number of the former.
+    """Read the training pictures, then the test pictures, by default a fifth of each class.
 
     The training pictures are shuffled, always alike: files are sorted, perhaps by class.
+
+    Returns:
+        Pixels (N, H, W, C) uint8, class numbers (N,), the names of the classes, and how many of the
+        pictures are for training.
     """
     pixels, labels = read_pictures(args.images, args.labels)
     n_train = len(labels)
@@ -115,6 +118,7 @@ def read_data(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, list[st
     if args.test_images:
         order = np.append(order, np.arange(n_train, len(labels)))
     else:
+        # in place of its text, each example has the number of its picture
         train, test = hold_out_last_fifth(LabeledDataset(order, None, classes[order], names))
         n_train = len(train)
         order = np.array(train.texts + test.texts)
@@ -341,14 +345,14 @@ def fine_tune(model: Classifier, soft: Tensor, classes: Tensor, lr: float, seed:
 
 
 @torch.no_grad()
-def apply(function: Callable, soft: Tensor) -> np.ndarray:
+def apply_in_chunks(function: Callable, soft: Tensor) -> np.ndarray:
     """What a function of a network's inputs returns for pictures (N, P, K), end to end."""
     return torch.cat([function(*make_inputs(part)).cpu() for part in soft.split(CHUNK)]).numpy()
 
 
 def mean_states(model: MaskedLM, soft: Tensor) -> np.ndarray:
     """What a linear layer reads of each picture, (N, d_model)."""
-    return apply(lambda *inputs: mean_pool(model.model(*inputs), inputs[1]), soft)
+    return apply_in_chunks(lambda *inputs: mean_pool(model.model(*inputs), inputs[1]), soft)
 
 
 # ------------------------------------------------------------------------------- the comparison
@@ -359,7 +363,8 @@ def fit_linear_model(
 ) -> np.ndarray:
     """The classes of the test pictures, whose features (N, D) are the last rows.
 
-    C, and how many of the first features are read, is chosen by cross-validation inside the labels.
+    C, and how many of the first features are read, is chosen by cross-validation inside the labels;
+    the width None reads all.
     """
     inputs = np.concatenate((features[chosen], features[len(pictures) :]))
     inputs -= inputs[: len(chosen)].mean(0)
@@ -405,6 +410,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     device, _ = choose_hardware(args.device, "float32")
     make_folder(args.out)
     pixels, classes, names, n_train = read_data(args)
+    # in place of its text, each example has the number of its picture
     pictures = LabeledDataset(list(range(n_train)), None, classes[:n_train], names)
     n_seen = min(SAMPLE, n_train)
     shorter = min(pixels.shape[1:3])
@@ -458,7 +464,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 fit_classes_or_numbers(classifier.classifier, states[chosen], classes[chosen], c)
             targets = torch.from_numpy(classes[chosen]).to(device)
             fine_tune(classifier, soft[chosen], targets, lr, args.seed)
-            guesses[f"network, {method}"] = apply(classifier, soft[n_train:]).argmax(1)
+            guesses[f"network, {method}"] = apply_in_chunks(classifier, soft[n_train:]).argmax(1)
         for method, guess in guesses.items():
             scores.setdefault(method, {})[str(n)] = float(np.mean(guess == classes[n_train:]))
         print(f"{'test accuracy, labels':30}{''.join(f'{n:>9}' for n in scores['PCA'])}")

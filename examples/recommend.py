@@ -144,8 +144,8 @@ class Histories(Corpus):
         for user, (items, times) in enumerate(users):
             tokens = encode(self.tokenizer, items)
             for i in range(len(rows[user]), len(items)):
-                question = Question(user, tokens[:i], tokens[i], times[i] > times[i - 1])
-                (self.validation if i == len(rows[user]) else self.test).append(question)
+                part = self.validation if i == len(rows[user]) else self.test
+                part.append(Question(user, tokens[:i], tokens[i], times[i] > times[i - 1]))
 
     def batch(self, step: int, micro: int, n_micro: int, mask_rate: float) -> Batch:
         """Windows that end at a random item, in some of which only this item is masked: a pure

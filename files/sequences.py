@@ -121,7 +121,7 @@ def _group_interactions(
 ) -> Iterator[Row]:
     """A row for each user, with the items by time; equal times stay in the order of the file."""
     user, item, *time = columns
-    users: dict[str, tuple] = {}  # the first line, columns that never change, (time, item)
+    users: dict[str, tuple] = {}  # (first line, columns that never change, [(time, item), ...])
     for line, row in rows:
         try:
             key = _check_item(row.get(user), may_mask=True)
@@ -131,13 +131,13 @@ def _group_interactions(
             report(UserError(f"{path}:{line}: {error}"))
             continue
         rest = {name: value for name, value in row.items() if name not in columns}
-        first_line, same, events = users.get(key, (line, rest, []))
+        first_line, constant, events = users.get(key, (line, rest, []))
         events.append(event)
-        same = {name: value for name, value in same.items() if rest.get(name) == value}
-        users[key] = (first_line, same, events)
-    for key, (line, same, events) in users.items():
+        constant = {name: value for name, value in constant.items() if rest.get(name) == value}
+        users[key] = (first_line, constant, events)
+    for key, (line, constant, events) in users.items():
         times, items = zip(*sorted(events, key=itemgetter(0)), strict=True)
-        yield line, same | {"user": key, "times": times, item: list(items)}
+        yield line, constant | {"user": key, "times": times, item: list(items)}
 
 
 def _to_time(value: Any) -> int | float:
