@@ -1,6 +1,6 @@
 """Token cache to masked batches: windows, order, masks, and the spectral embedding.
 
-Axes: T tokens of a micro-batch, S its sequences, N its masked tokens, V vocabulary.
+Axes: T tokens of a micro-batch (a row of an epoch), S its sequences, N masked, V vocabulary.
 
 A batch is a pure function of (seed, step, micro-batch): a resumed run needs no state of an
 iterator, and ranks share the work without communicating. files/token_cache.py turns text into the
@@ -34,7 +34,7 @@ from kernels.graphs import pad_sequences
 VALIDATION_SHARE = 0.01  # of the tokens of each part of the corpus
 VALIDATION_TOKENS = 65_536
 VALIDATION_CHUNK = 8192  # tokens of a validation batch, whatever --micro-batch-tokens is
-VALIDATION_MASK_RATE = 0.15  # of all tokens alike: the loss is not that of training on rare words
+VALIDATION_MASK_RATE = 0.15  # evenly drawn: not comparable with the loss of --mask rare
 RARE_FREQUENCY = 1e-4  # words below this frequency all count as equally rare
 LONGEST_WORD = 16  # tokens masked together; scripts without spaces make "words" of a whole line
 COOCCURRENCE_SAMPLE = 2 * 10**7  # tokens that the spectral embedding is counted on
@@ -50,13 +50,13 @@ class Batch(NamedTuple):
 
     ids: Tensor  # (T,) int64
     cu_seqlens: Tensor  # (S + 1,) int32, where each window starts
-    max_seqlen: int
+    max_seqlen: int  # at least the length of the longest window
     masked: Tensor  # (N,) positions to predict
     targets: Tensor  # (N,) the tokens that stood there
-    key: tuple[int, ...] = ()  # seed, stream (files/streams.py), step, micro-batch
+    key: tuple[int, ...] = ()  # seed, stream (files/streams.py), number of the batch
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on a device; for CUDA with empty sequences, see `pad_sequences`."""
+        """The batch on a device. On CUDA empty sequences follow: a loss per sequence drops them."""
         batch = self
         if device.type == "cuda":
             batch = self._replace(cu_seqlens=pad_sequences(self.cu_seqlens))
@@ -153,7 +153,7 @@ class Corpus:
                 raise UserError(f"--mask rare: {error}; use --mask even") from None
             self.ends_word = ends_word(self.tokenizer)
         self.first_rows = [0]  # the number of the first row of each epoch
-        self.epoch = -1  # which `order` and `cuts` are of
+        self.epoch = -1  # the epoch of `order` and `cuts`; none yet
 
     def _cut_documents(self) -> Windows:
         """Cut documents evenly into windows."""
@@ -188,7 +188,7 @@ class Corpus:
         Args:
             step: from 0.
             micro: number of the micro-batch in the step, over all ranks.
-            n_micro: micro-batches of a step, over all ranks.
+            n_micro: micro-batches of each step, over all ranks; a constant.
             mask_rate: share of the tokens that are masked.
         """
         row = step * n_micro + micro
@@ -200,7 +200,7 @@ class Corpus:
         row -= self.first_rows[epoch]
         windows = self.train[self.order[self.cuts[row] : self.cuts[row + 1]]]
 
-        # the last window is shortened so that the row has exactly T tokens
+        # the last window of this copy is shortened so that the row has exactly T tokens
         windows.length[-1] -= windows.length.sum() + 2 * len(windows) - self.micro_batch_tokens
         while windows.length[-1] < 1:  # no room for a token between [CLS] and [SEP]
             longest = int(windows.length.argmax())
@@ -245,7 +245,8 @@ class Corpus:
             masked = rng.permutation(candidates)[:n_masked]
         else:
             masked = self._draw_words(ids, candidates, rarity, rng)[:n_masked]
-            masked = rng.permutation(masked)  # rare words come first, and words are together
+            # words are together, the rarest first, and only some will become [MASK]
+            masked = rng.permutation(masked)
         targets = ids[masked]  # copied before anything is replaced
 
         # 80% become [MASK], 10% a random token, 10% stay (Devlin et al. 2018, section 3.1)

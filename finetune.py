@@ -47,7 +47,7 @@ from optim import flatten_gradients, parameter_groups, set_learning_rates, updat
 LR_PRETRAINED = 3e-4
 LR_PRETRAINED_BERT = 1e-4  # post-norm: higher rates score worse
 LR_RANDOM_WEIGHTS = 1e-3
-LR_TOKENS = 1e-3
+LR_TOKENS = 1e-3  # not chosen on these, which have no tags
 # With Adam's usual eps a word that occurs once moves as far as one that occurs a thousand times:
 # a pretrained embedding would memorize the names in the labelled texts.
 ADAM_EPS = 1e-8
@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None, data: tuple[Dataset, Dataset] | None = N
                 predictions[method] = add_ngrams(
                     args.out, rows, train, test_rows, of_network, args.seed
                 )
-            if method in predictions:
+            if method in predictions:  # it has no network to train
                 results[method] = report(method, test, predictions[method], start_time, n_held_out)
                 continue
 

@@ -215,9 +215,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer: attention, then an MLP, each added to the residual stream.
 
-    Pre-norm (modern) normalizes the input of each half; post-norm (BERT) normalizes the sum. A norm
-    adds what comes before it to the residual stream, so pre-norm leaves its last sum to the norm
-    that follows the block.
+    Pre-norm (modern) normalizes the input of each half; post-norm (BERT) normalizes the sum. Each
+    norm is fused with the addition before it, so a pre-norm block returns its last sum unadded, as
+    (x, residual), for the norm that follows.
     """
 
     def __init__(self, config: Config, layer: int):
@@ -240,8 +240,8 @@ class Block(nn.Module):
         dropout: nn.Module,
         rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Take and return (x, residual), whose sum is the residual stream; None of layer 0 and of
-        post-norm stands for zero. All tokens are attended to, but only `rows` are returned.
+        """Take (x, residual), (T, d_model) each, whose sum is the residual stream; a residual of
+        None is zero (layer 0, post-norm). Return both for `rows`; all tokens are attended to.
         """
         if not self.is_pre_norm:
             attended = self.attn(x, cu_seqlens, max_seqlen, rope, rows)
@@ -264,14 +264,14 @@ class Encoder(nn.Module):
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.final_norm = Norm(config) if config.is_modern else None
-        self.dropout = nn.Dropout(0.0)  # on hidden states only; fine-tuning raises it
+        self.dropout = nn.Dropout(0.0)  # on hidden states only; set by --dropout
 
     def ropes(self, max_seqlen: int, device: torch.device) -> dict[int | None, Rope | None]:
         """The rotary tables for each window size that the layers have; BERT has none."""
         config = self.config
         if not config.is_modern:
             return {None: None}
-        # so few different ones that none leaves the cache: CUDA graphs point to them
+        # powers of 2, so few that the cache drops no table to which a CUDA graph points
         n_positions = 2 ** max(6, (max_seqlen - 1).bit_length())
         tables = {}
         for window in {layer.attn.window for layer in self.layers}:
@@ -295,7 +295,7 @@ class Encoder(nn.Module):
             max_seqlen: length of the longest sequence, or more.
             token_types: (T,) int64, 0 in the first text of a pair and 1 in the second; BERT only.
             rows: (N,) int64, the tokens whose states are needed; None means all T. The last layer
-                leaves out what the others would cost it after its attention.
+                attends to all, and computes what follows for these alone.
 
         Returns:
             (N, d_model).
@@ -352,7 +352,7 @@ def first_token(states: Tensor, cu_seqlens: Tensor) -> Tensor:
     return states.index_select(0, starts)
 
 
-# From states to one vector per text, by the names of ModernBERT's `classifier_pooling`.
+# From states to one vector per text; "mean" and "cls" as in ModernBERT's `classifier_pooling`.
 POOLINGS = {"mean": mean_pool, "cls": first_token, "pooler": first_token}
 
 
@@ -391,8 +391,8 @@ class MaskedLM(nn.Module):
         """Compute the losses of a `data.Batch`.
 
         Returns:
-            {name: (sum, count)}. "masked_lm" is the cross-entropy of the masked tokens, in nats
-            (Devlin et al. 2018, section 3.1).
+            {name: (sum, count)}, with the counts of `loss_counts`. "masked_lm" is the cross-entropy
+            of the masked tokens, in nats (Devlin et al. 2018, section 3.1).
         """
         states = self.model(batch.ids, batch.cu_seqlens, batch.max_seqlen, rows=batch.masked)
         counts = self.loss_counts(batch)
@@ -432,7 +432,7 @@ class Classifier(nn.Module):
         self.dropout = self.model.dropout
         self.classifier = nn.Linear(config.d_model, n_labels)
         self.ngrams = None  # a files.ngrams.NgramModel, whose logits are added
-        self.threshold = None  # of the probability of each of several labels; None: of one class
+        self.threshold = None  # probability that gives a label; None: one class or a number
         init_weights(self, config, seed)
 
     def features(self, ids: Tensor, cu_seqlens: Tensor, *inputs: Any) -> Tensor:
@@ -491,8 +491,9 @@ def draw_seed() -> int:
 def init_weights(model: nn.Module, config: Config, seed: int) -> None:
     """Initialize all weights as ModernBERT does (Warner et al. 2024, appendix A).
 
-    Matrices are normal, cut at 2 standard deviations. Those that write to the residual stream, and
-    those of the heads, are smaller by sqrt(2 n_layers). Biases are zero and norms one.
+    Matrices are normal, cut at 2 standard deviations; those named `Wo` and `dense` are smaller by
+    sqrt(2 n_layers), and that of a classifier has d_model^-0.5. Biases are zero. Other vectors,
+    such as those of norms, keep what their constructor gave them.
     """
     generator = torch.Generator().manual_seed(seed)
     last = getattr(model, "pretraining_only", ())

@@ -58,6 +58,7 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         matrices: the parameters.
+        lr: the peak learning rate.
         dtype: of the matrix multiplications; bfloat16 where the hardware supports it natively.
         n_maps: how many blocks of rows of a matrix are linear maps of their own, by default 1 (see
             model.FusedLinear).
@@ -78,7 +79,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        (group,) = self.param_groups
+        (group,) = self.param_groups  # one rate for all, as equal shapes are stacked
         matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
         for matrix in matrices:
             if not self.state[matrix]:
@@ -103,7 +104,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def parameter_groups(model: nn.Module) -> tuple[list, list, list]:
-    """The trainable parameters: (matrices, tables of nn.Embedding, norms and biases).
+    """The trainable parameters: (those of two axes, tables of nn.Embedding, norms and biases).
 
     Raises:
         ValueError: a parameter with more than two axes, for which there is no rule.
@@ -176,7 +177,8 @@ def update_weights(
 ) -> Tensor:
     """Clip the gradients, make a step of all optimizers, and clear the gradients.
 
-    If the loss or the norm is not finite, no weight changes.
+    If the loss or the norm is not finite, no weight changes: Muon and optimizers with `fused=True`
+    obey `found_inf`.
 
     Args:
         gradients: what `flatten_gradients` returned.
@@ -192,7 +194,7 @@ def update_weights(
     found_inf = 1.0 - (loss + norm).isfinite().float()
     for optimizer in optimizers:
         optimizer.found_inf = found_inf  # as a GradScaler tells fused optimizers to skip a step
-        # an enabled one tells each optimizer of its own gradients only
+        # an enabled scaler judges the gradients of each optimizer apart, but all skip together
         if not (scaler.is_enabled() and found_inf):
             scaler.step(optimizer)
     scaler.update()

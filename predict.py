@@ -70,7 +70,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def answer_batch(
     model: nn.Module, tokenizer: Tokenizer, names: list[str] | None, top: int, items: list[Item]
 ) -> Answers:
-    """Answer a batch of texts with any kind of model."""
+    """Answer a batch of texts with any kind of model; `top` 0: the labels above the threshold."""
     texts = [item.text for item in items]
     if isinstance(model, Tagger):
         entities, n_cut = predict_entities(model, tokenizer, names, texts)
@@ -125,7 +125,8 @@ def make_answer(
 ) -> Callable[[list[Item]], Answers]:
     """The function that answers a batch of texts with this model at this precision.
 
-    The last layer computes in float32: in bfloat16 different words get equal probabilities.
+    The layer named decoder or classifier computes in float32: in bfloat16 different words get equal
+    probabilities.
     """
     device = next(model.parameters()).device
     last_layer = getattr(model, "decoder", None) or getattr(model, "classifier", nn.Identity())
@@ -176,9 +177,11 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     device, dtype = choose_hardware(args.device, args.dtype)
     open_any = open_encoder if args.embeddings else open_model
     model, tokenizer, names = open_any(args.model, device)
-    default_top = 5 if isinstance(model, MaskedLM) else len(names or []) if args.json else 1
-    if getattr(model, "threshold", None) is not None:
-        default_top = 0  # those above the threshold
+    default_top = len(names or []) if args.json else 1
+    if isinstance(model, MaskedLM):
+        default_top = 5
+    elif getattr(model, "threshold", None) is not None:
+        default_top = 0
     answer = make_answer(model, tokenizer, names, args.top or default_top, dtype)
     mask = special_tokens(tokenizer)["mask"]
     counts = {"answered": 0, "broken": 0, "cut": 0}
@@ -190,14 +193,14 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
         print(f"predict.py: {error}", file=sys.stderr)
 
     def write(items: list[Item], answers: Answers) -> None:
-        for item, answer in zip(items, answers[0], strict=True):
+        for item, result in zip(items, answers[0], strict=True):
             if args.embeddings:
-                append(answer)
-            elif answer.get("masks") == []:
+                append(result)
+            elif result.get("masks") == []:
                 report(UserError(f"{item.source}: no {mask} among the tokens that are read"))
                 continue
             else:
-                print(to_json(item, answer) if args.json else to_line(item, answer))
+                print(to_json(item, result) if args.json else to_line(item, result))
             counts["answered"] += 1
         sys.stdout.flush()
         counts["cut"] += answers[1]

@@ -1,6 +1,6 @@
 """Pretrain: python train.py. Reads text, and leaves a model that finetune.py and transformers load.
 
-On several GPUs: torchrun --nproc-per-node 8 train.py --accumulate 8, with the result of one GPU.
+On several GPUs: torchrun --nproc-per-node 8 train.py --accumulate 8 (untried).
 """
 
 import contextlib
@@ -174,7 +174,8 @@ def show_progress(bar: tqdm, point: dict[str, Any], n_tokens_left: int, ranks: R
 
 
 def main(argv: list[str] | None = None, data: Corpus | None = None) -> dict[str, Any]:
-    """Pretrain, and return what OUT/metrics.json holds; `data` replaces --corpus."""
+    """Pretrain, and return what OUT/metrics.json holds; `data`, made with the same
+    flags, replaces --corpus."""
     start_time = time.time()
     args = parse_args(argv)
     device, dtype = choose_hardware(args.device, args.dtype)
@@ -196,7 +197,7 @@ def main(argv: list[str] | None = None, data: Corpus | None = None) -> dict[str,
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         monitor = StepMonitor(has_scaler=scaler.is_enabled())
-        training = (model, *optimizers, scaler, monitor)
+        training = (model, *optimizers, scaler, monitor)  # what --resume restores
 
         # from here on the folder belongs to this run: what an earlier one left in it is removed
         content = corpus.folder.name
@@ -222,7 +223,7 @@ def main(argv: list[str] | None = None, data: Corpus | None = None) -> dict[str,
 
         bar = tqdm(total=args.steps, initial=state["step"], unit="step", disable=ranks.hide_bar)
         signals = stack.enter_context(machine.collect_signals())
-        durations = []  # of the steps since the last point of the curve, in seconds
+        durations = []  # seconds of each step since the last point, without waiting for its batch
         unread: deque[Callable] = deque()  # functions that return what the last steps computed
         interrupted = False
         load = partial(load_step, corpus, args, ranks)
@@ -239,7 +240,8 @@ def main(argv: list[str] | None = None, data: Corpus | None = None) -> dict[str,
             values = ranks.sum(losses | {"signals": len(signals)}, device)  # ranks decide alike
             loss = weighted_sum({name: values[name] for name in LOSS_WEIGHTS})
             ranks.sum_in_place(gradients)
-            values |= {"loss": loss, "grad_norm": update(loss)}
+            grad_norm = update(loss)  # clips, makes the step, and clears the gradients
+            values |= {"loss": loss, "grad_norm": grad_norm}
             unread.append(machine.start_reading(values))
             bar.update()
 
@@ -247,7 +249,7 @@ def main(argv: list[str] | None = None, data: Corpus | None = None) -> dict[str,
             is_point = done % args.log_every == 0 or done == args.steps
             is_snapshot = done * args.snapshots // args.steps > step * args.snapshots // args.steps
             is_saved = done % args.save_every == 0 or done == args.steps or is_snapshot
-            # a GPU goes on with the next step while these values are read, where nothing needs them
+            # with CUDA graphs values are read one step late, unless this step needs them
             is_read = is_point or is_saved or not uses_graphs
             while len(unread) > 1 or (unread and (is_read or interrupted or monitor.gave_up)):
                 values = unread.popleft()()
@@ -268,7 +270,7 @@ def main(argv: list[str] | None = None, data: Corpus | None = None) -> dict[str,
                 new_points.append({"step": done} | validate(model, validation, autocast))
                 validation_loss = new_points[-1]["validation_loss"]
                 ranks.log(f"step {done}: validation loss {validation_loss:.3f}")
-                must_save = math.isfinite(validation_loss)  # skipped steps changed no weight
+                must_save = math.isfinite(validation_loss)  # after skipped steps, too
             record_points(new_points)
             if ranks.is_first and must_save:
                 state |= {"step": done, "points": points, "seconds": time.time() - start_time}
@@ -290,7 +292,8 @@ def main(argv: list[str] | None = None, data: Corpus | None = None) -> dict[str,
         if not args.steps:
             record_points([{"step": 0} | validate(model, validation, autocast)])
         seconds = time.time() - start_time
-        metrics = {"seconds": seconds, "steps": args.steps, "tokens": args.steps * step_tokens}
+        n_steps = points[-1]["step"]
+        metrics = {"seconds": seconds, "steps": n_steps, "tokens": n_steps * step_tokens}
         metrics |= {"n_weights": n_weights, "tokens_folder": corpus.folder.name, **points[-1]}
         metrics |= {"skipped": monitor.n_skipped, "spikes": monitor.n_spikes}
         tensors = [x for batch in validation for x in (batch.ids, batch.masked, batch.targets)]

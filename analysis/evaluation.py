@@ -145,7 +145,7 @@ def report(
     """
     metrics = measure(test.targets, predictions, n_held_out)
     seconds = time.time() - start_time
-    print(f"{method:<15} {to_line(metrics)}  {seconds:4.0f} s", flush=True)
+    print(f"{method:<17} {to_line(metrics)}  {seconds:4.0f} s", flush=True)
     parts = getattr(test, "parts", None)
     for part in [] if parts is None else np.unique(parts).tolist():
         in_part = parts == part
@@ -190,7 +190,7 @@ def write_results(
     else:
         constant = constant_scores(train, len(test))
     majority = measure(test.targets, constant)
-    print(f"{'majority' if train.names else 'mean':<15} {to_line(majority)}", flush=True)
+    print(f"{'majority' if train.names else 'mean':<17} {to_line(majority)}", flush=True)
     metrics = {"test": results, "majority": majority, "names": train.names} | about
     arrays = {"targets": test.targets}
     arrays |= {name: values[n_held_out:] for name, values in predictions.items()}

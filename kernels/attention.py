@@ -144,7 +144,7 @@ class _Attention(torch.autograd.Function):
 
             for i, o_i in zip(group, o, strict=True):
                 outputs[i] = o_i[: lengths[i]]
-            saved += [q, k, v, p]
+            saved += [q, k, v, p]  # q is scaled, so that d_k needs no factor
 
         ctx.save_for_backward(*saved)
         ctx.lengths = lengths
@@ -200,9 +200,10 @@ def _mask(scores: Tensor, lengths: list[int], window: int | None) -> None:
     """
     width = scores.shape[-1]
     position = torch.arange(width, device=scores.device)
-    is_hidden = position >= torch.tensor(lengths, device=scores.device)[:, None, None, None]
+    ends = torch.tensor(lengths, device=scores.device)[:, None, None, None]
+    is_hidden = position >= ends  # (B, 1, 1, L)
     first = min(lengths)  # no key before this one is padding
-    if window is not None and width > window + 1:
+    if window is not None and width - 1 > window:  # the largest distance
         distance = (position[:, None] - position).abs()
         is_hidden = is_hidden | (distance > window)  # (B, 1, L, L)
         first = 0

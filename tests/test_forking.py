@@ -17,11 +17,12 @@ import train
 ROOT = Path(__file__).parents[1]
 DOCUMENT = (ROOT / "docs" / "forking.md").read_text()
 PATCHES = dict(re.findall(r"^## \d\. (.+?)$.*?^```diff\n(.*?)^```$", DOCUMENT, re.S | re.M))
+WITHOUT_LEARNING = ["--lr-muon", "0", "--lr-adamw", "0", "--lr-embedding", "0"]
 FLAGS = {
     "SwiGLU": ["--activation", "silu"],
     "A second objective": ["--replaced-weight", "0.5"],
     "A Unigram tokenizer": [],
-    "Early stopping": ["--patience", "1", "--save-every", "1", "--keep-best"],
+    "Early stopping": ["--patience", "1", "--save-every", "1", *WITHOUT_LEARNING],
     "Attention pooling": [],
 }
 SMALL = "--steps 5 --layers 1 --d-model 64 --max-len 32 --micro-batch-tokens 512 --dtype float32"
@@ -70,6 +71,7 @@ def test_a_documented_fork_trains_and_its_model_loads(name, corpus_file, topics,
     weights = safetensors.torch.load_file(out / "model.safetensors")
     points = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert points[-1]["validation_loss"] > 0
+    assert python(fork, "predict.py", "--model", str(out), "bal [MASK] kist.")
     if name == "SwiGLU":
         assert config["hidden_activation"] == "silu"
         assert python(fork, "-c", REFUSED) == "2\n"
@@ -84,7 +86,8 @@ def test_a_documented_fork_trains_and_its_model_loads(name, corpus_file, topics,
     if name == "A Unigram tokenizer":
         assert json.loads((out / "tokenizer.json").read_text())["model"]["type"] == "Unigram"
     if name == "Early stopping":
-        assert "stopped early" in log or points[-1]["step"] == 5
+        assert "stopped early" in log and points[-1]["step"] == 2
+        assert json.loads((out / "metrics.json").read_text())["steps"] == 2
     if name == "Attention pooling":
         tuned = fork / "tuned"
         labels = ["--train", str(topics[0]), "--test", str(topics[1]), "--methods", "pretrained"]
