@@ -205,8 +205,10 @@ def main(argv: list[str] | None = None) -> dict:
         else:
             result["compiler_problem"] = compiler_problem(hardware.device)
             args.compiles = not result["compiler_problem"]
-            result |= {part: PARTS[part](args, hardware) for part in args.parts}
-    disk.write_file(args.out / "bench.json", disk.to_json(result))
+            for part in args.parts:
+                result[part] = PARTS[part](args, hardware)
+                disk.write_file(args.out / "bench.json", disk.to_json(result))
+        disk.write_file(args.out / "bench.json", disk.to_json(result))
     if args.json:
         print(json.dumps(result))
     return result

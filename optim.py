@@ -38,7 +38,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype, n_iterations: int = 5) -
 
 def orthogonalize_on_ranks(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """The same; each of several ranks computes its share, and all gather the results."""
-    if not dist.is_initialized():
+    if not dist.is_initialized() or dist.get_world_size() == 1:
         return orthogonalize(matrices, dtype)
     n_ranks = dist.get_world_size()
     n_padded = -(-len(matrices) // n_ranks) * n_ranks
@@ -224,4 +224,6 @@ def set_learning_rates(
             if "capturable" in group:  # of a checkpoint from another device
                 group["capturable"] = group["lr"].is_cuda
         group["lr"].fill_(peak * factor)
+    for optimizer in optimizers:  # of the steps before one is recorded
+        optimizer._warned_capturable_if_run_uncaptured = True
     return factor

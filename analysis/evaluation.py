@@ -40,11 +40,12 @@ def forward_all(
 
     Args:
         rows: (tokens, 2) of each example, as `labels.encode` returns them.
-        function: (ids, cu_seqlens, max_seqlen, token_types) to (S, ...) or to (T, ...).
+        function: (ids, cu_seqlens, max_seqlen, token_types) to (S, ...), or of a
+            Tagger to (T, ...).
 
     Returns:
-        (examples, ...) float32 in the order of `indices`; if the function returns (T, ...), (tokens
-        of all these examples, ...).
+        (examples, ...) float32 in the order of `indices`; of a Tagger (tokens of
+        all these examples, ...).
     """
     model.eval()
     device = next(model.parameters()).device
@@ -53,8 +54,7 @@ def forward_all(
     for members, inputs in batches(rows, by_length, BATCH_SIZE, device):
         with autocast:
             output = function(*inputs).float().cpu().numpy()
-        is_per_token = len(output) == len(inputs[0])
-        ends = np.cumsum([len(rows[i]) if is_per_token else 1 for i in members])
+        ends = np.cumsum([len(rows[i]) if isinstance(model, Tagger) else 1 for i in members])
         outputs.update(zip(members.tolist(), np.split(output, ends), strict=False))
     return np.concatenate([outputs[i] for i in indices.tolist()])
 

@@ -93,6 +93,7 @@ def build(name: str, config: Config, attention: str, n_labels: int = 0) -> nn.Mo
     fields |= {"num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads}
     fields |= {"attn_implementation": attention}
     if name == "bert":
+        fields |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # as the others
         bert_config = transformers.BertConfig(**fields, intermediate_size=4 * config.d_model)
         return transformers.BertForMaskedLM(bert_config)
 
@@ -141,8 +142,17 @@ def library_attention(
     return varlen_attn(q.to(qkv.dtype), k.to(qkv.dtype), qkv[:, 2], *lengths)
 
 
+def low(x: Tensor) -> Tensor:
+    """x in the precision of autocast, which leaves operations that it does not know alone."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
 def library_head(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
-    return F.linear_cross_entropy(hidden, weight, targets, linear_bias=bias, reduction="sum")
+    """Torch's own fusion, in chunks; without options it computes what `plain_head` does."""
+    settings = {"linear_bias": low(bias), "reduction": "sum"}
+    settings["options"] = nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(low(hidden), low(weight), targets, **settings)
 
 
 def plain_head(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
@@ -152,7 +162,7 @@ def plain_head(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) ->
 
 def plain_add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple:
     residual = x + residual
-    return residual, F.layer_norm(residual, weight.shape, weight, eps=eps)
+    return residual, low(F.layer_norm(residual, weight.shape, weight, eps=eps))
 
 
 def plain_geglu(x: Tensor) -> Tensor:
@@ -161,17 +171,16 @@ def plain_geglu(x: Tensor) -> Tensor:
 
 
 def forward_backward(function: Callable, inputs: tuple, hardware: Hardware) -> tuple[Tensor, ...]:
-    """The last output of a function, and the gradients of its float inputs when it is their own."""
+    """The outputs of a function, and the gradients of its float inputs when they are their own."""
     inputs = tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
     leaves = [x for x in inputs if isinstance(x, Tensor) and x.is_floating_point()]
     for leaf in leaves:
         leaf.requires_grad_()
     with hardware.autocast():
-        out = function(*inputs)
-    if isinstance(out, tuple):
-        out = out[-1]
-    out.backward(out.detach())
-    return out, *(leaf.grad for leaf in leaves)
+        outputs = function(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    torch.autograd.backward(outputs, [out.detach() for out in outputs])
+    return *outputs, *(leaf.grad for leaf in leaves)
 
 
 def operations(
@@ -183,22 +192,22 @@ def operations(
     """
     torch.manual_seed(0)
     randn = functools.partial(torch.randn, device=hardware.device)  # float32, as weights are
-    low = functools.partial(randn, dtype=hardware.dtype)
+    randn_low = functools.partial(randn, dtype=hardware.dtype)
     n_tokens = len(batch.ids)
     d_model = config.d_model
     longest = int(batch.cu_seqlens.diff().max())
     rope = rope_tables(longest, config.head_dim, 1e4, hardware.device)
-    qkv = low(n_tokens, 3, config.n_heads, config.head_dim)
+    qkv = randn_low(n_tokens, 3, config.n_heads, config.head_dim)
     sequences = (qkv, batch.cu_seqlens, longest, rope)
     # small weights, as a model has: the exp of larger logits would underflow
     words = 0.1 * randn(config.vocab_size, d_model)
     head = (randn(len(batch.targets), d_model), words, randn(config.vocab_size), batch.targets)
-    stream = (low(n_tokens, d_model), randn(n_tokens, d_model), randn(d_model), 1e-5)
+    stream = (randn_low(n_tokens, d_model), randn(n_tokens, d_model), randn(d_model), 1e-5)
     table = {
         "attention": (attention, padded_attention(batch, rope), sequences),
         "head": (linear_cross_entropy, plain_head, head),
         "add_norm": (add_norm, plain_add_norm, stream),
-        "geglu": (geglu, plain_geglu, (low(n_tokens, 2 * config.d_ff),)),
+        "geglu": (geglu, plain_geglu, (randn_low(n_tokens, 2 * config.d_ff),)),
     }
     libraries = {"head": library_head}
     if hardware.device.type == "cuda":

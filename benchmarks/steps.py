@@ -16,6 +16,7 @@ from benchmarks import references
 from benchmarks.timing import Call, Hardware
 from data import Batch, Corpus
 from files.machine import Ranks, compile_blocks
+from files.threads import compute_ahead
 from files.token_cache import prepare
 from kernels.graphs import Recorded
 from model import Classifier, Config, MaskedLM, preset
@@ -42,10 +43,10 @@ def open_corpus(n_tokens: int = BATCH_TOKENS) -> Corpus:
 
 
 def pretraining_batches(hardware: Hardware, n_tokens: int = BATCH_TOKENS) -> Iterator[Batch]:
-    """Endless batches of the default corpus."""
+    """Endless batches of the default corpus, made ahead as in train.py."""
     corpus = open_corpus(n_tokens)  # at once, and not with the first batch
-    steps = itertools.count()
-    return (corpus.batch(step, 0, 1, MASK_RATE).to(hardware.device) for step in steps)
+    made = compute_ahead(lambda step: corpus.batch(step, 0, 1, MASK_RATE), itertools.count())
+    return (batch.to(hardware.device) for _, batch in made)
 
 
 def training_step(model: nn.Module, next_loss: Callable[[], Tensor], hardware: Hardware) -> Call:

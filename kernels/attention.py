@@ -298,16 +298,10 @@ def _architecture() -> str:
     return "sm_{}{}".format(*torch.cuda.get_device_capability())
 
 
-# In the kernels below i counts queries and j keys, from the start of their sequence. Every matrix
-# multiplication states input_precision="ieee", because that of float32 would default to TF32.
-
-
-@jit
-def _sequence(cu_seqlens, index):
-    """First row of a sequence, in 64 bits because it is multiplied by strides, and its length."""
-    begin = tl.load(cu_seqlens + index)
-    end = tl.load(cu_seqlens + index + 1)
-    return begin.to(tl.int64), end - begin
+# In the kernels below i counts queries and j keys, from the start of their sequence, row `begin`,
+# in 64 bits, because it is multiplied by strides. Each kernel loads it itself: in a function of its
+# own torch.compile would take cu_seqlens for written. Every matrix multiplication states
+# input_precision="ieee", because that of float32 would default to TF32.
 
 
 @jit
@@ -327,7 +321,8 @@ def _store(base, rows, length, stride, x, WIDTH: tl.constexpr):
 def _flash_rotate(qkv, qk, cu_seqlens, cos, sin, n_heads, HALF: tl.constexpr, BLOCK: tl.constexpr):
     head = tl.program_id(1)  # of 2 * n_heads: those of q and of k
     block = tl.program_id(2)
-    begin, length = _sequence(cu_seqlens, tl.program_id(0))
+    begin = tl.load(cu_seqlens + tl.program_id(0)).to(tl.int64)
+    length = tl.load(cu_seqlens + tl.program_id(0) + 1) - begin.to(tl.int32)
     rows = block * BLOCK + tl.arange(0, BLOCK)
     d_model = n_heads * 2 * HALF
     qkv += begin * 3 * d_model + head * 2 * HALF
@@ -344,14 +339,14 @@ def _flash_rotate(qkv, qk, cu_seqlens, cos, sin, n_heads, HALF: tl.constexpr, BL
 @jit
 def _rotate_back(x, cos, sin, rows, length, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Undo the rotation of (BLOCK, WIDTH); without tables there was none."""
-    if cos is None:
-        return x
-    HALF: tl.constexpr = WIDTH // 2
-    c = _load(cos, rows, length, HALF, HALF)
-    s = _load(sin, rows, length, HALF, HALF)
-    a, b = tl.split(tl.permute(tl.reshape(x, (BLOCK, 2, HALF)), (0, 2, 1)))  # (BLOCK, HALF) each
-    pairs = tl.join(a * c + b * s, b * c - a * s)  # (BLOCK, HALF, 2)
-    return tl.reshape(tl.permute(pairs, (0, 2, 1)), (BLOCK, WIDTH))
+    if cos is not None:
+        HALF: tl.constexpr = WIDTH // 2
+        c = _load(cos, rows, length, HALF, HALF)
+        s = _load(sin, rows, length, HALF, HALF)
+        a, b = tl.split(tl.permute(tl.reshape(x, (BLOCK, 2, HALF)), (0, 2, 1)))  # (BLOCK, HALF)
+        pairs = tl.join(a * c + b * s, b * c - a * s)  # (BLOCK, HALF, 2)
+        x = tl.reshape(tl.permute(pairs, (0, 2, 1)), (BLOCK, WIDTH))
+    return x
 
 
 @jit
@@ -383,7 +378,8 @@ def _flash_forward(
 ):  # fmt: skip
     head = tl.program_id(1)
     block = tl.program_id(2)
-    begin, length = _sequence(cu_seqlens, tl.program_id(0))
+    begin = tl.load(cu_seqlens + tl.program_id(0)).to(tl.int64)
+    length = tl.load(cu_seqlens + tl.program_id(0) + 1) - begin.to(tl.int32)
     d_model = n_heads * WIDTH
     i = block * BLOCK + tl.arange(0, BLOCK)
     qk += begin * PARTS * d_model + head * WIDTH
@@ -419,7 +415,8 @@ def _flash_d_q(
 ):  # fmt: skip
     head = tl.program_id(1)
     block = tl.program_id(2)
-    begin, length = _sequence(cu_seqlens, tl.program_id(0))
+    begin = tl.load(cu_seqlens + tl.program_id(0)).to(tl.int64)
+    length = tl.load(cu_seqlens + tl.program_id(0) + 1) - begin.to(tl.int32)
     d_model = n_heads * WIDTH
     i = block * BLOCK + tl.arange(0, BLOCK)
     offset = begin * d_model + head * WIDTH
@@ -457,7 +454,8 @@ def _flash_d_kv(
 ):  # fmt: skip
     head = tl.program_id(1)
     block = tl.program_id(2)
-    begin, length = _sequence(cu_seqlens, tl.program_id(0))
+    begin = tl.load(cu_seqlens + tl.program_id(0)).to(tl.int64)
+    length = tl.load(cu_seqlens + tl.program_id(0) + 1) - begin.to(tl.int32)
     d_model = n_heads * WIDTH
     j = block * BLOCK + tl.arange(0, BLOCK)
     qk += begin * PARTS * d_model + head * WIDTH

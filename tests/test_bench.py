@@ -148,20 +148,31 @@ def test_what_a_gpu_measures_runs(monkeypatch):
     monkeypatch.setattr(gpu, "WIDTHS", (64,))
     monkeypatch.setattr(gpu, "recorded_milliseconds", lambda call: call() and 1.0)
     monkeypatch.setattr(gpu, "milliseconds", lambda call, **_: (call(), 1.0)[1])
-    operations = gpu.operations(CPU)
-    assert {"attention 64", "head 64", "add_norm 64", "geglu 64"} == operations.keys()
-    speeds = gpu.steps("1x64", CPU)
+    operations = dict(gpu.operations(CPU))
+    names = {f"{name} 64, ours" for name in ("attention", "head", "add_norm", "geglu")}
+    assert names <= operations.keys()
+    assert all(row == {"milliseconds": 1.0} for row in operations.values()), operations
+    speeds = dict(gpu.steps("1x64", CPU))
     names = ("ours, eager", "ours, compiled, graphs", "bert", "modernbert, compiled")
-    assert all(speeds[f"512 tokens, {name}"]["tokens/s"] == 512_000 for name in names)
-    assert gpu.finetune(CPU)["as MR"].keys() == {"ours", "ours, graphs", "modernbert"}
+    assert all(speeds[f"512 tokens, {name}"]["tokens/s"] == 512_000 for name in names), speeds
+    names = {f"as MR, {name}" for name in ("ours", "ours, graphs", "modernbert")}
+    assert names <= dict(gpu.finetune(CPU)).keys()
+    monkeypatch.setattr(gpu, "TOKENS", (64, 64))
+    assert dict(gpu.loss(CPU)).keys() == {"seed 0, eager", "seed 1, eager", "seed 0, graphs"}
 
 
 def test_one_part_that_fails_costs_no_other(monkeypatch, tmp_path):
-    parts = {"bad": lambda hardware: 1 / 0, "good": lambda hardware: hardware.name}
+
+    def bad(hardware):
+        yield "first", 1
+        yield "second", 1 / 0
+
+    parts = {"bad": bad, "good": lambda hardware: [("name", hardware.name)]}
     monkeypatch.setattr(gpu, "PARTS", parts)
     result = {}
     gpu.measure(tmp_path, CPU, result)
-    assert "ZeroDivisionError" in result["bad"]["error"] and result["good"] == CPU.name
+    assert result["bad"]["first"] == 1 and "ZeroDivisionError" in result["bad"]["error"]
+    assert result["good"]["name"] == CPU.name
     assert json.loads((tmp_path / "bench.json").read_text()) == result
 
 

@@ -94,6 +94,11 @@ def test_the_saved_model_is_the_one_that_was_measured(finetuned, topics):
     logits = forward_all(model, rows, np.arange(len(rows)), autocast, model)
     accuracy = np.mean(logits.argmax(1) == test.targets)
     assert accuracy == metrics["test"]["pretrained"]["accuracy"]
+    # on a GPU, empty sequences may make as many rows as there are tokens
+    padded = forward_all(
+        model, rows, np.arange(9), autocast, lambda ids, *_: torch.zeros(len(ids), 3)
+    )
+    assert padded.shape == (9, 3)
 
 
 def test_the_predictions_of_each_method_are_saved(finetuned):

@@ -106,10 +106,13 @@ def test_cross_entropy(monkeypatch, dtype):
     plain = loss_and_gradients(cross_entropy.reference, parts, targets)
     ours = loss_and_gradients(linear_cross_entropy, parts, targets)
     assert ours[0].dtype == torch.float32
-    assert error(ours[0], exact[0]) <= 2 * error(plain[0], exact[0]) + 1e-6 * float(exact[0])
+    # a sum over the rows, whose errors may cancel out in one of the two
+    slack = max(1e-6, torch.finfo(dtype).eps) * float(exact[0])
+    assert error(ours[0], exact[0]) <= 2 * error(plain[0], exact[0]) + slack
     assert_as_exact(ours[1:], plain[1:], exact[1:])
     with torch.no_grad():
-        assert linear_cross_entropy(*map(as_leaf, parts), targets) == ours[0]
+        without_gradients = linear_cross_entropy(*map(as_leaf, parts), targets)
+    torch.testing.assert_close(without_gradients, ours[0])  # another variant of the kernel
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
@@ -161,7 +164,9 @@ def test_the_whole_model(monkeypatch):
         global_attn_every_n_layers=2,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = MaskedLM(config)
+    with torch.device("cpu"):  # where train.py makes it
+        model = MaskedLM(config)
+    model.to(DEVICE)
     batch = batch_of_three_sequences()
 
     def loss_and_gradients_of_the_model():
@@ -185,15 +190,36 @@ KERNELS_OF_A_BLOCK = (
     "_add_norm", "_add_norm_backward", "_geglu", "_geglu_backward",
 )  # fmt: skip
 
-# prints the names of the kernels in the compiled graphs, then how often a graph was compiled
+# Prints the names of the kernels in the compiled graphs, then how often a graph was compiled. Torch
+# splits each into a forward and a backward pass, which fails if a kernel seems to change an input.
 CAPTURE = """
-import contextlib, torch, torch.utils._triton
+import torch, torch.utils._triton, triton
 from kernels.attention import rope_tables
 from model import Block, Config
 torch.utils._triton.has_triton = lambda: True  # without a GPU, launches are not traced otherwise
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
-names, compilations = set(), []
+class Driver:  # of a GPU that is not here
+    def get_current_target(self):
+        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        raise RuntimeError("a graph that was split is run")
+
+triton.runtime.driver.set_active(Driver())
+split = aot_autograd(
+    fw_compiler=lambda module, _: module.forward,
+    partition_fn=min_cut_rematerialization_partition,
+)
+names, compilations, problems = set(), [], set()
 
 def backend(module, inputs):
     compilations.append(module)
@@ -203,16 +229,18 @@ def backend(module, inputs):
         while hasattr(kernel, "fn"):
             kernel = kernel.fn
         names.add(kernel.__name__)
-    return module.forward
+    return split(module, inputs)
 
 block = torch.compile(Block(Config(100, 64, 1, 2, 96, 32), 1), backend=backend, fullgraph=True)
 x, residual = torch.randn(2, 40, 64, requires_grad=True)
 rope = rope_tables(32, 32, 1e4)
 for n in (2, 3, 4, 5):
     cu_seqlens = torch.tensor([*range(n), 40], dtype=torch.int32)
-    with contextlib.suppress(RuntimeError, ValueError):  # running the graph would take a GPU
+    try:
         block(x, residual, cu_seqlens, 32 - n, rope, torch.nn.Identity())
-print(*names, f"compiled {len(compilations)} times", sep="\\n")
+    except RuntimeError as error:
+        problems.add(str(error))
+print(*names, *problems, f"compiled {len(compilations)} times", sep="\\n")
 """
 
 
@@ -224,6 +252,7 @@ def test_a_compiled_block_is_one_graph_that_contains_the_kernels():
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     lines = done.stdout.splitlines()
     assert set(KERNELS_OF_A_BLOCK) <= set(lines), done.stderr
+    assert "a graph that was split is run" in lines, lines
     # for the first batch, and once for all other numbers of sequences and maximum lengths
     assert "compiled 2 times" in lines
 
