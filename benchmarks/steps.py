@@ -1,6 +1,5 @@
 """The training steps that bench.py compares: ours, and those of the reference implementations."""
 
-import functools
 import itertools
 from collections.abc import Callable, Iterator
 
@@ -37,7 +36,6 @@ def config_of(shape: str, vocab_size: int = VOCAB_SIZE, max_len: int = MAX_LEN) 
     return preset("tiny", vocab_size=vocab_size, max_len=max_len, **sizes)
 
 
-@functools.cache
 def open_corpus(n_tokens: int = BATCH_TOKENS) -> Corpus:
     return Corpus(prepare([], VOCAB_SIZE), MAX_LEN, n_tokens, seed=0)
 

@@ -289,7 +289,6 @@ def flash_options(
     }
 
 
-@functools.cache
 def _architecture() -> str:
     if torch.version.hip:
         return "hip"

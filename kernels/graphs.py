@@ -99,8 +99,9 @@ class Recorded:
         except Exception as error:  # of CUDA, of Triton, or of the function
             self.is_enabled = False
             self.recordings.clear()  # and their memory, which may have been what was missing
-            reason = str(error).partition("\n")[0]
-            self.log(f"CUDA graphs are not used: {type(error).__name__}: {reason}")
+            cause = error.__context__ or error  # ending a recording that failed raises another
+            reason = str(cause).partition("\n")[0]
+            self.log(f"CUDA graphs are not used: {type(cause).__name__}: {reason}")
             return False
         self.recordings[shape] = (graph, own_inputs, outputs)
         return True

@@ -76,7 +76,7 @@ class _AddNorm(torch.autograd.Function):
         d_residual = None  # the same as d_x, unless its dtype differs
         if residual_dtype != x_dtype:
             d_residual = torch.empty_like(total, dtype=residual_dtype)
-        options = _tile(width)
+        options = _tile(width, d_normed.dtype.itemsize)
         n_programs = min(_n_programs(total.device), -(-n_rows // options["ROWS"]))
         d_weights = total.new_empty(n_programs, width, dtype=torch.float32)
         inputs = (d_total.contiguous(), d_normed.contiguous(), total, weight, mean, rstd)
@@ -93,10 +93,11 @@ def _dtype_of_norm(total: Tensor, weight: Tensor) -> torch.dtype:
     return torch.promote_types(total.dtype, weight.dtype)
 
 
-def _tile(width: int) -> dict[str, int]:
-    """The rows and columns of a tile, and its warps."""
+def _tile(width: int, itemsize: int = 2) -> dict[str, int]:
+    """The rows and columns of a tile, and its warps; half as many rows of a gradient in 32 bits,
+    which would not fit into the registers."""
     columns = triton.next_power_of_2(width)
-    rows = max(1, TILE // columns)
+    rows = max(1, TILE // columns * 2 // itemsize)
     return {"ROWS": rows, "COLUMNS": columns, "num_warps": max(1, columns // TILE)}
 
 
