@@ -62,7 +62,8 @@ class Batch(NamedTuple):
             batch = self._replace(cu_seqlens=pad_sequences(self.cu_seqlens))
             # in memory that the GPU reads while Python goes on
             batch = Batch(*(x.pin_memory() if isinstance(x, Tensor) else x for x in batch))
-        moved = (x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in batch)
+        wait = device.type != "cuda"  # memory that is not pinned may be gone before it is read
+        moved = (x.to(device, non_blocking=not wait) if isinstance(x, Tensor) else x for x in batch)
         return Batch(*moved)
 
     def generator(self, device: torch.device | str = "cpu") -> torch.Generator:

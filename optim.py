@@ -195,7 +195,8 @@ def update_weights(
     for optimizer in optimizers:
         optimizer.found_inf = found_inf  # as a GradScaler tells fused optimizers to skip a step
         # an enabled scaler judges the gradients of each optimizer apart, but all skip together
-        if not (scaler.is_enabled() and found_inf):
+        # and MPS ignores `found_inf`
+        if not ((scaler.is_enabled() or loss.device.type == "mps") and found_inf):
             scaler.step(optimizer)
     scaler.update()
     gradients.zero_()

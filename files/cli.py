@@ -142,7 +142,8 @@ def choose_hardware(device_name: str | None, dtype_name: str) -> tuple[torch.dev
         UserError: there is no such device, or the kernels of CLOZE_KERNELS do not run on it.
     """
     available = ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
-    if n_gpus := torch.cuda.device_count():
+    # a driver that is too old shows its GPUs, too
+    if n_gpus := torch.cuda.is_available() and torch.cuda.device_count():
         available = ["cuda", *(f"cuda:{i}" for i in range(n_gpus)), *available]
     name = device_name or available[0]
     if name == "cuda" and under_torchrun():

@@ -114,7 +114,7 @@ def start_reading(values: dict[str, Tensor]) -> Callable[[], dict[str, float]]:
     what the GPU is given to do afterwards."""
     copies = torch.stack(list(values.values()))
     copied = torch.cuda.Event() if copies.is_cuda else None
-    copies = copies.to("cpu", non_blocking=True)
+    copies = copies.to("cpu", non_blocking=copies.is_cuda)
     if copied:
         copied.record()
 

@@ -60,15 +60,18 @@ def test_empty_sequences_change_no_bit(monkeypatch, family, forced):
     if forced == "triton" and dispatch.triton is None:
         pytest.skip("Triton does not exist for this system")
     monkeypatch.setattr(dispatch, "FORCED", forced)
+    device = "cuda" if forced == "triton" and torch.cuda.is_available() else "cpu"
     config = Config(**{**vars(CONFIG), "family": family})
     batch = make_batch()
     # of what `pad_sequences` adds, two: Triton's interpreter takes its time for each
     padded = batch._replace(cu_seqlens=pad_sequences(batch.cu_seqlens)[: len(LENGTHS) + 3])
     assert padded.cu_seqlens.diff().tolist() == [*LENGTHS, 0, 0]
+    tensors = [[x.to(device) if torch.is_tensor(x) else x for x in one] for one in (batch, padded)]
+    batches = [Batch(*one) for one in tensors]
     results = []
-    for one in (batch, padded):
+    for one in batches:
         torch.manual_seed(0)
-        model = MaskedLM(config)
+        model = MaskedLM(config).to(device)
         loss, _ = model(one)["masked_lm"]
         loss.backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -77,8 +80,8 @@ def test_empty_sequences_change_no_bit(monkeypatch, family, forced):
 
     for pooling in config.poolings:
         torch.manual_seed(0)
-        classifier = Classifier(config, 3, pooling).eval()
-        logits = [classifier(one.ids, one.cu_seqlens, 32) for one in (batch, padded)]
+        classifier = Classifier(config, 3, pooling).eval().to(device)
+        logits = [classifier(one.ids, one.cu_seqlens, 32) for one in batches]
         # the linear layer multiplies another number of rows
         torch.testing.assert_close(logits[0], logits[1][: len(LENGTHS)], rtol=1e-5, atol=1e-6)
 

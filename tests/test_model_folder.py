@@ -501,6 +501,12 @@ def test_a_device_that_does_not_exist(machine, name):
     assert_one_line(error, f"--device {name}", "available: cpu")
 
 
+def test_a_gpu_whose_driver_is_too_old_does_not_exist(machine, monkeypatch):
+    machine()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # of NVML, which knows no versions
+    assert choose_hardware(None, "auto")[0] == CPU
+
+
 def test_an_index_of_a_gpu_that_does_not_exist(machine):
     machine((9, 0))
     assert choose_hardware("cuda:0", "auto")[0] == torch.device("cuda:0")

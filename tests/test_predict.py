@@ -246,7 +246,8 @@ def inputs_of(tokenizer, text):
 
 def bfloat16_prediction(capsys, model, text):
     capsys.readouterr()
-    predict.main(["--model", str(model), "--dtype", "bfloat16", "--json", "--top", "1000", text])
+    flags = ["--device", "cpu", "--dtype", "bfloat16", "--json", "--top", "1000"]
+    predict.main(["--model", str(model), *flags, text])
     return json.loads(capsys.readouterr().out)
 
 
