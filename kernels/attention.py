@@ -270,7 +270,7 @@ def flash_options(
     head_dim: int, dtype: torch.dtype, architecture: str | None = None
 ) -> dict[str, int]:
     """Rows of a program (BLOCK), rows of the other side that it reads at a time (STEP), and depth
-    of the pipeline: the largest at which no GPU spills registers (python bench.py --aot).
+    of the pipeline: the largest at which none spills registers in 16 bits (python bench.py --aot).
 
     Args:
         architecture: "hip", or "sm_" and the compute capability; None: of this machine.
@@ -278,8 +278,8 @@ def flash_options(
     architecture = architecture or _architecture()
     is_16_bit = dtype.itemsize == 2
     step = 16
-    if is_16_bit and head_dim <= 64:  # the tensor cores of Hopper and Blackwell take wide tiles
-        step = 64 if architecture in ("sm_90", "sm_100") else 32
+    if is_16_bit and head_dim <= 64:
+        step = 64 if architecture == "sm_90" else 32  # Hopper's tensor cores take wide tiles
     num_stages = 2 if is_16_bit else 3
     return {
         "WIDTH": head_dim,
