@@ -124,7 +124,7 @@ def attempt(measure: Callable[[], float], unit: str = "milliseconds") -> dict[st
 
 def tests(hardware: Hardware) -> Rows:
     root = Path(__file__).parents[1]
-    command = ["timeout", str(TEST_SECONDS), sys.executable, "-m", "pytest", "-q", "--tb=line"]
+    command = ["timeout", str(TEST_SECONDS), sys.executable, "-m", "pytest", "-q", "-rf"]
     command.append("tests/test_triton.py")
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     yield "exit code", done.returncode
