@@ -47,7 +47,8 @@ def save_model(
     pooling = getattr(model, "pooling", None)
     # the default of `transformers` for a ModernBERT is "cls"
     config["classifier_pooling"] = pooling or model.config.poolings[0]
-    if not model.config.is_modern and pooling not in (None, "pooler"):
+    is_classifier = model.task == Classifier.task
+    if is_classifier and not model.config.is_modern and pooling != "pooler":
         # `transformers`, which lacks it, must refuse this model and not add a random pooler
         config["model_type"] += f"-{pooling}"
     tokenizer_config = {f"{role}_token": token for role, token in special_tokens(tokenizer).items()}

@@ -689,6 +689,19 @@ def test_the_pooling_of_a_sentence_transformer(tmp_path, settings, pooling):
         assert model_folder.choose_pooling(config, raw, flag, tmp_path) == flag
 
 
+def test_pretraining_keeps_the_pooling_of_a_sentence_transformer(corpus_file, tmp_path):
+    folder = tmp_path / "theirs"
+    their_folder(folder, "bert", "Model")
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling_config(mean_tokens=True)))
+    out = tmp_path / "continued"
+    flags = ["--corpus", str(corpus_file), "--micro-batch-tokens", "512", "--max-len", "32"]
+    train.main(["--model", str(folder), *flags, "--steps", "1", "--out", str(out)])
+    config, _, _, raw = model_folder.load_model(out)
+    assert model_folder.choose_pooling(config, raw, None, out) == "mean"
+    transformers.AutoModelForMaskedLM.from_pretrained(out)  # to which poolings are all one
+
+
 @pytest.mark.parametrize("content", ("{", "3", "[1]", '"x"'))
 def test_a_broken_pooling_file_is_named(tmp_path, content):
     their_folder(tmp_path, "bert", "Model")
