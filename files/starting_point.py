@@ -9,7 +9,7 @@ import torch
 from data import Corpus
 from files import hub_names, model_folder
 from files.machine import Ranks
-from files.model_folder import SavedModel, choose_max_len, choose_pooling
+from files.model_folder import SavedModel, choose_max_len
 from files.other_tokenizers import open_tokenizer
 from files.token_cache import prepare
 from model import Config, MaskedLM, preset
@@ -58,7 +58,7 @@ def build_model(
         missing = ("decoder.bias", "head", "pooler")
         model_folder.load_weights(model, initial.weights, args.model, allow_missing=missing)
         # of a later classifier: sentence-transformers trains one that reads the mean
-        model.pooling = choose_pooling(config, initial.raw, None, args.model)
+        model.pooling = None if config.is_modern else initial.raw.get("classifier_pooling")
     elif args.start == "spectral":
         # the first rank of a machine computes it, the others read it from the cache
         ranks.from_first(lambda: corpus.spectral_embedding(config.d_model).shape, of_machine=True)
