@@ -174,7 +174,7 @@ def show_progress(bar: tqdm, point: dict[str, Any], n_tokens_left: int, ranks: R
 
 
 def main(argv: list[str] | None = None, data: Corpus | None = None) -> dict[str, Any]:
-    """Pretrain, and return what OUT/metrics.json holds; `data`, of equal flags, replaces --corpus."""
+    """Pretrain, and return what OUT/metrics.json holds; `data`, of equal flags, is the corpus."""
     start_time = time.time()
     args = parse_args(argv)
     device, dtype = choose_hardware(args.device, args.dtype)
