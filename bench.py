@@ -202,13 +202,13 @@ def main(argv: list[str] | None = None) -> dict:
             gpu.measure(args.out, hardware, result)
         elif args.aot:
             result["aot"] = ahead_of_time.report()
+            disk.write_file(args.out / "bench.json", disk.to_json(result))
         else:
             result["compiler_problem"] = compiler_problem(hardware.device)
             args.compiles = not result["compiler_problem"]
             for part in args.parts:
                 result[part] = PARTS[part](args, hardware)
                 disk.write_file(args.out / "bench.json", disk.to_json(result))
-        disk.write_file(args.out / "bench.json", disk.to_json(result))
     if args.json:
         print(json.dumps(result))
     return result

@@ -58,12 +58,11 @@ class Batch(NamedTuple):
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device. On CUDA empty sequences follow: a loss per sequence drops them."""
         batch = self
-        if device.type == "cuda":
+        pins = device.type == "cuda"  # memory that the GPU reads while Python goes on
+        if pins:
             batch = self._replace(cu_seqlens=pad_sequences(self.cu_seqlens))
-            # in memory that the GPU reads while Python goes on
             batch = Batch(*(x.pin_memory() if isinstance(x, Tensor) else x for x in batch))
-        wait = device.type != "cuda"  # memory that is not pinned may be gone before it is read
-        moved = (x.to(device, non_blocking=not wait) if isinstance(x, Tensor) else x for x in batch)
+        moved = (x.to(device, non_blocking=pins) if isinstance(x, Tensor) else x for x in batch)
         return Batch(*moved)
 
     def generator(self, device: torch.device | str = "cpu") -> torch.Generator:

@@ -47,7 +47,7 @@ from optim import flatten_gradients, parameter_groups, set_learning_rates, updat
 LR_PRETRAINED = 3e-4
 LR_PRETRAINED_BERT = 1e-4  # post-norm: higher rates score worse
 LR_RANDOM_WEIGHTS = 1e-3
-LR_TOKENS = 1e-3  # not chosen on these, which have no tags
+LR_TOKENS = 1e-3  # of taggers: MR and IMDb have no tags to choose it by
 # With Adam's usual eps a word that occurs once moves as far as one that occurs a thousand times:
 # a pretrained embedding would memorize the names in the labelled texts.
 ADAM_EPS = 1e-8

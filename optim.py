@@ -194,8 +194,7 @@ def update_weights(
     found_inf = 1.0 - (loss + norm).isfinite().float()
     for optimizer in optimizers:
         optimizer.found_inf = found_inf  # as a GradScaler tells fused optimizers to skip a step
-        # an enabled scaler judges the gradients of each optimizer apart, but all skip together
-        # and MPS ignores `found_inf`
+        # an enabled scaler judges each optimizer's gradients apart, and MPS ignores `found_inf`
         if not ((scaler.is_enabled() or loss.device.type == "mps") and found_inf):
             scaler.step(optimizer)
     scaler.update()
@@ -216,15 +215,15 @@ def set_learning_rates(
     rising = (step + 1) / n_warmup
     falling = (n_steps - step) / max(1, n_steps - n_warmup)
     factor = min(rising, falling, 1.0)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    for group in groups:
+    groups = [(group, optimizer) for optimizer in optimizers for group in optimizer.param_groups]
+    for group, optimizer in groups:
         peak = group.setdefault("peak_lr", group["lr"])
         device = group["params"][0].device if group["params"] else torch.device("cpu")
         if not isinstance(group["lr"], Tensor) or group["lr"].device != device:
             group["lr"] = torch.zeros((), device=device)  # a recorded step reads this tensor
             if "capturable" in group:  # of a checkpoint from another device
                 group["capturable"] = group["lr"].is_cuda
+                # torch would warn of the steps before one is recorded
+                optimizer._warned_capturable_if_run_uncaptured = True
         group["lr"].fill_(peak * factor)
-    for optimizer in optimizers:  # of the steps before one is recorded
-        optimizer._warned_capturable_if_run_uncaptured = True
     return factor

@@ -40,12 +40,11 @@ def forward_all(
 
     Args:
         rows: (tokens, 2) of each example, as `labels.encode` returns them.
-        function: (ids, cu_seqlens, max_seqlen, token_types) to (S, ...), or of a
-            Tagger to (T, ...).
+        function: (ids, cu_seqlens, max_seqlen, token_types) to (S, ...); of a Tagger to (T, ...).
 
     Returns:
-        (examples, ...) float32 in the order of `indices`; of a Tagger (tokens of
-        all these examples, ...).
+        (examples, ...) float32 in the order of `indices`; of a Tagger (tokens of all these
+        examples, ...).
     """
     model.eval()
     device = next(model.parameters()).device

@@ -91,7 +91,8 @@ def milliseconds(call: Call, n_calls: int = 10, n_rounds: int = 5) -> float:
 
 
 def recorded_milliseconds(call: Call) -> float:
-    """The same of ten calls in one CUDA graph; without a graph, after a line that says why."""
+    """The same of ten calls in one CUDA graph. Where none can be recorded, a line says why, and the
+    calls are launched one by one."""
     for _ in range(3):
         call()
     graph = torch.cuda.CUDAGraph()

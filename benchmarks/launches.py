@@ -68,6 +68,7 @@ def count_launches(config: model.Config, batch: Batch) -> dict[str, Counter]:
         stack.enter_context(mock.patch.object(kernels.dispatch, "FORCED", "triton"))
         stack.enter_context(mock.patch.object(model, "draw_seed", lambda: 0))
         stack.enter_context(mock.patch.object(model, "init_weights", lambda *_: None))
+        # the chunks of a GPU, which fake tensors of a CPU would not get
         gpu_chunk = kernels.cross_entropy.GPU_CHUNK_LOGITS
         stack.enter_context(mock.patch.object(kernels.cross_entropy, "CHUNK_LOGITS", gpu_chunk))
         # without its cache, which would give the tables of this step to real ones

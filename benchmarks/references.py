@@ -25,6 +25,7 @@ from data import Batch
 from files.disk import UserError
 from kernels.attention import Rope, attention, rope_tables, rotate
 from kernels.cross_entropy import linear_cross_entropy
+from kernels.dispatch import low_precision
 from kernels.geglu import geglu
 from kernels.norm import add_norm
 from model import Config
@@ -144,8 +145,7 @@ def library_attention(
 
 def low(x: Tensor) -> Tensor:
     """x in the precision of autocast, which leaves operations that it does not know alone."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    return x.to(low_precision(x) or x.dtype)
 
 
 def library_head(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations  # without Triton, `tl.constexpr` must not be
 import torch
 from torch import Tensor
 
-from kernels.dispatch import jit, tl, triton, use_triton
+from kernels.dispatch import jit, low_precision, tl, triton, use_triton
 
 # ruff: noqa: E741 (m and l are the names of the online softmax in the papers)
 
@@ -56,9 +56,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, needs_gradient) -> Tensor:
-        device = hidden.device.type
-        is_autocast = torch.is_autocast_enabled(device)
-        low = torch.get_autocast_dtype(device) if is_autocast else hidden.dtype
+        low = low_precision(hidden) or hidden.dtype
         exact = torch.promote_types(hidden.dtype, torch.float32)
         hidden_low = hidden.to(low)
         weight_low = weight.to(low)

@@ -36,6 +36,12 @@ def use_triton(x: Tensor) -> bool:
     return is_chosen and x.dtype != torch.float64
 
 
+def low_precision(x: Tensor) -> torch.dtype | None:
+    """The dtype in which autocast multiplies on the device of x; None without autocast."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 def jit(kernel: Callable) -> Callable:
     """triton.jit where Triton is installed; elsewhere the kernel is never called."""
     return triton.jit(kernel) if triton else kernel

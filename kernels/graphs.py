@@ -39,8 +39,8 @@ class Recorded:
     """A function on a GPU whose calls are recorded and replayed; elsewhere the function itself.
 
     The function may read and change tensors that live as long as this object, but must not wait for
-    the GPU. One that cannot be recorded is called as it is, after a line that says
-    why; so is, without a line, a call of a shape that is rare.
+    the GPU. One that cannot be recorded is called as it is, after a line that says why; a call of a
+    rare shape is not recorded either, without a line.
 
     Args:
         is_enabled: CLOZE_GRAPHS=0 overrides it.

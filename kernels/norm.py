@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.dispatch import jit, tl, triton, use_triton
+from kernels.dispatch import jit, low_precision, tl, triton, use_triton
 
 # Elements of a tile of whole rows, which one warp holds in registers: the sums over a row then need
 # no barrier. Wider rows take more warps.
@@ -57,7 +57,8 @@ class _AddNorm(torch.autograd.Function):
         n_rows, width = x.shape
         inputs = (x.contiguous(), residual.contiguous(), weight)
         total = torch.empty_like(inputs[0], dtype=torch.promote_types(x.dtype, residual.dtype))
-        normed = torch.empty_like(total, dtype=_dtype_of_norm(total, weight))
+        dtype = low_precision(total) or torch.promote_types(total.dtype, weight.dtype)
+        normed = torch.empty_like(total, dtype=dtype)
         mean = x.new_empty(n_rows, dtype=torch.float32)
         rstd = torch.empty_like(mean)  # 1 / sqrt(variance + eps)
         options = _tile(width)
@@ -84,13 +85,6 @@ class _AddNorm(torch.autograd.Function):
         _add_norm_backward[(n_programs,)](*inputs, *outputs, n_rows, width, **options)
         d_weight = d_weights.sum(dim=0).to(weight.dtype)
         return d_x, d_x if d_residual is None else d_residual, d_weight, None
-
-
-def _dtype_of_norm(total: Tensor, weight: Tensor) -> torch.dtype:
-    device = total.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return torch.promote_types(total.dtype, weight.dtype)
 
 
 def _tile(width: int, itemsize: int = 2) -> dict[str, int]:

@@ -106,13 +106,15 @@ def test_cross_entropy(monkeypatch, dtype):
     plain = loss_and_gradients(cross_entropy.reference, parts, targets)
     ours = loss_and_gradients(linear_cross_entropy, parts, targets)
     assert ours[0].dtype == torch.float32
-    # a sum over the rows, whose errors may cancel out in one of the two
-    slack = max(1e-6, torch.finfo(dtype).eps) * float(exact[0])
-    assert error(ours[0], exact[0]) <= 2 * error(plain[0], exact[0]) + slack
+    # a sum over the rows: on a GPU, which draws other numbers, errors may cancel out in one of two
+    slack = 1e-6 if DEVICE == "cpu" else max(1e-6, torch.finfo(dtype).eps)
+    assert error(ours[0], exact[0]) <= 2 * error(plain[0], exact[0]) + slack * float(exact[0])
     assert_as_exact(ours[1:], plain[1:], exact[1:])
     with torch.no_grad():
         without_gradients = linear_cross_entropy(*map(as_leaf, parts), targets)
-    torch.testing.assert_close(without_gradients, ours[0])  # another variant of the kernel
+    # a GPU compiles another variant of the kernel
+    tolerance = 0 if DEVICE == "cpu" else 1e-6
+    torch.testing.assert_close(without_gradients, ours[0].detach(), rtol=tolerance, atol=0)
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
